@@ -1,0 +1,1 @@
+"""Prefect tasks: thin, idempotent against the run directory."""

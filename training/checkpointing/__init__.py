@@ -1,0 +1,1 @@
+"""Checkpoints: durable or absent, never half there."""

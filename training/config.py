@@ -1,0 +1,244 @@
+"""The configuration of a run: frozen, strict, typed.
+
+Values come from four places, later ones win: the defaults below, the experiment's own
+defaults, a TOML file, and ``section.key=value`` overrides. An unknown key, or a value out of
+range, is a ``ConfigError`` that names the key, what was found and what is allowed.
+
+The digest of a configuration covers what changes the result. Fields marked with
+``OUTSIDE_DIGEST`` (folders, loader workers, when to save, logging) may differ between the
+segments of one run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+OUTSIDE_DIGEST: dict[str, Any] = {"digest": False}
+
+Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
+Split = Literal["train", "validation", "test"]
+
+
+class Section(BaseModel):
+    """One table of the configuration file. Experiments derive their settings from it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """What is read, and how it is cut into batches."""
+
+    folder: Path | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
+    """Folder that holds the experiment's data files."""
+    batch_size: int = Field(64, ge=1)
+    """Samples of one step, all its microbatches together."""
+    batch_tokens: int | None = Field(None, ge=1)
+    """Tokens of one step; replaces batch_size where the data set knows its lengths."""
+    evaluation_batch_size: int = Field(256, ge=1)
+    """Samples of one evaluation batch."""
+    should_drop_last: bool = False
+    """Drop the last, smaller batch of an epoch."""
+    num_workers: int = Field(0, ge=0, le=256, json_schema_extra=OUTSIDE_DIGEST)
+    """Loader processes; 0 loads in the training process. Never changes the result."""
+    has_persistent_workers: bool = Field(True, json_schema_extra=OUTSIDE_DIGEST)
+    """Keep loader processes from one epoch to the next."""
+    prefetch_factor: int = Field(2, ge=1, json_schema_extra=OUTSIDE_DIGEST)
+    """Microbatches that each loader process prepares ahead."""
+
+
+class TrainConfig(Section):
+    """How long and with what arithmetic."""
+
+    num_epochs: int = Field(10, ge=1)
+    """Passes over the training data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many steps, even within an epoch."""
+    num_microbatches: int = Field(1, ge=1)
+    """Parts that a step's batch is cut into; their gradients are accumulated."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest L2 norm of all gradients together."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type of forward and loss; fp16 scales the loss and needs a GPU."""
+    should_compile: bool = False
+    """Compile the model with torch.compile."""
+    mode: Literal["deterministic", "speed"] = "deterministic"
+    """`speed` allows nondeterministic kernels: faster on some models, no exact resume."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto` takes a GPU where there is one."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads of torch. Unset: what the first segment's machine has, recorded in run.json."""
+
+
+class OptimizerConfig(Section):
+    """An optimizer of torch.optim."""
+
+    name: str = "AdamW"
+    """Class name in torch.optim."""
+    args: dict[str, Any] = Field(default_factory=lambda: {"lr": 1e-3})
+    """Keyword arguments of its constructor."""
+
+
+class SchedulerConfig(Section):
+    """A learning rate scheduler of torch.optim.lr_scheduler."""
+
+    name: str | None = None
+    """Class name in torch.optim.lr_scheduler, or InverseSquareRoot; unset: constant rate."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of its constructor."""
+    interval: Literal["epoch", "step"] = "epoch"
+    """How often it is stepped. ReduceLROnPlateau is stepped after each validation."""
+    metric: str = "loss"
+    """Validation metric that ReduceLROnPlateau watches."""
+
+
+class WarmupConfig(Section):
+    """Linear warm-up of the learning rate before the scheduler takes over."""
+
+    num_epochs: int = Field(0, ge=0)
+    """Length in epochs."""
+    num_steps: int = Field(0, ge=0)
+    """Length in steps; added to the epochs."""
+    start_factor: float = Field(0.1, gt=0, le=1)
+    """Fraction of the learning rate at the first step."""
+
+
+class EarlyStoppingConfig(Section):
+    """Stop when validation no longer improves."""
+
+    patience_epochs: int | None = Field(None, ge=1)
+    """Epochs without an improvement after which training stops; unset never stops."""
+    min_delta: float = Field(0.0, ge=0)
+    """Smallest change that counts as an improvement."""
+
+
+class EmaConfig(Section):
+    """Exponential moving averages of the weights, kept in fp32."""
+
+    decays: tuple[float, ...] = ()
+    """One average per decay, each in [0, 1)."""
+    has_warmup: bool = True
+    """Use min(decay, (1 + step) / (10 + step)), so that early weights are forgotten."""
+    posthoc_gammas: tuple[float, ...] = ()
+    """Exponents of power-function tracks (Karras et al. 2024); 16.97 and 6.94 are usual."""
+    posthoc_snapshot_epochs: int = Field(1, ge=1)
+    """A snapshot of the power-function tracks is kept every so many epochs."""
+
+    @model_validator(mode="after")
+    def _decays_in_range(self) -> Self:
+        for decay in self.decays:
+            if not 0.0 <= decay < 1.0:
+                raise ValueError(f"decays must lie in [0, 1), found {decay}")
+        if len(set(self.decays)) != len(self.decays):
+            raise ValueError(f"decays must differ from each other, found {list(self.decays)}")
+        for gamma in self.posthoc_gammas:
+            if not gamma > 0:
+                raise ValueError(f"posthoc_gammas must be above 0, found {gamma}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When to save what a resume needs, and how many to keep. Never changes the result."""
+
+    every_steps: int | None = Field(None, ge=1, json_schema_extra=OUTSIDE_DIGEST)
+    """Save every so many steps."""
+    every_s: float | None = Field(None, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    """Save when this many seconds have passed since the last save."""
+    every_epochs: int | None = Field(1, ge=1, json_schema_extra=OUTSIDE_DIGEST)
+    """Save every so many epochs."""
+    is_auto: bool = Field(True, json_schema_extra=OUTSIDE_DIGEST)
+    """Also save at the interval of Young and Daly, from the measured cost of a save."""
+    mean_time_between_preemptions_s: float = Field(3600.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    """What `is_auto` assumes until the run's own segments tell."""
+    max_overhead: float = Field(0.01, gt=0, le=1, json_schema_extra=OUTSIDE_DIGEST)
+    """Largest fraction of time that `is_auto` spends saving."""
+    keep_last: int = Field(2, ge=1, json_schema_extra=OUTSIDE_DIGEST)
+    """Newest checkpoints to keep in full."""
+    keep_every_steps: int | None = Field(None, ge=1, json_schema_extra=OUTSIDE_DIGEST)
+    """Keep each checkpoint whose step is a multiple of this, for the archive."""
+    keep_above: dict[str, float] = Field(default_factory=dict, json_schema_extra=OUTSIDE_DIGEST)
+    """Keep the first checkpoint whose metric reached this value from below."""
+    keep_below: dict[str, float] = Field(default_factory=dict, json_schema_extra=OUTSIDE_DIGEST)
+    """Keep the first checkpoint whose metric reached this value from above."""
+
+
+class SelectionConfig(Section):
+    """Which weights win."""
+
+    metric: str = "loss"
+    """Validation metric that decides."""
+    mode: Literal["min", "max"] = "min"
+    """Whether small or large values of it are good."""
+    top_k: int = Field(5, ge=1)
+    """Best checkpoints to keep as weights for averaging."""
+    should_recompute_batch_norm: bool = True
+    """Measure averaged candidates also with batch norm statistics recomputed on training data."""
+    num_bootstrap: int = Field(2000, ge=100)
+    """Resamples of the test set for the interval of the metric."""
+
+
+class PreemptionConfig(Section):
+    """Which notices are listened to. Never changes the result."""
+
+    grace_period_s: float = Field(30.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    """Seconds from a signal to the machine's end."""
+    sources: tuple[Literal["signal", "slurm", "sentinel", "aws", "gcp", "azure"], ...] = Field(
+        ("signal", "slurm"), json_schema_extra=OUTSIDE_DIGEST
+    )
+    """Where notices come from."""
+    max_wall_time_s: float | None = Field(None, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    """Stop, saved, after this many seconds of one segment."""
+    sentinel_file: Path | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
+    """A file whose appearance is a notice, as a container's preStop hook writes it."""
+    poll_interval_s: float = Field(2.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    """Seconds between two questions to a metadata service."""
+    metadata_url: str | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
+    """Base address of the metadata service; unset takes the cloud's own."""
+    lease_ttl_s: float = Field(20.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    """A lease that was not renewed for this long may be taken over."""
+
+
+class LoggingConfig(Section):
+    """What is told while training. Never changes the result."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", json_schema_extra=OUTSIDE_DIGEST
+    )
+    """Least severe message that is shown."""
+    every_s: float = Field(5.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    """Seconds between two progress lines."""
+    tensorboard: bool = Field(False, json_schema_extra=OUTSIDE_DIGEST)
+    """Write TensorBoard event files into the run directory."""
+
+
+class RunConfig(Section):
+    """Everything that is configured about one run.
+
+    ``experiment`` holds the settings of the experiment; the experiment's own class validates them.
+    """
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Root of every random number."""
+    experiment: dict[str, Any] = Field(default_factory=dict)
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    ema: EmaConfig = EmaConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    selection: SelectionConfig = SelectionConfig()
+    preemption: PreemptionConfig = PreemptionConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.data.batch_tokens is None and self.train.num_microbatches > self.data.batch_size:
+            raise ValueError(
+                f"train.num_microbatches={self.train.num_microbatches} is more than "
+                f"data.batch_size={self.data.batch_size}; a microbatch needs at least one sample"
+            )
+        return self

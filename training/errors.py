@@ -1,0 +1,150 @@
+"""Every error that Holdfast raises on purpose.
+
+HoldfastError
+├── InputError (ValueError)                 the user's input; exit code 2
+│   ├── ConfigError                         a key or value of the configuration
+│   ├── ExperimentError                     an experiment that cannot be found or loaded
+│   ├── DataNotFoundError (FileNotFoundError)
+│   ├── DataFormatError                     a data file that is not what it should be
+│   └── RunConflictError                    the run id exists with another configuration
+├── StorageError (OSError)                  bytes could not be read or written
+│   └── StorageFullError                    needed and free bytes are known
+├── CheckpointError
+│   ├── CheckpointNotFoundError (FileNotFoundError)
+│   ├── CheckpointCorruptError              bytes differ from what the manifest says
+│   ├── CheckpointMismatchError             made by another configuration or model
+│   └── UnsupportedStateError (TypeError)   state that is neither tensor nor JSON
+├── LeaseError
+│   ├── LeaseHeldError                      another segment writes this run
+│   └── LeaseLostError                      this segment is no longer the writer
+├── TrainingError
+│   └── NonFiniteLossError (ArithmeticError)
+├── SelectionError (ValueError)             candidates that cannot be averaged or compared
+└── ExportError
+    ├── ParityError                         an artifact is not the champion
+    └── BundleError                         a bundle that is not what its manifest says
+
+The exit code of a process is the ``exit_code`` of the error that ended it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HoldfastError(Exception):
+    """Base of all errors that are raised on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class InputError(HoldfastError, ValueError):
+    """The input is wrong; running again without changing it is pointless."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class ConfigError(InputError):
+    """A key or a value of the configuration is not allowed."""
+
+
+class ExperimentError(InputError):
+    """An experiment cannot be found, imported or built."""
+
+
+class DataNotFoundError(InputError, FileNotFoundError):
+    """A data folder or file is missing."""
+
+
+class DataFormatError(InputError):
+    """A data file does not have the documented format."""
+
+
+class RunConflictError(InputError):
+    """The run id belongs to a run with another configuration."""
+
+
+class StorageError(HoldfastError, OSError):
+    """Bytes could not be written, read, renamed or deleted."""
+
+
+class StorageFullError(StorageError):
+    """There is not enough space for what is about to be written.
+
+    Attributes:
+        needed_bytes: how much the write needs.
+        free_bytes: how much is free.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+
+
+class CheckpointError(HoldfastError):
+    """A checkpoint cannot be used."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such checkpoint."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    """The bytes on disk are not the bytes that were committed."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """The checkpoint was made by another configuration or another model."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class UnsupportedStateError(CheckpointError, TypeError):
+    """State that is neither a tensor nor JSON; the message names the path of the key."""
+
+
+class LeaseError(HoldfastError):
+    """Who may write a run is in question."""
+
+
+class LeaseHeldError(LeaseError):
+    """Another segment holds the run's lease, and it has not expired."""
+
+
+class LeaseLostError(LeaseError):
+    """This segment's lease was taken over; it must stop without changing anything."""
+
+
+class TrainingError(HoldfastError):
+    """Training cannot go on."""
+
+
+class NonFiniteLossError(TrainingError, ArithmeticError):
+    """The loss is NaN or infinite.
+
+    Attributes:
+        step: the step that was being computed.
+        batch: the number of the batch within its epoch.
+    """
+
+    def __init__(self, message: str, *, step: int, batch: int) -> None:
+        super().__init__(message)
+        self.step = step
+        self.batch = batch
+
+
+class SelectionError(HoldfastError, ValueError):
+    """Candidates that cannot be averaged or compared with each other."""
+
+
+class ExportError(HoldfastError):
+    """The champion cannot be exported."""
+
+
+class ParityError(ExportError):
+    """An exported artifact does not compute what the champion computes."""
+
+
+class BundleError(ExportError):
+    """A bundle is not what its manifest says."""

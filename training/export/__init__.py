@@ -1,0 +1,1 @@
+"""Exported formats, their parity with the champion, and the bundle."""
