@@ -117,7 +117,7 @@ class EarlyStoppingConfig(Section):
 class EmaConfig(Section):
     """Exponential moving averages of the weights, kept in fp32."""
 
-    decays: tuple[float, ...] = ()
+    decays: tuple[float, ...] = (0.999,)
     """One average per decay, each in [0, 1)."""
     has_warmup: bool = True
     """Use min(decay, (1 + step) / (10 + step)), so that early weights are forgotten."""
@@ -140,14 +140,15 @@ class EmaConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When to save what a resume needs, and how many to keep. Never changes the result."""
+    """When to save what a resume needs, and how many to keep."""
 
     every_steps: int | None = Field(None, ge=1, json_schema_extra=OUTSIDE_DIGEST)
     """Save every so many steps."""
     every_s: float | None = Field(None, gt=0, json_schema_extra=OUTSIDE_DIGEST)
     """Save when this many seconds have passed since the last save."""
-    every_epochs: int | None = Field(1, ge=1, json_schema_extra=OUTSIDE_DIGEST)
-    """Save every so many epochs."""
+    every_epochs: int = Field(1, ge=1)
+    """Save after every so many epochs. Selection chooses among these, so this one is part of the
+    digest."""
     is_auto: bool = Field(True, json_schema_extra=OUTSIDE_DIGEST)
     """Also save at the interval of Young and Daly, from the measured cost of a save."""
     mean_time_between_preemptions_s: float = Field(3600.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
