@@ -9,9 +9,9 @@ positional arguments of ``model.forward``. ``targets`` is any nest of tensors. T
 of every tensor counts samples. An item of a data set is the same pair for one sample; items are
 collated by ``torch.utils.data.default_collate``, or by the data set's own ``collate(items)``.
 
-Random augmentation belongs into the data set's ``__getitem__``. It may draw from ``random``, from
-NumPy's global generator and from torch: the loader seeds all three from (seed, epoch, position).
-A data set must not keep state between two calls.
+Random augmentation belongs into the data set's ``__getitem__`` or ``fetch``. It may draw from
+``random``, from NumPy's global generator and from torch: the loader seeds all three from (seed,
+epoch, position). A data set must not keep state between two calls.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Dataset(Sized, Protocol):
     """Items by index. Optional attributes that are used where they exist:
 
     - ``collate(items: list) -> batch``: how items become a batch;
+    - ``fetch(indices: NDArray[int64]) -> batch``: several items at once, where that is faster;
     - ``lengths: Sequence[int]``: tokens of each item, for batches by token count;
     - ``fingerprint: str``: a digest of what the data set was made from.
     """
