@@ -18,6 +18,7 @@ HoldfastError
 │   ├── LeaseHeldError                      another segment writes this run
 │   └── LeaseLostError                      this segment is no longer the writer
 ├── TrainingError
+│   ├── LoaderError                         a sample could not be fetched; a loader process died
 │   └── NonFiniteLossError (ArithmeticError)
 ├── SelectionError (ValueError)             candidates that cannot be averaged or compared
 └── ExportError
@@ -118,6 +119,10 @@ class LeaseLostError(LeaseError):
 
 class TrainingError(HoldfastError):
     """Training cannot go on."""
+
+
+class LoaderError(TrainingError):
+    """A sample could not be fetched, or a loader process died."""
 
 
 class NonFiniteLossError(TrainingError, ArithmeticError):
