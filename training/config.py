@@ -214,6 +214,48 @@ class LoggingConfig(Section):
     """Write TensorBoard event files into the run directory."""
 
 
+class ExportConfig(Section):
+    """What is exported from the champion, and what it must prove. Never changes the training."""
+
+    formats: tuple[
+        Literal["weights", "onnx", "torchscript", "exported_program", "onnx_int8"], ...
+    ] = Field(
+        ("weights", "onnx", "torchscript", "exported_program"), json_schema_extra=OUTSIDE_DIGEST
+    )
+    """Artifacts of the bundle; `weights` and `onnx` are always made, the others on request."""
+    max_batch_size: int = Field(4096, ge=2, json_schema_extra=OUTSIDE_DIGEST)
+    """Largest batch that a server may send to the exported model."""
+    num_golden: int = Field(8, ge=1, json_schema_extra=OUTSIDE_DIGEST)
+    """Validation samples that travel with the bundle, for checks on the consumer's machine."""
+    num_calibration: int = Field(256, ge=1, json_schema_extra=OUTSIDE_DIGEST)
+    """Training samples that the ranges of int8 activations are measured on."""
+    int8_max_metric_change: float = Field(0.02, ge=0, json_schema_extra=OUTSIDE_DIGEST)
+    """Largest relative change of the deciding test metric that int8 may cause."""
+    int8_min_agreement: float = Field(0.98, ge=0, le=1, json_schema_extra=OUTSIDE_DIGEST)
+    """Smallest fraction of test samples that int8 puts into the champion's class."""
+    num_latency_runs: int = Field(100, ge=10, json_schema_extra=OUTSIDE_DIGEST)
+    """Timed calls of each artifact and batch size."""
+    timeout_s: float = Field(1800.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    """A check that takes longer counts as failed."""
+    licence: str = Field("apache-2.0", min_length=1, json_schema_extra=OUTSIDE_DIGEST)
+    """Licence of the weights, as the model card states it."""
+
+
+class PromotionConfig(Section):
+    """When a new champion takes an alias of the registry. Never changes the training."""
+
+    metric: str | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
+    """Test metric that is compared; unset takes `selection.metric` and its mode."""
+    mode: Literal["min", "max"] = Field("min", json_schema_extra=OUTSIDE_DIGEST)
+    """Whether small or large values of `metric` are good, where it is set."""
+    max_worsening: float = Field(0.02, ge=0, json_schema_extra=OUTSIDE_DIGEST)
+    """Fraction of the holder's metric by which the new one may be worse, with confidence."""
+    confidence: float = Field(0.95, gt=0.5, lt=1, json_schema_extra=OUTSIDE_DIGEST)
+    """One-sided confidence with which a larger worsening must be ruled out."""
+    num_bootstrap: int = Field(2000, ge=100, json_schema_extra=OUTSIDE_DIGEST)
+    """Paired resamples of the test data."""
+
+
 class RunConfig(Section):
     """Everything that is configured about one run.
 
@@ -234,6 +276,8 @@ class RunConfig(Section):
     selection: SelectionConfig = SelectionConfig()
     preemption: PreemptionConfig = PreemptionConfig()
     logging: LoggingConfig = LoggingConfig()
+    export: ExportConfig = ExportConfig()
+    promotion: PromotionConfig = PromotionConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

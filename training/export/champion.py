@@ -1,0 +1,148 @@
+"""The champion as the checks see it: rebuilt from its safetensors file, with its own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from training.experiment import (
+    Batch,
+    Dataset,
+    Experiment,
+    Records,
+    collate,
+    concatenate,
+    example_inputs,
+    model_inputs,
+)
+from training.export.guard import GuardedModel
+from training.export.numbers import Reference, double_copy, make_reference
+from training.export.probes import BATCH_SIZES, make_probes
+from training.export.specification import Inputs, Interface, derive_interface, export_spec
+from training.export.weights import load_champion, tied_names
+
+Runner = Callable[[Inputs], list[Tensor]]
+
+
+class RunnerModule(nn.Module):
+    """Anything that maps inputs to flat outputs, in the place of the model.
+
+    So ``experiment.score`` measures an artifact in the way it measures the champion. ``seen`` keeps
+    the flat outputs of every call.
+    """
+
+    def __init__(self, run: Runner, interface: Interface) -> None:
+        super().__init__()
+        self._run = run
+        self._interface = interface
+        self.seen: list[list[Tensor]] = []
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the model would return, from the runner's flat outputs."""
+        flat = self._run(inputs)
+        self.seen.append(flat)
+        return self._interface.structure.rebuild(flat)
+
+
+@dataclass(frozen=True)
+class Champion:
+    """Weights, eager model, fp64 copy, and the answers of both to every probe.
+
+    Attributes:
+        tensors: the file's tensors by name.
+        names: for each tensor, the names of the same (tied) tensor.
+        references: answers by the name of the probe.
+        test: answers to each batch of the test set, without their inputs.
+        metrics: metrics of the test set by the eager model.
+    """
+
+    experiment: Experiment
+    interface: Interface
+    eager: GuardedModel
+    tensors: Mapping[str, Tensor]
+    names: Mapping[str, list[str]]
+    references: Mapping[str, Reference]
+    test: tuple[Reference, ...]
+    metrics: Mapping[str, float]
+    batch_size: int
+
+    @classmethod
+    def load(
+        cls,
+        experiment: Experiment,
+        path: Path,
+        batch_size: int,
+        report: Callable[[str], None] = lambda _: None,
+    ) -> Champion:
+        """Rebuild the champion and let it answer. Raises ExportError if the file doesn't fit."""
+        model = load_champion(path, experiment.model())
+        names = tied_names(model)
+        rows = example_inputs(experiment, max(BATCH_SIZES))
+        interface = derive_interface(model, rows, export_spec(experiment))
+        eager = GuardedModel(model).eval()
+        exact = double_copy(eager)
+        report("the champion answers the probes")
+        probes = make_probes(rows, export_spec(experiment).probes)
+        references = {name: make_reference(eager, exact, x) for name, x in probes.items()}
+        report("the champion answers the test set")
+        test: list[Reference] = []
+
+        def answer(inputs: Inputs) -> list[Tensor]:
+            reference = make_reference(eager, exact, inputs)
+            test.append(replace(reference, inputs=()))
+            return reference.eager
+
+        records, _ = score_test_set(experiment, interface, answer, batch_size)
+        return cls(
+            experiment=experiment,
+            interface=interface,
+            eager=eager,
+            tensors=load_file(path),
+            names=names,
+            references=references,
+            test=tuple(test),
+            metrics=experiment.metrics(records),
+            batch_size=batch_size,
+        )
+
+
+def score_test_set(
+    experiment: Experiment, interface: Interface, run: Runner, batch_size: int
+) -> tuple[Records, list[list[Tensor]]]:
+    """Records of the whole test set, and the flat outputs of every batch."""
+    module = RunnerModule(run, interface)
+    parts = []
+    with torch.no_grad():
+        for batch in batches(experiment.dataset("test"), batch_size):
+            scored = experiment.score(module, batch)
+            parts.append({name: value.numpy() for name, value in scored.items()})
+    return concatenate(parts), module.seen
+
+
+def batches(dataset: Dataset, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+    """All items of a data set in order, or the first ``limit``, in batches."""
+    end = len(dataset) if limit is None else min(limit, len(dataset))
+    for start in range(0, end, batch_size):
+        yield _fetch(dataset, range(start, min(start + batch_size, end)))
+
+
+def input_batches(dataset: Dataset, batch_size: int, limit: int) -> Iterator[Inputs]:
+    """The inputs of ``batches``."""
+    for batch in batches(dataset, batch_size, limit):
+        yield model_inputs(batch)
+
+
+def _fetch(dataset: Dataset, indices: range) -> Batch:
+    fetch = getattr(dataset, "fetch", None)
+    if fetch is not None:
+        batch: Batch = fetch(np.asarray(indices, dtype=np.int64))
+        return batch
+    return collate(dataset, [dataset[index] for index in indices])

@@ -1,0 +1,180 @@
+"""ONNX: the artifact that runs everywhere, and the one that consumers verify.
+
+The graph is written twice: as captured, where every tensor of the champion still stands under its
+own name and bit by bit (that is what the lineage check reads), and optimised, which is twice as
+fast for small batches and goes into the bundle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor
+
+from training.errors import ExportError
+from training.export.formats import Place, PortSignature, Source
+from training.export.guard import PREFIX
+from training.export.specification import Inputs, Interface
+
+OPSET = 20  # from 23 on, ONNX Runtime fails on the CPU for models with padding masks
+MAX_BYTES = 2_000_000_000  # a protobuf file ends at 2 GB
+ORT_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
+
+
+class OnnxArtifact:
+    """A model in ONNX Runtime, on the CPU.
+
+    ``lineage`` is the graph before it was optimised; ``None`` where there is none to check.
+    """
+
+    def __init__(self, path: Path, lineage: Path | None, num_threads: int = 1) -> None:
+        self._session = open_session(path, num_threads)
+        self._lineage = lineage
+
+    def run(self, inputs: Inputs) -> list[Tensor]:
+        """Outputs of the session."""
+        names = [port.name for port in self._session.get_inputs()]
+        feed = {name: t.numpy() for name, t in zip(names, inputs, strict=True)}
+        return [torch.from_numpy(np.array(output)) for output in self._session.run(None, feed)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Initializers of the graph before it was optimised."""
+        if self._lineage is None:
+            return {}
+        graph = onnx.load(self._lineage).graph
+        return {
+            tensor.name.removeprefix(PREFIX): torch.from_numpy(numpy_helper.to_array(tensor).copy())
+            for tensor in graph.initializer
+        }
+
+    def signature(self) -> tuple[list[PortSignature], list[PortSignature]]:
+        """Types and shapes as ONNX Runtime reads them from the file."""
+        return (
+            [_port(port) for port in self._session.get_inputs()],
+            [_port(port) for port in self._session.get_outputs()],
+        )
+
+
+class OnnxFormat:
+    """``1/model.onnx``: one file, opset 20, dynamic batch."""
+
+    path = "1/model.onnx"
+    is_exact = True
+
+    def write(self, source: Source, place: Place) -> None:
+        """Export the capture; keep the graph before optimisation in scratch.
+
+        Raises:
+            ExportError: torch cannot translate the graph, or wrote another opset than asked for,
+                or the file would be above 2 GB.
+        """
+        target = place.bundle / self.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        program = translate(source)
+        _write(program.model_proto, place.scratch / "lineage.onnx", source.interface)
+        program.optimize()
+        _write(program.model_proto, target, source.interface)
+
+    def load(self, place: Place) -> OnnxArtifact:
+        """Load it with ONNX Runtime."""
+        return OnnxArtifact(place.bundle / self.path, place.scratch / "lineage.onnx")
+
+
+def translate(source: Source) -> Any:
+    """The capture as an ``ONNXProgram``, not optimised."""
+    with _quiet():
+        try:
+            return torch.onnx.export(
+                source.program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[port.name for port in source.interface.inputs],
+                output_names=[port.name for port in source.interface.outputs],
+                optimize=False,
+                verbose=False,
+            )
+        except Exception as error:  # torch raises its own, many and private, classes
+            raise ExportError(f"torch.onnx cannot translate the model: {error}") from error
+
+
+def open_session(path: Path, num_threads: int = 1) -> Any:
+    """An ONNX Runtime session on the CPU with a fixed number of threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide what torch.onnx says about packages that are not installed and its own deprecations."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+def _write(model: onnx.ModelProto, path: Path, interface: Interface) -> None:
+    _strip(model)
+    _name_batch(model, interface)
+    written = {entry.domain: entry.version for entry in model.opset_import}
+    if written.get("") != OPSET:
+        raise ExportError(f"torch.onnx wrote opset {written.get('')}, {OPSET} was asked for")
+    if model.ByteSize() > MAX_BYTES:
+        raise ExportError(
+            f"the ONNX file would have {model.ByteSize()} bytes; one file holds at most {MAX_BYTES}"
+        )
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what tells about this machine: stack traces with source paths, notes of torch."""
+    graph = model.graph
+    del graph.value_info[:]
+    holders: list[Any] = [model, graph, *graph.node, *graph.input, *graph.output]
+    holders += [*graph.initializer, *model.functions]
+    holders += [node for function in model.functions for node in function.node]
+    for holder in holders:
+        del holder.metadata_props[:]
+        holder.doc_string = ""
+
+
+def _name_batch(model: onnx.ModelProto, interface: Interface) -> None:
+    """Call the first dimension ``batch`` instead of a symbol that torch made up."""
+    num = len(interface.inputs) + len(interface.outputs)
+    ports = [*model.graph.input, *model.graph.output]
+    assert len(ports) == num
+    for port in ports:
+        first = port.type.tensor_type.shape.dim[0]
+        if first.dim_param:
+            first.dim_param = "batch"
+
+
+def _port(port: Any) -> PortSignature:
+    shape = tuple(size if isinstance(size, int) else None for size in port.shape)
+    return PortSignature(port.name, ORT_DTYPES.get(port.type, port.type), shape)

@@ -1,0 +1,67 @@
+"""TorchScript by tracing: for programs that load models with libtorch.
+
+PyTorch calls TorchScript deprecated; new consumers should take ONNX or ``.pt2``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.jit._trace import TracerWarning
+
+from training.export.archives import rewrite_reproducibly
+from training.export.formats import Place, PortSignature, Source
+from training.export.guard import PREFIX
+from training.export.specification import Inputs
+
+
+class TorchScriptArtifact:
+    """A traced module."""
+
+    def __init__(self, path: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._module = torch.jit.load(  # type: ignore[no-untyped-call]
+                str(path), map_location="cpu"
+            )
+
+    def run(self, inputs: Inputs) -> list[Tensor]:
+        """Outputs of the traced module."""
+        with torch.no_grad():
+            return list(self._module(*inputs))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its parameters and buffers."""
+        named = [*self._module.named_parameters(), *self._module.named_buffers()]
+        return {name.removeprefix(PREFIX): tensor.detach() for name, tensor in named}
+
+    def signature(self) -> tuple[list[PortSignature], list[PortSignature]] | None:
+        """A traced module declares neither types nor shapes."""
+        return None
+
+
+class TorchScriptFormat:
+    """``torchscript/model.pt``; marked as legacy, as PyTorch does."""
+
+    path = "torchscript/model.pt"
+    is_exact = True
+
+    def write(self, source: Source, place: Place) -> None:
+        """Trace, save, and strip what names this machine."""
+        target = place.bundle / self.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", TracerWarning)
+            traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+                source.model, source.examples, check_trace=False
+            )
+            torch.jit.save(traced, str(target))
+        rewrite_reproducibly(target, "model")
+
+    def load(self, place: Place) -> TorchScriptArtifact:
+        """Load it with torch alone."""
+        return TorchScriptArtifact(place.bundle / self.path)

@@ -1,0 +1,96 @@
+"""The champion's weights alone, as safetensors: what is needed to go on in PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from training.errors import ExportError
+from training.export.formats import Place, PortSignature, Source
+from training.export.guard import GuardedModel
+from training.export.specification import Inputs
+
+
+class WeightsArtifact:
+    """A fresh model with the weights of the file."""
+
+    def __init__(self, path: Path, model: nn.Module) -> None:
+        self._tensors = load_file(path)
+        self._model = GuardedModel(load_champion(path, model))
+
+    def run(self, inputs: Inputs) -> list[Tensor]:
+        """Outputs of eager PyTorch."""
+        with torch.no_grad():
+            return list(self._model(*inputs))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file holds."""
+        return self._tensors
+
+    def signature(self) -> tuple[list[PortSignature], list[PortSignature]] | None:
+        """Weights declare no interface."""
+        return None
+
+
+class WeightsFormat:
+    """``model.safetensors``: a copy of the champion's file."""
+
+    path = "model.safetensors"
+    is_exact = True
+
+    def write(self, source: Source, place: Place) -> None:  # noqa: ARG002 - the protocol's
+        """Copy the champion's file from ``scratch/champion.safetensors``."""
+        shutil.copyfile(place.scratch / "champion.safetensors", place.bundle / self.path)
+
+    def load(self, place: Place) -> WeightsArtifact:
+        """Load it into a fresh model."""
+        return WeightsArtifact(place.bundle / self.path, place.build())
+
+
+def load_champion(path: Path, model: nn.Module) -> nn.Module:
+    """``model`` with the weights of ``path``, in evaluation mode, on the CPU.
+
+    A tensor that is tied to another stands in the file once.
+
+    Raises:
+        ExportError: a tensor is missing, is left over, or has another shape or type.
+    """
+    stored = load_file(path)
+    target = model.cpu().state_dict(keep_vars=True)
+    groups = tied_names(model)
+    left_over = set(stored)
+    for name, tensor in target.items():
+        found = next((other for other in groups[name] if other in stored), None)
+        if found is None:
+            raise ExportError(f"the champion {path.name} has no tensor {name} that the model needs")
+        value = stored[found]
+        if value.shape != tensor.shape or value.dtype != tensor.dtype:
+            raise ExportError(
+                f"tensor {name}: the model has {tensor.dtype} {list(tensor.shape)}, the champion "
+                f"{path.name} has {value.dtype} {list(value.shape)}"
+            )
+        left_over.discard(found)
+        with torch.no_grad():
+            tensor.copy_(value)
+    if left_over:
+        raise ExportError(f"the champion {path.name} has tensors {sorted(left_over)[:3]} that the "
+                          "model does not have")  # fmt: skip
+    return model.eval()
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """Tensor name -> all names of the same storage, its own first."""
+    state = model.state_dict(keep_vars=True)
+    places: dict[tuple[int, int], list[str]] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.numel()) if tensor.numel() else (0, -1 - len(places))
+        places.setdefault(key, []).append(name)
+    return {
+        name: [name, *(other for other in names if other != name)]
+        for names in places.values()
+        for name in names
+    }
