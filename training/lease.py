@@ -218,7 +218,6 @@ class Lease:
             raise _link_error(self._run, error) from error
         # Content is never rewritten in place: the release mark will be a new file.
         content.unlink(missing_ok=True)
-        sync_folder(self._run.lease)
 
     def _give_up_claim(self) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
@@ -232,6 +231,7 @@ class Lease:
     def _fence_others(self) -> None:
         """Take the staging folders of all earlier generations away, then delete them."""
         try:
+            sync_folder(self._run.lease)
             for name in _names(self._run.staging):
                 if self._is_outdated(name):
                     fenced = f"{FENCED_PREFIX}{name}-{self.token}"

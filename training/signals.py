@@ -1,0 +1,197 @@
+"""Signals as a flag: which ones came and when, and nothing else happens in their handler.
+
+Only the standard library is imported, so that the flag can be up before torch is imported, which
+takes seconds. Order in a segment: ``exec_held`` sets the environment by starting the program
+again with the signals held back; ``install_signal_flag`` then lets them through. A signal that
+came in between waits in the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+NOTICE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+@dataclass(frozen=True)
+class ReceivedSignal:
+    """A signal and the monotonic time at which it came."""
+
+    name: str
+    received_s: float
+
+
+Listener = Callable[[ReceivedSignal], None]
+
+
+class SignalFlag:
+    """The signals that this process got since ``install``.
+
+    A second SIGINT raises KeyboardInterrupt at once; a third one ends the process.
+    """
+
+    def __init__(self) -> None:
+        # Appending to a deque and replacing a tuple are atomic: no lock that a handler, which
+        # interrupts the very thread that would have to let go of it, could wait for.
+        self._received: deque[ReceivedSignal] = deque(maxlen=16)
+        self._listeners: tuple[Listener, ...] = ()
+        self._previous: dict[signal.Signals, Handler] = {}
+        self._pid = 0
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether signals reach this flag."""
+        return self._pid == os.getpid()
+
+    @property
+    def first(self) -> ReceivedSignal | None:
+        """The first signal that came, or None."""
+        return self._received[0] if self._received else None
+
+    def install(self) -> None:
+        """Take over SIGTERM, SIGINT and SIGUSR1, then let through those that were held back.
+
+        Calling it again only does the second. Raises ValueError outside the main thread.
+        """
+        if not self.is_installed:
+            self._pid = os.getpid()
+            self._previous = {
+                number: signal.signal(number, self._on_signal) for number in NOTICE_SIGNALS
+            }
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE_SIGNALS)
+
+    def uninstall(self) -> None:
+        """Put the earlier handlers back and forget everything."""
+        if self.is_installed:
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
+        self._pid = 0
+        self._received.clear()
+        self._listeners = ()
+
+    def listen(self, listener: Listener) -> None:
+        """Call ``listener`` for each signal, those that came before included.
+
+        It is called from the handler, so it must not take a lock.
+        """
+        self._listeners = (*self._listeners, listener)
+        for received in tuple(self._received):
+            listener(received)
+
+    def leave(self, listener: Listener) -> None:
+        """Call ``listener`` no more."""
+        self._listeners = tuple(known for known in self._listeners if known != listener)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            _act_as_child(number, frame)
+            return
+        received = ReceivedSignal(signal.Signals(number).name, time.monotonic())
+        is_second_interrupt = number == signal.SIGINT and any(
+            earlier.name == received.name for earlier in self._received
+        )
+        if is_second_interrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self._received.append(received)
+        for listener in self._listeners:
+            listener(received)
+
+
+_flag = SignalFlag()
+
+
+def install_signal_flag() -> SignalFlag:
+    """Put up the flag of this process; later calls return the same one.
+
+    Raises ValueError outside the main thread, where Python cannot take signals over.
+    """
+    _flag.install()
+    return _flag
+
+
+def current_signal_flag() -> SignalFlag:
+    """The flag of this process, installed or not."""
+    return _flag
+
+
+def hold_signals() -> None:
+    """Keep notice signals waiting in the kernel until ``install_signal_flag``.
+
+    Threads and processes that are started afterwards inherit this.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, NOTICE_SIGNALS)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold notice signals back within the block, as around the start of loader processes.
+
+    A child that is started here begins with the signals held back, so that one which is sent to
+    the whole process group cannot end it before it has called ``ignore_in_worker``.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICE_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def exec_held(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    """Replace this program by ``python <arguments>`` with that environment, same process id.
+
+    Notice signals are held back from here on; the new program gets them when it calls
+    ``install_signal_flag``. Raises OSError if it cannot be started; then nothing has changed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with signals_held():
+        os.execve(sys.executable, [sys.executable, *arguments], dict(environment))
+
+
+def ignore_in_worker() -> None:
+    """Make a loader process live until its parent closes it; to be called in that process.
+
+    Ctrl-C and cluster managers signal the whole process group, but the parent still needs its
+    loader processes to finish the step. SIGINT and SIGUSR1 are ignored. SIGTERM counts only when
+    the parent itself sends it, as ``Process.terminate`` does; a handler cannot see the sender,
+    therefore a thread waits for the signal and looks. Main thread only.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # Blocked in this thread and in all that it starts, so that only the thread below gets it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGUSR1})
+    threading.Thread(
+        target=_end_on_parents_sigterm, args=(os.getppid(),), name="holdfast-sigterm", daemon=True
+    ).start()
+
+
+def _end_on_parents_sigterm(parent: int) -> None:
+    while True:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+        if sender == parent or os.getppid() != parent:
+            os._exit(0)
+
+
+def _act_as_child(number: int, frame: FrameType | None) -> None:
+    """A forked process inherits the handler, but the notice is not its own to act on.
+
+    It behaves as if nobody had touched its signals, so that whoever started it can end it.
+    """
+    if number == signal.SIGINT:
+        signal.default_int_handler(number, frame)
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
