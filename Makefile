@@ -1,0 +1,39 @@
+# make setup   build .venv from pinned dependencies
+# make run     set up and train the digits example to its bundle
+# make test    lint, types, tests
+# make bench   all benchmarks; each prints ratios measured in one run
+# make chaos KILLS=1000   kill training that many times and compare bytes
+
+PYTHON ?= python3
+KILLS ?= 50
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup run test lint bench chaos clean
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Holdfast needs Python 3.11 or later: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,translation,tensorboard]'
+	touch $@
+
+run: setup
+	$(BIN)/holdfast run digits --store runs
+
+test: lint
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup
+	for program in benchmarks/*.py; do $(BIN)/python $$program || exit 1; done
+
+chaos: setup
+	$(BIN)/python -m tests.faults.chaos --kills $(KILLS)
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,149 @@
+"""The command line of ``python -m training``.
+
+Nothing that is slow to import is imported before signals are held back and the environment is
+right: a notice that arrives while Python starts is kept, and answered once training can save.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from training.config_loading import read_toml
+from training.durable_json import write_json_durably
+from training.errors import HoldfastError
+from training.preemption import hold_signals
+from training.reproducibility import available_cores, child_environment, is_environment_ready
+
+STAGE_HELP = {
+    "segment": "Train: restore the newest checkpoint and go on until the end or a notice.",
+    "candidates": "Make the candidates: averages and moving averages of a finished training.",
+    "evaluate": "Measure the candidates on validation data, choose, then test the champion.",
+    "export": "Export the champion, prove the exports, and publish the bundle.",
+    "report": "Write report.html.",
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def main() -> None:
+    """Train exactly, and look into what training left.
+
+    \b
+    Train the digits example; call it again after any interruption until it exits with 0:
+      python -m training segment --experiment digits --store runs --run-id first
+    Look at its checkpoints:
+      python -m training checkpoints list runs/digits/first
+
+    Exit codes: 0 completed, 75 preempted (saved; run the same command again), 2 bad input, 1
+    failed.
+    """
+
+
+def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
+    path = click.Path(path_type=Path)
+    options = [
+        click.option(
+            "--experiment",
+            required=True,
+            metavar="NAME",
+            help="digits, turbofan, …, package.module:Class or path/to/file.py:Class.",
+        ),
+        click.option("--store", required=True, type=path, help="Folder that holds all runs."),
+        click.option("--run-id", required=True, help="Name of the run; its folder in the store."),
+        click.option("--config", "config_file", type=path, help="TOML file."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Override one configuration value; may be repeated.",
+        ),
+        click.option(
+            "--resume", "is_resume", is_flag=True, help="Take the configuration from run.json."
+        ),
+        click.option(
+            "--allow-mismatch",
+            "should_allow_mismatch",
+            is_flag=True,
+            help="Restore checkpoints of another configuration, too.",
+        ),
+        click.option(
+            "--progress",
+            "progress_format",
+            type=click.Choice(["text", "jsonl", "none"]),
+            default="text",
+            show_default=True,
+            help="Lines for people on stderr, or JSON lines on stdout.",
+        ),
+        click.option("--outcome-file", type=path, help="Write the outcome there as JSON, too."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _add_stage(name: str, help_text: str) -> None:
+    @main.command(name, help=help_text)
+    @_stage_options
+    def command(outcome_file: Path | None, **options: Any) -> None:
+        sys.exit(run_stage_process(name, outcome_file, options))
+
+
+for _name, _help in STAGE_HELP.items():
+    _add_stage(_name, _help)
+
+
+def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, Any]) -> int:
+    """Run a stage in this process, which is replaced once if its environment is not right.
+
+    Returns the exit code.
+    """
+    hold_signals()
+    try:
+        num_threads = _num_threads(options)
+    except HoldfastError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if not is_environment_ready(num_threads):
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "training", *sys.argv[1:]],
+            child_environment(num_threads),
+        )
+    from training.stages import run_stage
+
+    outcome = run_stage(name, {**options, "num_threads": num_threads})
+    if outcome_file is not None:
+        write_json_durably(outcome_file, outcome.as_json())
+    return outcome.exit_code
+
+
+def _num_threads(options: dict[str, Any]) -> int:
+    """Threads as configured; else those of the run's first segment; else all cores."""
+    for override in reversed(options["overrides"]):
+        key, _, value = override.partition("=")
+        if key.strip() == "train.num_threads" and value.strip().isdecimal():
+            return max(1, int(value))
+    if options["config_file"] is not None:
+        configured = read_toml(options["config_file"]).get("train", {}).get("num_threads")
+        if isinstance(configured, int) and configured > 0:
+            return configured
+    return _recorded_num_threads(options) or available_cores()
+
+
+def _recorded_num_threads(options: dict[str, Any]) -> int | None:
+    from training.experiment_loading import experiment_name
+    from training.run_directory import RunDirectory, read_run_record, validate_run_id
+
+    folder = options["store"] / experiment_name(options["experiment"])
+    try:
+        return read_run_record(
+            RunDirectory(folder / validate_run_id(options["run_id"]))
+        ).num_threads
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,57 @@
+"""What a process tells while it works: lines for people, or one JSON object a line for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Literal, TextIO
+
+from training.config import Json
+
+ProgressFormat = Literal["text", "jsonl", "none"]
+
+
+@dataclass
+class Progress:
+    """Emits events. Text goes to stderr, JSON lines go to stdout.
+
+    Attributes:
+        every_s: at most one ``progress`` event in so many seconds; other events always come.
+    """
+
+    format: ProgressFormat = "text"
+    every_s: float = 5.0
+    stream: TextIO | None = None
+    _last_progress_s: float = field(default=float("-inf"), init=False)
+
+    def emit(self, event: str, **values: Json) -> None:
+        """Tell one event now."""
+        if self.format == "jsonl":
+            print(
+                json.dumps({"event": event, **values}), file=self.stream or sys.stdout, flush=True
+            )
+        elif self.format == "text":
+            print(_as_text(event, values), file=self.stream or sys.stderr, flush=True)
+
+    def is_due(self) -> bool:
+        """Whether a ``progress`` event should be told; True at most once in ``every_s``."""
+        now_s = time.monotonic()
+        if now_s - self._last_progress_s < self.every_s:
+            return False
+        self._last_progress_s = now_s
+        return True
+
+
+def _as_text(event: str, values: dict[str, Json]) -> str:
+    parts = [f"{name}={_short(value)}" for name, value in values.items() if value is not None]
+    return f"{time.strftime('%H:%M:%S')} {event:<10} {' '.join(parts)}"
+
+
+def _short(value: Json) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_short(item)}" for name, item in value.items())
+    return str(value)

@@ -1,0 +1,69 @@
+"""What has to be set for the same bytes to come out twice.
+
+Two parts: the environment, which only a parent can set before the process starts, and torch's own
+switches, which are set inside. The number of threads changes the order of sums and with it the
+last bits, so a run keeps the number that its first segment used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+REQUIRED_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "OMP_DYNAMIC": "FALSE",
+    "MKL_DYNAMIC": "FALSE",
+}
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def child_environment(
+    num_threads: int, environment: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The environment of a process that trains, from that of its parent."""
+    child = dict(os.environ if environment is None else environment)
+    child.update(REQUIRED_ENVIRONMENT)
+    child.update(dict.fromkeys(THREAD_VARIABLES, str(num_threads)))
+    return child
+
+
+def is_environment_ready(num_threads: int) -> bool:
+    """Whether this process was started with the environment that it needs."""
+    return all(
+        os.environ.get(name) == value for name, value in child_environment(num_threads, {}).items()
+    )
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def set_up_torch(mode: Literal["deterministic", "speed"], num_threads: int) -> None:
+    """Set torch's switches for this process. Call before any other use of torch."""
+    import torch
+
+    is_deterministic = mode == "deterministic"
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(is_deterministic)
+    torch.backends.cudnn.deterministic = is_deterministic
+    torch.backends.cudnn.benchmark = not is_deterministic
+
+
+def compile_statically(model: nn.Module) -> None:
+    """Compile a model in place, each input shape by itself.
+
+    By default torch generalises a kernel once it has seen a second shape, so that which kernel
+    runs would depend on which shapes this process happened to see first.
+    """
+    import torch
+
+    torch._dynamo.config.recompile_limit = 256  # past the limit it would fall back to eager
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    model.compile(dynamic=False)

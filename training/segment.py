@@ -1,0 +1,156 @@
+"""One segment: build the parts, restore, train, and leave a record."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import torch
+
+from training.checkpointing.manager import CheckpointManager
+from training.config import RunConfig
+from training.data import BatchPlan, FixedSizePlan, Loader, TokenPlan
+from training.ema import MovingAverages
+from training.errors import ConfigError
+from training.evaluation import evaluate_first_batch
+from training.experiment import Dataset
+from training.lease import Lease
+from training.optimization import Schedule, build_optimizer, named_metric
+from training.reproducibility import compile_statically
+from training.saving import Saver, build_manager
+from training.seeding import seed_generators
+from training.segment_record import RecordKeeper
+from training.stage import EXIT_PREEMPTED, Stage, StageOutcome
+from training.state import TrainState
+from training.train_step import TrainStep, gradient_scaler, resolve_device
+from training.trainer import Costs, Trainer
+
+
+def run_segment(stage: Stage) -> StageOutcome:
+    """Train from the newest checkpoint to the end or to a notice.
+
+    A run that is finished is left as it is. Raises what ``Trainer.fit`` raises, after the error
+    was written to the segment's record.
+    """
+    costs = Costs()
+    with costs.measured("startup"):
+        trainer = build_trainer(stage, costs)
+        if not stage.run.run_json.exists():
+            check_metrics(stage, trainer)
+    with stage.writing() as lease:
+        keeper = RecordKeeper(stage.run, lease, costs.seconds)
+        with keeper.failure_recorded(), closing(trainer.loader):
+            return _train(stage, trainer, lease, keeper)
+
+
+def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -> StageOutcome:
+    manager = build_manager(stage, lease, keeper.number)
+    with trainer.costs.measured("restore"):
+        start_step = restore(stage, manager, trainer.state)
+    if trainer.is_finished():
+        return StageOutcome("completed", 0, step=start_step)
+    keeper.begin(start_step)
+    saver = Saver(
+        manager,
+        stage.config,
+        trainer.state,
+        trainer.train_step.guard,
+        stage.progress,
+        trainer.costs,
+    )
+    ended = trainer.fit(saver, on_report=keeper.advance)
+    keeper.end(ended.outcome, ended.step, ended.notice, saver.save_s())
+    exit_code = EXIT_PREEMPTED if ended.outcome == "preempted" else 0
+    notice = ended.notice and {"source": ended.notice.source, "reason": ended.notice.reason}
+    return StageOutcome(ended.outcome, exit_code, step=ended.step, notice=notice)
+
+
+def build_trainer(stage: Stage, costs: Costs) -> Trainer:
+    """All parts of a training that has not begun. Draws the model from the run's seed."""
+    config, experiment = stage.config, stage.experiment
+    device = resolve_device(config.train.device)
+    dataset = experiment.dataset("train")
+    plan = batch_plan(dataset, config, stage.seed("order"))
+    state = build_state(stage, plan.num_steps(0), device)
+    train_step = TrainStep(experiment, config.train, state, device)
+    loader = Loader(
+        dataset,
+        plan,
+        num_microbatches=config.train.num_microbatches,
+        num_workers=config.data.num_workers,
+        has_persistent_workers=config.data.has_persistent_workers,
+        prefetch_factor=config.data.prefetch_factor,
+        seed=stage.seed("order"),
+        should_pin=device.type == "cuda",
+    )
+    return Trainer(
+        experiment=experiment,
+        config=config,
+        state=state,
+        plan=plan,
+        loader=loader,
+        validation=experiment.dataset("validation"),
+        train_step=train_step,
+        monitor=stage.monitor,
+        progress=stage.progress,
+        costs=costs,
+    )
+
+
+def build_state(stage: Stage, num_steps_per_epoch: int, device: torch.device) -> TrainState:
+    """The state before the first step: the model, and generators for training, from the seed."""
+    config = stage.config
+    seed_generators(stage.seed("model"))
+    model = stage.experiment.model().to(device)
+    model.train()
+    if config.train.should_compile:
+        compile_statically(model)
+    optimizer = build_optimizer(config.optimizer, model)
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=Schedule(optimizer, config.scheduler, config.warmup, num_steps_per_epoch),
+        averages=MovingAverages(model, config.ema),
+        gradient_scaler=gradient_scaler(config.train, device),
+        loss_sum=torch.zeros((), dtype=torch.float64, device=device),
+        experiment=stage.experiment,
+    )
+    seed_generators(stage.seed("training"))
+    return state
+
+
+def batch_plan(dataset: Dataset, config: RunConfig, seed: int) -> BatchPlan:
+    """Which samples make which step."""
+    data = config.data
+    if data.batch_tokens is None:
+        return FixedSizePlan(len(dataset), data.batch_size, data.should_drop_last, seed)
+    lengths = getattr(dataset, "lengths", None)
+    if lengths is None:
+        raise ConfigError(
+            f"data.batch_tokens = {data.batch_tokens} needs a data set that knows the lengths of "
+            f"its items; {type(dataset).__name__} has no attribute 'lengths': use data.batch_size"
+        )
+    return TokenPlan(lengths, data.batch_tokens, seed)
+
+
+def check_metrics(stage: Stage, trainer: Trainer) -> None:
+    """Make sure that the metrics which the configuration names exist, before hours are spent."""
+    config = stage.config
+    records = evaluate_first_batch(
+        stage.experiment,
+        trainer.state.model,
+        trainer.validation,
+        batch_size=config.data.evaluation_batch_size,
+    )
+    metrics = stage.experiment.metrics(records)
+    named_metric(metrics, config.selection.metric, "selection.metric")
+    if config.scheduler.name == "ReduceLROnPlateau":
+        named_metric(metrics, config.scheduler.metric, "scheduler.metric")
+
+
+def restore(stage: Stage, manager: CheckpointManager, state: TrainState) -> int:
+    """Put back the newest good checkpoint, if there is one. Returns the step."""
+    restored = manager.restore(should_allow_mismatch=stage.arguments.should_allow_mismatch)
+    if restored is not None:
+        state.restore(restored.tensors, restored.state)
+        stage.progress.emit("restored", step=state.counters.step, path=str(restored.path))
+    return state.counters.step

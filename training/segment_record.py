@@ -1,0 +1,84 @@
+"""The record that a segment keeps about itself while it lives."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from training.errors import LeaseLostError
+from training.lease import Lease
+from training.preemption import Notice
+from training.run_directory import (
+    RunDirectory,
+    SegmentError,
+    SegmentRecord,
+    next_segment_number,
+    utc_now,
+    write_segment,
+)
+from training.stage import failed_outcome
+from training.versions import library_versions
+
+
+class RecordKeeper:
+    """Writes ``segments/<number>.json``: at the start, while training, and at the end.
+
+    A segment that lost its lease writes nothing any more.
+    """
+
+    def __init__(self, run: RunDirectory, lease: Lease, costs_s: dict[str, float]) -> None:
+        self._run = run
+        self._lease = lease
+        self._costs_s = costs_s
+        self._start_s = time.monotonic()
+        self._record = SegmentRecord(
+            number=next_segment_number(run),
+            started_at=utc_now(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            versions=library_versions(),
+        )
+
+    @property
+    def number(self) -> int:
+        """The segment's number within the run; the first is 1."""
+        return self._record.number
+
+    def begin(self, start_step: int) -> None:
+        """Write the record for the first time."""
+        self._write(start_step=start_step, end_step=start_step)
+
+    def advance(self, step: int) -> None:
+        """Note how far training has come."""
+        self._write(end_step=step)
+
+    def end(self, outcome: str, step: int, notice: Notice | None, save_s: dict[str, float]) -> None:
+        """Write the record for the last time."""
+        told = None if notice is None else {"source": notice.source, "reason": notice.reason}
+        self._write(outcome=outcome, end_step=step, notice=told, save_s=save_s, ended_at=utc_now())
+
+    @contextmanager
+    def failure_recorded(self) -> Iterator[None]:
+        """Record an error that leaves the block, and let it go on."""
+        try:
+            yield
+        except LeaseLostError:
+            raise
+        except BaseException as error:
+            outcome = failed_outcome(error)
+            assert outcome.error is not None
+            described: Any = {**outcome.error, "exit_code": outcome.exit_code}
+            self._write(outcome="failed", error=SegmentError(**described), ended_at=utc_now())
+            raise
+
+    def _write(self, **changes: Any) -> None:
+        costs_s = {**self._costs_s}
+        elapsed_s = time.monotonic() - self._start_s
+        costs_s["useful"] = max(0.0, elapsed_s - sum(costs_s.values()))
+        self._record = self._record.model_copy(update={**changes, "costs_s": costs_s})
+        self._lease.check()
+        write_segment(self._run, self._record)

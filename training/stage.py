@@ -1,0 +1,224 @@
+"""What all stages of a run share: configuration, run directory, lease, notices, outcome.
+
+A stage is a process: ``python -m training segment``, ``candidates``, ``evaluate``, ``export`` and
+so on. Each resolves the same configuration, becomes the run's only writer, works until it is done
+or a notice comes, and ends with a ``StageOutcome``.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from training.config import Json, RunConfig
+from training.config_loading import (
+    config_digest,
+    config_from_record,
+    experiment_settings,
+    resolve_config,
+)
+from training.errors import HoldfastError, InputError
+from training.experiment import Context, Experiment
+from training.experiment_loading import (
+    build_experiment,
+    default_values,
+    experiment_name,
+    load_experiment,
+    settings_class,
+)
+from training.lease import Lease
+from training.preemption import PreemptionMonitor, build_sources
+from training.progress import Progress, ProgressFormat
+from training.reproducibility import set_up_torch
+from training.run_directory import (
+    RunDirectory,
+    RunRecord,
+    read_run_record,
+    utc_now,
+    validate_run_id,
+    write_run_record_once,
+)
+from training.seeding import derive_seed
+from training.versions import library_versions
+
+EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class StageArguments:
+    """What the command line says.
+
+    Attributes:
+        num_threads: CPU threads of this process; the run record keeps those of the first segment.
+        is_resume: take the configuration from ``run.json``; files and overrides go over it.
+        should_allow_mismatch: restore checkpoints of another configuration or model, too.
+    """
+
+    experiment: str
+    store: Path
+    run_id: str
+    num_threads: int
+    config_file: Path | None = None
+    overrides: tuple[str, ...] = ()
+    is_resume: bool = False
+    should_allow_mismatch: bool = False
+    progress_format: ProgressFormat = "text"
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run's directory in the store."""
+        name = experiment_name(self.experiment)
+        return RunDirectory(self.store.absolute() / name / validate_run_id(self.run_id))
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """How a stage ended.
+
+    Attributes:
+        outcome: as in a segment record.
+        exit_code: of the process.
+        step: optimizer steps that are done.
+        notice: source and reason, where a notice ended the stage.
+        error: type, message and traceback, where the stage failed.
+    """
+
+    outcome: Literal["completed", "preempted", "failed"]
+    exit_code: int
+    step: int | None = None
+    notice: dict[str, Json] | None = None
+    error: dict[str, Json] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For outcome files and progress lines."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A prepared stage. Nothing of the run is changed before ``writing`` is entered."""
+
+    arguments: StageArguments
+    config: RunConfig
+    experiment: Experiment
+    run: RunDirectory
+    record: RunRecord
+    monitor: PreemptionMonitor
+    progress: Progress
+
+    def seed(self, purpose: str) -> int:
+        """The run's seed for one purpose."""
+        return self.record.seeds[purpose]
+
+    def should_stop(self) -> bool:
+        """Whether a notice has come."""
+        return self.monitor.notice is not None
+
+    @contextmanager
+    def writing(self) -> Iterator[Lease]:
+        """Be the run's only writer. ``run.json`` is written if it is not there.
+
+        Raises:
+            RunConflictError: the run id belongs to another configuration.
+            LeaseHeldError: another process is writing this run.
+            StorageError: the store cannot be written.
+        """
+        write_run_record_once(self.run, self.record)
+        with Lease.acquire(self.run, self.config.preemption.lease_ttl_s) as lease:
+            yield lease
+
+
+SEED_PURPOSES = ("experiment", "model", "order", "training")
+
+
+@contextmanager
+def prepared_stage(arguments: StageArguments) -> Iterator[Stage]:
+    """Resolve the configuration, build the experiment, listen for notices.
+
+    Raises:
+        InputError: the configuration, the experiment, the data or the run id are not usable.
+    """
+    run = arguments.run
+    config, experiment_class = _configuration(arguments, run)
+    set_up_torch(config.train.mode, arguments.num_threads)
+    experiment = build_experiment(
+        experiment_class,
+        Context(
+            settings=experiment_settings(settings_class(experiment_class), config),
+            data_folder=config.data.folder,
+            seed=derive_seed(config.seed, "experiment"),
+        ),
+    )
+    record = _run_record(arguments, config, experiment)
+    if run.run_json.exists():
+        record = write_run_record_once(run, record)
+    monitor = PreemptionMonitor(build_sources(config.preemption))
+    progress = Progress(arguments.progress_format, config.logging.every_s)
+    monitor.start()
+    try:
+        yield Stage(arguments, config, experiment, run, record, monitor, progress)
+    finally:
+        monitor.stop()
+
+
+def failed_outcome(error: BaseException) -> StageOutcome:
+    """The outcome of a stage that an exception ended."""
+    exit_code = error.exit_code if isinstance(error, HoldfastError) else 1
+    if isinstance(error, KeyboardInterrupt):
+        exit_code = EXIT_INTERRUPTED
+    return StageOutcome(
+        outcome="failed",
+        exit_code=exit_code,
+        error={
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+        },
+    )
+
+
+def data_fingerprint(experiment: Experiment) -> str:
+    """What the training and validation data were made from; test data is not looked at."""
+    parts = []
+    for split in ("train", "validation"):
+        dataset = experiment.dataset(split)
+        parts.append(str(getattr(dataset, "fingerprint", f"num_samples={len(dataset)}")))
+    return "/".join(parts)
+
+
+def _configuration(
+    arguments: StageArguments, run: RunDirectory
+) -> tuple[RunConfig, type[Experiment]]:
+    experiment_class = load_experiment(arguments.experiment)
+    base = default_values(experiment_class)
+    if arguments.is_resume:
+        try:
+            base = config_from_record(read_run_record(run).config).model_dump(mode="json")
+        except FileNotFoundError:
+            raise InputError(f"there is no run to resume at {run.path}") from None
+    config = resolve_config(
+        settings_class=settings_class(experiment_class),
+        defaults=base,
+        file=arguments.config_file,
+        overrides=arguments.overrides,
+    )
+    return config, experiment_class
+
+
+def _run_record(arguments: StageArguments, config: RunConfig, experiment: Experiment) -> RunRecord:
+    return RunRecord(
+        run_id=arguments.run_id,
+        experiment=arguments.experiment,
+        config=config.model_dump(mode="json"),
+        config_digest=config_digest(config),
+        seeds={purpose: derive_seed(config.seed, purpose) for purpose in SEED_PURPOSES},
+        data_fingerprint=data_fingerprint(experiment),
+        versions=library_versions(),
+        num_threads=arguments.num_threads,
+        created_at=utc_now(),
+    )

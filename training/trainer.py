@@ -1,0 +1,201 @@
+"""Trainer.fit(): from where the state stands to the end, or to a notice."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from training.config import RunConfig
+from training.data import BatchPlan, Loader, Microbatch
+from training.early_stopping import EarlyStopping
+from training.evaluation import evaluate
+from training.experiment import Dataset, Experiment
+from training.optimization import named_metric
+from training.preemption import Notice, PreemptionMonitor
+from training.progress import Progress
+from training.saving import Saver
+from training.state import Counters, EpochRecord, TrainState
+from training.train_step import TrainStep
+
+
+@dataclass(frozen=True)
+class SegmentOutcome:
+    """How a segment ended, and after which step."""
+
+    outcome: Literal["completed", "preempted"]
+    step: int
+    notice: Notice | None = None
+
+
+@dataclass
+class Costs:
+    """Seconds of a segment by what they were spent on."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """Add the time of the block to ``name``."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed_s = time.perf_counter() - start_s
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed_s
+
+
+class _Pace:
+    """Steps per second since training began in this process."""
+
+    def __init__(self, first_step: int) -> None:
+        self._first_step = first_step
+        self._start_s = time.monotonic()
+
+    def steps_per_s(self, step: int) -> float:
+        return (step - self._first_step) / max(time.monotonic() - self._start_s, 1e-9)
+
+
+@dataclass
+class Trainer:
+    """One segment's training. All parts are given; ``fit`` puts them to work."""
+
+    experiment: Experiment
+    config: RunConfig
+    state: TrainState
+    plan: BatchPlan
+    loader: Loader
+    validation: Dataset
+    train_step: TrainStep
+    monitor: PreemptionMonitor
+    progress: Progress
+    costs: Costs
+
+    def fit(self, saver: Saver, on_report: Callable[[int], None]) -> SegmentOutcome:
+        """Train until the configured end or a notice. ``on_report`` is told steps now and then.
+
+        After return with ``completed`` the final checkpoint is durable; with ``preempted``, too,
+        unless the notice left too little time, and then the last one counts.
+
+        Raises:
+            NonFiniteLossError: a loss is NaN or infinite; nothing of it was saved.
+            StorageError: two saves in a row failed.
+            LeaseLostError: another segment writes this run now.
+        """
+        pace = _Pace(self.state.counters.step)
+        if self._is_at_epoch_end() and not self._end_epoch(saver):
+            return self._stop(saver)
+        steps = self._steps()
+        while not self.is_finished():
+            if self._is_preempted():
+                return self._stop(saver)
+            self.train_step(next(steps))
+            if self.progress.is_due():
+                self._report(pace)
+                on_report(self.state.counters.step)
+            if not self._is_at_epoch_end():
+                saver.after_step()
+            elif not self._end_epoch(saver):
+                return self._stop(saver)
+        saver.finish()
+        return SegmentOutcome("completed", self.state.counters.step)
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        counters, train = self.state.counters, self.config.train
+        if counters.step_in_epoch != 0:
+            return False
+        return (
+            counters.epoch >= train.num_epochs
+            or (train.max_steps is not None and counters.step >= train.max_steps)
+            or self.state.early_stopping.should_stop(self.config.early_stopping)
+        )
+
+    def _steps(self) -> Iterator[list[Microbatch]]:
+        counters = self.state.counters
+        microbatches = self.loader.steps(counters.epoch, counters.step_in_epoch)
+        for _, group in itertools.groupby(microbatches, key=lambda m: (m.epoch, m.step_in_epoch)):
+            yield list(group)
+
+    def _is_preempted(self) -> bool:
+        return self.monitor.notice is not None
+
+    def _is_at_epoch_end(self) -> bool:
+        """Whether the last step of an epoch is done and its validation is not."""
+        counters = self.state.counters
+        if counters.step_in_epoch == 0:
+            return False
+        is_last_step = counters.step_in_epoch >= self.plan.num_steps(counters.epoch)
+        return is_last_step or counters.step == self.config.train.max_steps
+
+    def _end_epoch(self, saver: Saver) -> bool:
+        """Validate, record, adapt the rate, save. False where a notice cut validation short."""
+        self.train_step.guard.check()
+        with self.costs.measured("evaluating"):
+            records = evaluate(
+                self.experiment,
+                self.state.model,
+                self.validation,
+                batch_size=self.config.data.evaluation_batch_size,
+                should_stop=self._is_preempted,
+            )
+        if records is None:
+            return False
+        metrics = {name: float(v) for name, v in self.experiment.metrics(records).items()}
+        self._record_epoch(metrics)
+        saver.after_epoch(metrics, is_last=self.is_finished())
+        return True
+
+    def _record_epoch(self, metrics: dict[str, float]) -> None:
+        state, counters = self.state, self.state.counters
+        record = EpochRecord(
+            epoch=counters.epoch,
+            step=counters.step,
+            train_loss=state.loss_sum.item() / counters.step_in_epoch,
+            learning_rate=state.schedule.rate,
+            metrics=metrics,
+        )
+        state.history.append(record)
+        state.loss_sum.zero_()
+        state.counters = Counters(step=counters.step, epoch=counters.epoch + 1, step_in_epoch=0)
+        state.schedule.after_epoch(metrics)
+        state.early_stopping = self._early_stopping_after(metrics)
+        self.progress.emit(
+            "validation",
+            epoch=record.epoch,
+            step=record.step,
+            train_loss=record.train_loss,
+            metrics={**metrics},
+        )
+
+    def _early_stopping_after(self, metrics: dict[str, float]) -> EarlyStopping:
+        selection = self.config.selection
+        value = named_metric(metrics, selection.metric, "selection.metric")
+        return self.state.early_stopping.after(value, self.config.early_stopping, selection.mode)
+
+    def _stop(self, saver: Saver) -> SegmentOutcome:
+        notice = self.monitor.notice
+        assert notice is not None
+        self.progress.emit("notice", source=notice.source, reason=notice.reason)
+        saver.stop(notice)
+        return SegmentOutcome("preempted", self.state.counters.step, notice)
+
+    def _report(self, pace: _Pace) -> None:
+        counters = self.state.counters
+        self.progress.emit(
+            "progress",
+            step=counters.step,
+            num_steps=self._num_steps(),
+            epoch=counters.epoch,
+            loss=self.train_step.last_loss.item(),
+            steps_per_s=pace.steps_per_s(counters.step),
+        )
+
+    def _num_steps(self) -> int:
+        """Steps of the whole run, if nothing stops it early."""
+        train = self.config.train
+        num_steps = train.num_epochs * self.plan.num_steps(0)
+        return num_steps if train.max_steps is None else min(num_steps, train.max_steps)
