@@ -7,4 +7,5 @@ from __future__ import annotations
 
 EXPERIMENTS: dict[str, str] = {
     "digits": "training.experiments.digits:Digits",
+    "turbofan": "training.experiments.turbofan:Turbofan",
 }

@@ -1,0 +1,257 @@
+"""Remaining useful life and health of jet engines, on NASA's C-MAPSS data.
+
+Engines are split, never windows: windows of one engine overlap, and a random split of windows
+tells a model's memory, not what it does with an engine that it has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.config import Section, Split
+from training.experiment import Batch, Context, Records
+from training.experiments.turbofan_data import (
+    Engines,
+    Integers,
+    read_test_engines,
+    read_training_engines,
+    window_rows,
+)
+from training.experiments.turbofan_model import TurbofanModel, fit_scaler
+
+HEALTHY_ABOVE = 80.0
+CRITICAL_UP_TO = 30.0
+HEALTH_CLASSES = ("healthy", "degrading", "critical")
+GOLDEN_RATIO = 0.6180339887498949
+FIRST_CUT = 0.25
+"""Least fraction of a life after which validation cuts it off. Test histories have about 0.63 of
+a training engine's length on average, as fractions between a quarter and one would have."""
+
+
+class TurbofanSettings(Section):
+    """Settings of the turbofan experiment."""
+
+    subset: Literal["FD001", "FD002", "FD003", "FD004"] = "FD001"
+    """Part of the data: 1 and 3 have one operating condition, 2 and 4 six; 3 and 4 two faults."""
+    window: int = Field(30, ge=2, le=1000)
+    """Cycles that the model sees."""
+    rul_cap: float = Field(125.0, gt=0)
+    """Remaining lives above this many cycles count as this many."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Probability of dropping a feature, in all parts but the heads."""
+    validation_fraction: float = Field(0.2, gt=0, lt=1)
+    """Fraction of the training engines that validate and are never trained on."""
+    split_seed: int = Field(0, ge=0, lt=2**32)
+    """Decides which engines validate; apart from the run's seed, so that runs can be compared."""
+    train_stride: int = Field(1, ge=1)
+    """An epoch takes one window, at a random place, from every so many cycles of an engine."""
+    min_cycles: int = Field(15, ge=1)
+    """Training windows end at this cycle or later; those before a full window are padded."""
+    validation_windows: int = Field(20, ge=1)
+    """Places at which each validation engine's history is cut off."""
+
+
+class TurbofanDataset:
+    """Windows fp32 [window, 17] of raw readings, each with what is known of its last cycle.
+
+    An item stands for ``spread`` consecutive cycles, of which one is drawn as the last one.
+    Targets: RUL in cycles (not capped), number of the engine, and the last cycle.
+    """
+
+    def __init__(
+        self, engines: Engines, engine: Integers, cycles: Integers, window: int, spread: Integers
+    ) -> None:
+        self._engines = engines
+        self._rows = torch.from_numpy(engines.rows.astype(np.float32))
+        self._engine = engine
+        self._cycles = cycles
+        self._window = window
+        self._spread = spread
+        self.fingerprint = engines.fingerprint()
+
+    def __len__(self) -> int:
+        return len(self._engine)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        windows, targets = self.fetch(np.array([index]))
+        return windows[0], tuple(target[0] for target in targets)
+
+    def fetch(self, indices: Integers) -> Batch:
+        """A batch (windows [B, window, 17], (rul [B], engine [B], cycle [B])): one gather."""
+        engine, cycles, spread = (
+            array[indices] for array in (self._engine, self._cycles, self._spread)
+        )
+        if (spread > 1).any():
+            # Without a draw where nothing is random: validation needs no generator.
+            draws = torch.rand(len(spread), dtype=torch.float64).numpy()
+            cycles = cycles - (draws * spread).astype(np.int64)
+        rows = window_rows(self._engines, engine, cycles, self._window)
+        rul = self._engines.lengths[engine] - cycles + self._engines.final_rul[engine]
+        targets = (rul.astype(np.float32), self._engines.ids[engine], cycles)
+        return self._rows[torch.from_numpy(rows)], tuple(map(torch.from_numpy, targets))
+
+
+class Turbofan:
+    """Predict remaining useful life (RUL) and health class from the last cycles of an engine."""
+
+    Settings = TurbofanSettings
+    defaults: ClassVar[dict[str, Any]] = {
+        "data": {"batch_size": 64},
+        "train": {"num_epochs": 60, "clip_norm": 1.0},
+        "optimizer": {"name": "AdamW", "args": {"lr": 1e-3, "weight_decay": 1e-4}},
+        "warmup": {"num_epochs": 10, "start_factor": 0.1},
+        "scheduler": {
+            "name": "ReduceLROnPlateau",
+            "args": {"factor": 0.5, "patience": 30, "min_lr": 5e-6},
+            "metric": "rmse",
+        },
+        "early_stopping": {"patience_epochs": 80},
+        "ema": {"decays": [0.999]},
+        "selection": {"metric": "rmse", "mode": "min"},
+    }
+
+    def __init__(self, context: Context) -> None:
+        self._settings: TurbofanSettings = context.settings
+        self._folder = context.data_folder
+
+    @cached_property
+    def _engines(self) -> tuple[Engines, Engines]:
+        """Training and validation engines; only the training file is opened."""
+        engines = read_training_engines(self._folder, self._settings.subset)
+        num = len(engines.ids)
+        # RandomState's streams are frozen by NumPy's compatibility policy.
+        order = np.random.RandomState(self._settings.split_seed).permutation(num)
+        num_validation = min(max(1, round(self._settings.validation_fraction * num)), num - 1)
+        is_validation = np.isin(np.arange(num), order[:num_validation])
+        return engines.chosen(~is_validation), engines.chosen(is_validation)
+
+    def dataset(self, split: Split) -> TurbofanDataset:
+        """Windows of a split.
+
+        ``train``: windows of the training engines, their last cycles spread over whole lives.
+        ``validation``: the validation engines' histories, each cut off at
+        ``validation_windows`` places as the test engines' are cut off at one.
+        ``test``: the window at each test engine's last cycle.
+        """
+        settings = self._settings
+        if split == "test":
+            engines = read_test_engines(self._folder, settings.subset)
+            numbers, cycles = np.arange(len(engines.ids)), engines.lengths
+            spread = np.ones_like(cycles)
+        elif split == "validation":
+            engines = self._engines[1]
+            numbers, cycles = cut_off(engines, settings.validation_windows)
+            spread = np.ones_like(cycles)
+        else:
+            engines = self._engines[0]
+            numbers, cycles, spread = blocks(engines, settings.min_cycles, settings.train_stride)
+        return TurbofanDataset(engines, numbers, cycles, settings.window, spread)
+
+    def model(self) -> TurbofanModel:
+        """The dual-task network, its scaler fitted to the training engines."""
+        scaler = fit_scaler(self._engines[0].rows)
+        return TurbofanModel(scaler, self._settings.dropout, self._settings.rul_cap)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Half the weighted squared error of RUL in cycles, half the cross entropy of health."""
+        windows, (rul, _, _) = batch
+        squared, entropy = self._errors(model(windows), rul)
+        return (0.5 * squared + 0.5 * entropy).mean()
+
+    def score(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Per window: ``loss``, ``prediction`` and ``target`` (RUL in cycles, not capped),
+        ``health`` (probabilities [B, 3]), ``health_target``, ``engine``, ``cycle``.
+        """
+        windows, (rul, engine, cycle) = batch
+        outputs = model(windows)
+        squared, entropy = self._errors(outputs, rul)
+        return {
+            "loss": 0.5 * squared + 0.5 * entropy,
+            "prediction": outputs[0].float().squeeze(1),
+            "target": rul,
+            "health": outputs[1].float().softmax(1),
+            "health_target": health_class(rul),
+            "engine": engine,
+            "cycle": cycle,
+        }
+
+    def metrics(self, records: Records) -> dict[str, float]:
+        """``rmse`` against capped and ``rmse_raw`` against raw RUL, in cycles; ``nasa_score``
+        against raw and ``nasa_score_capped`` against capped RUL; ``health_accuracy``; ``loss``.
+
+        A score is the sum over engines of the mean over an engine's windows; for the one window
+        of each test engine that is NASA's sum.
+        """
+        predicted = records["prediction"].astype(np.float64)
+        raw = records["target"].astype(np.float64)
+        capped = np.minimum(raw, self._settings.rul_cap)
+        _, engine = np.unique(records["engine"], return_inverse=True)
+        weight = 1.0 / np.bincount(engine)[engine]
+        is_right = records["health"].argmax(1) == records["health_target"]
+        return {
+            "rmse": float(np.sqrt(np.mean((predicted - capped) ** 2))),
+            "rmse_raw": float(np.sqrt(np.mean((predicted - raw) ** 2))),
+            "nasa_score": float(np.sum(weight * nasa_penalty(predicted - raw))),
+            "nasa_score_capped": float(np.sum(weight * nasa_penalty(predicted - capped))),
+            "health_accuracy": float(np.mean(is_right)),
+            "loss": float(records["loss"].mean(dtype=np.float64)),
+        }
+
+    def _errors(self, outputs: tuple[Tensor, Tensor], rul: Tensor) -> tuple[Tensor, Tensor]:
+        """Weighted squared error [B] and cross entropy [B]; errors at the end of life cost more."""
+        cap = self._settings.rul_cap
+        target = rul.clamp(max=cap)
+        weight = 1 + (1 - target / cap).clamp(0, 1)
+        squared = weight * (outputs[0].float().squeeze(1) - target).square()
+        entropy = functional.cross_entropy(outputs[1].float(), health_class(rul), reduction="none")
+        return squared, entropy
+
+
+def health_class(rul: Tensor) -> Tensor:
+    """0 healthy above 80 cycles, 1 degrading, 2 critical up to 30 cycles."""
+    return (rul <= HEALTHY_ABOVE).long() + (rul <= CRITICAL_UP_TO).long()
+
+
+def nasa_penalty(error: Any) -> Any:
+    """Saxena et al. 2008: exp(-d/13) - 1 for early, exp(d/10) - 1 for late predictions.
+
+    ``error`` is predicted minus true cycles. Finite for any error: capped at 1000 cycles.
+    """
+    error = np.clip(error, -1000.0, 1000.0)
+    return np.expm1(np.where(error < 0, -error / 13, error / 10))
+
+
+def blocks(engines: Engines, min_cycles: int, stride: int) -> tuple[Integers, Integers, Integers]:
+    """Engine, last cycle and size of blocks of consecutive cycles that cover each history.
+
+    Blocks are counted back from the end of a life, so that failure is always in one; they have
+    ``stride`` cycles, but for an engine's first block, which has what is left.
+    """
+    first = np.minimum(min_cycles, engines.lengths)
+    num = -(-(engines.lengths - first + 1) // stride)
+    numbers = np.repeat(np.arange(len(num)), num)
+    place = np.arange(len(numbers)) - np.repeat(np.cumsum(num) - num, num)
+    last = engines.lengths[numbers] - place * stride
+    return numbers, last, np.minimum(stride, last - first[numbers] + 1)
+
+
+def cut_off(engines: Engines, num_cuts: int) -> tuple[Integers, Integers]:
+    """Engine and last cycle of each history cut off at evenly spread fractions of its life.
+
+    The fractions run from FIRST_CUT to 1 and are shifted from engine to engine by the golden ratio:
+    the RUL at the cuts is spread evenly, without a draw. NASA's test engines are cut off at such
+    random places, at one each; many places make the criterion steady.
+    """
+    num = len(engines.ids)
+    shift = (np.arange(num) * GOLDEN_RATIO) % 1
+    fraction = FIRST_CUT + (1 - FIRST_CUT) * (np.arange(num_cuts) + shift[:, None]) / num_cuts
+    cycles = np.maximum(1, np.floor(fraction * engines.lengths[:, None])).astype(np.int64)
+    return np.repeat(np.arange(num), num_cuts), cycles.reshape(-1)
