@@ -1,0 +1,5 @@
+"""``python -m flows`` is ``holdfast``."""
+
+from flows.command_line import main
+
+main()

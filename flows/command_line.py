@@ -1,0 +1,132 @@
+"""The command line ``holdfast``.
+
+Each command lives in a module of its own below ``flows.commands`` and is imported only when it is
+used, so that ``holdfast --help`` answers at once. To add a command, write a module with a
+``command`` and add a row to ``COMMANDS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import click
+
+from training.errors import HoldfastError
+
+
+class CommandRow(NamedTuple):
+    """Where a command lives, and what the overview says of it.
+
+    Attributes:
+        module: its module; the attribute ``command`` is a ``click.Command``.
+        summary: the line in ``holdfast --help``; the command's own short help.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS: dict[str, CommandRow] = {
+    "run": CommandRow("flows.commands.run", "Train an experiment, from seed to verified bundle."),
+    "resume": CommandRow("flows.commands.resume", "Go on with a run that was stopped or failed."),
+    "status": CommandRow("flows.commands.status", "Show the runs of a store, or one run."),
+    "report": CommandRow("flows.commands.report", "Write a run's report again, and say where."),
+    "checkpoints": CommandRow(
+        "flows.commands.checkpoints", "List, verify or compare the checkpoints of a run."
+    ),
+    "deploy": CommandRow("flows.commands.deploy", "Put the deployments on a Prefect server."),
+    "worker": CommandRow("flows.commands.worker", "Take up runs here, and hand them over in time."),
+    "rescue": CommandRow("flows.commands.rescue", "Notice runs that lost their machine."),
+    "doctor": CommandRow("flows.commands.doctor", "Check that this machine is fit to train."),
+}
+
+EXAMPLES = """
+\b
+Examples:
+  holdfast run digits                        train, choose, export, check; all below ./runs
+  holdfast run digits --set train.num_epochs=5 --run-id short
+  holdfast run my_task.py:Task --config my_task.toml --store /mnt/runs
+  holdfast resume short                      after Ctrl-C, a crash, or a lost machine
+  holdfast status                            what is there, and how it did
+  holdfast doctor                            is this machine fit to train?
+
+\b
+Exit codes:
+  0 completed    75 preempted, saved: resume it    2 wrong input    1 failed
+"""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """All names, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The command itself, imported now; None where there is none of that name."""
+        row = COMMANDS.get(cmd_name)
+        if row is None:
+            return None
+        command: click.Command = importlib.import_module(row.module).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """The overview, from the table alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, row.summary) for name, row in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, with the nearest name where there is none of that name."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            from training.config_loading import nearest
+
+            ctx.fail(f"there is no command {args[0]!r}; {nearest(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup,
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="holdfast", prog_name="holdfast")
+def holdfast() -> None:
+    """Train PyTorch models on machines that may vanish at any second, and get the weights you
+    would have got without a single interruption. Bit for bit.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 completed, 75 preempted, 2 bad input, 1 failed."""
+    sys.exit(exit_code_of(arguments))
+
+
+def exit_code_of(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; its exit code. Errors are one line on stderr."""
+    try:
+        code = holdfast.main(args=arguments, prog_name="holdfast", standalone_mode=False)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.UsageError as error:
+        hint = f"; try {error.ctx.command_path} --help" if error.ctx else ""
+        return _fail(f"{error.format_message()}{hint}", 2)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("stopped", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second complaint
+        return 0
+    except HoldfastError as error:
+        return _fail(str(error), error.exit_code)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, exit_code: int) -> int:
+    click.echo(f"holdfast: {' '.join(message.splitlines())}", err=True)
+    return exit_code

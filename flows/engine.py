@@ -1,0 +1,78 @@
+"""The process below ``holdfast run``: Prefect and the flow, apart from the terminal.
+
+It reads the flow's parameters as JSON on stdin, and tells events on the file descriptor that
+``HOLDFAST_EVENTS_FD`` names; the last one is ``result`` or ``error``. It runs in a session of its
+own: Ctrl-C reaches the command line alone, which then stops this process in an orderly way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from typing import Any
+
+from tasks.deathwatch import EXIT_PREEMPTED
+
+SERVER_TIMEOUT_S = 10.0
+
+
+def main() -> int:
+    """Run the flow; exit code 0, 75, 2 or 1."""
+    parameters = json.load(sys.stdin)
+    # The temporary server would tell its makers that it was started; it works without.
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+
+    from prefect.exceptions import CancelledRun, TerminationSignal
+
+    from tasks.reporter import tell_terminal
+    from training.errors import HoldfastError
+
+    try:
+        result = _run_flow(parameters)
+    except HoldfastError as error:
+        tell_terminal({"event": "error", "message": str(error), "exit_code": error.exit_code})
+        return error.exit_code
+    except (TerminationSignal, CancelledRun, KeyboardInterrupt):
+        return EXIT_PREEMPTED
+    tell_terminal({"event": "result", "result": result})
+    return 0
+
+
+def _run_flow(parameters: dict[str, Any]) -> dict[str, Any]:
+    from prefect.settings import (
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        get_current_settings,
+        temporary_settings,
+    )
+
+    from flows.training_pipeline import training_pipeline
+
+    api_url = get_current_settings().api.url
+    if api_url is not None:
+        _require_server(api_url)
+        return dict(training_pipeline(**parameters))
+    # Nobody watches a temporary server for missing heartbeats, and the thread costs a second.
+    with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        return dict(training_pipeline(**parameters))
+
+
+def _require_server(api_url: str) -> None:
+    """Raise HoldfastError unless the Prefect server answers."""
+    from training.errors import HoldfastError
+
+    try:
+        with urllib.request.urlopen(f"{api_url}/health", timeout=SERVER_TIMEOUT_S):
+            return
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise HoldfastError(
+            f"the Prefect server at {api_url} does not answer ({reason}); start it, or unset "
+            "PREFECT_API_URL to run without one"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""What a person sees while a run goes on: bars on a terminal, silence elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+Event = Mapping[str, Any]
+
+STAGE_TITLES = {
+    "segment": "training",
+    "candidates": "candidates",
+    "evaluate": "evaluation",
+    "export": "export and parity",
+    "report": "report",
+}
+
+
+class ProgressView(Protocol):
+    """Shows the events of a run, one after another."""
+
+    def show(self, event: Event) -> None:
+        """Take one event in; unknown ones are ignored."""
+        ...
+
+    def say(self, text: str) -> None:
+        """One line to the user, beside the bars."""
+        ...
+
+    def close(self) -> None:
+        """Take the bars away."""
+        ...
+
+
+class SilentView:
+    """For scripts and logs: only what ``say`` is told, on stderr."""
+
+    def show(self, event: Event) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """One line on stderr."""
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class TerminalView:
+    """One bar a stage."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._console = Console(stderr=True)
+        self._progress: Progress = Progress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+        )
+        self._bars: dict[str, TaskID] = {}
+        self._progress.start()
+
+    def show(self, event: Event) -> None:
+        """Move the bar of the event's stage."""
+        kind = event.get("event")
+        stage = str(event.get("stage", "segment"))
+        if kind == "stage":
+            self._bar(stage)
+            if event.get("state") == "finished":
+                self._finish(stage)
+        elif kind == "progress":
+            done, total, detail = progress_of(event)
+            bar = self._bar(stage)
+            self._progress.update(bar, completed=done, total=total, detail=detail)
+        elif kind == "notice":
+            self.say(f"notice from {event.get('source')}: {event.get('reason')}; saving")
+        elif kind == "restored":
+            self.say(f"goes on from step {event.get('step')}")
+        elif kind == "log" and event.get("level") in ("warning", "error"):
+            self.say(str(event.get("message")))
+
+    def say(self, text: str) -> None:
+        """One line above the bars."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Stop drawing; the bars stay as they are."""
+        self._progress.stop()
+
+    def _bar(self, stage: str) -> TaskID:
+        if stage not in self._bars:
+            title = STAGE_TITLES.get(stage, stage)
+            self._bars[stage] = self._progress.add_task(title, total=None, detail="")
+        return self._bars[stage]
+
+    def _finish(self, stage: str) -> None:
+        total = next(t.total for t in self._progress.tasks if t.id == self._bars[stage]) or 1
+        self._progress.update(self._bars[stage], total=total, completed=total)
+
+
+def progress_of(event: Event) -> tuple[float, float | None, str]:
+    """Done, total and a few words, from a progress event of any stage.
+
+    Training counts steps; the later stages count what they say in ``message``.
+    """
+    if "step" in event:
+        rate = event.get("steps_per_s")
+        words = [f"step {event['step']}/{event.get('num_steps', '?')}"]
+        words += [f"epoch {event['epoch']}"] if "epoch" in event else []
+        words += [f"loss {event['loss']:.4g}"] if event.get("loss") is not None else []
+        words += [f"{rate:.1f} steps/s"] if rate else []
+        return float(event["step"]), event.get("num_steps"), "  ".join(words)
+    return float(event.get("done", 0)), event.get("total"), str(event.get("message", ""))
+
+
+def open_view(*, is_json: bool) -> ProgressView:
+    """Bars where a person watches; silence for scripts and logs."""
+    return TerminalView() if sys.stderr.isatty() and not is_json else SilentView()

@@ -1,0 +1,35 @@
+"""What is trained, where: the value that the flow hands from task to task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.experiment_loading import experiment_name
+from training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, as it was asked for.
+
+    Attributes:
+        experiment: row of the table, ``package.module:Class`` or ``path/to/file.py:Class``.
+        store: absolute path of the store.
+        run_id: name of the run below ``<store>/<experiment>``.
+        config_file: absolute path of a TOML file.
+        overrides: ``section.key=value``.
+        is_resume: take the configuration from ``run.json``; file and overrides go over it.
+    """
+
+    experiment: str
+    store: Path
+    run_id: str
+    config_file: Path | None = None
+    overrides: tuple[str, ...] = ()
+    is_resume: bool = False
+
+    @property
+    def run(self) -> RunDirectory:
+        """Where the run lives."""
+        return RunDirectory(self.store / experiment_name(self.experiment) / self.run_id)

@@ -1,0 +1,119 @@
+"""What can be checked before anything starts, without torch and without Prefect."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import unquote, urlsplit
+
+from pydantic import ConfigDict
+
+from tasks.job import Job
+from training.config import RunConfig, Section
+from training.config_loading import resolve_config
+from training.errors import (
+    DataNotFoundError,
+    ExperimentError,
+    InputError,
+    StorageError,
+    StorageFullError,
+)
+from training.experiment_loading import experiment_name
+from training.experiments import EXPERIMENTS
+from training.run_directory import read_run_record, validate_run_id
+
+MIN_FREE_BYTES = 64 * 2**20
+
+
+class AnySettings(Section):
+    """Settings of an experiment whose class is not loaded here; its own process checks them."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="allow")
+
+
+def check_job(job: Job) -> RunConfig:
+    """The configuration of a job that can be started, as far as this can be told from outside.
+
+    The experiment's own settings are checked by the process that loads it.
+
+    Raises:
+        InputError: run id, experiment, configuration or data folder.
+        StorageError: the store is not writable, or full.
+    """
+    validate_run_id(job.run_id)
+    _check_experiment(job.experiment)
+    config = resolve_config(
+        settings_class=AnySettings,
+        defaults=_recorded_config(job) if job.is_resume else None,
+        file=job.config_file,
+        overrides=job.overrides,
+    )
+    folder = config.data.folder
+    if folder is not None and not folder.expanduser().is_dir():
+        raise DataNotFoundError(
+            f"data.folder = {folder} is not a folder on this machine; "
+            "mount it here, or name another with --set data.folder=/path"
+        )
+    require_writable(job.store)
+    return config
+
+
+def store_path(store: str) -> Path:
+    """The absolute path of the folder that a store's URI or path names.
+
+    Raises:
+        InputError: the URI is of another kind than ``file``.
+    """
+    parts = urlsplit(store)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path)).absolute()
+    if "://" in store:
+        raise InputError(
+            f"store {store}: expected a folder or file:///folder, found {parts.scheme}://; "
+            "mount the storage as a folder that all workers see"
+        )
+    return Path(store).expanduser().absolute()
+
+
+def require_writable(store: Path) -> None:
+    """Make the store's folder, and write and remove a small file in it.
+
+    Raises:
+        StorageError: the folder cannot be made or written; the message says why.
+        StorageFullError: less than 64 MiB are free.
+    """
+    probe = store / f".writable-{os.getpid()}"
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"holdfast")
+        probe.unlink()
+        free_bytes = shutil.disk_usage(store).free
+    except OSError as error:
+        raise StorageError(
+            f"store {store} is not writable: {error.strerror or error}; "
+            "name another with --store, or correct its permissions"
+        ) from error
+    if free_bytes < MIN_FREE_BYTES:
+        raise StorageFullError(
+            f"store {store} is full: {free_bytes:,} bytes are free, at least "
+            f"{MIN_FREE_BYTES:,} are needed; make room, or name another with --store",
+            needed_bytes=MIN_FREE_BYTES,
+            free_bytes=free_bytes,
+        )
+
+
+def _recorded_config(job: Job) -> dict[str, Any]:
+    try:
+        return read_run_record(job.run).config
+    except FileNotFoundError:
+        raise InputError(f"there is no run to resume at {job.run.path}") from None
+
+
+def _check_experiment(reference: str) -> None:
+    experiment_name(reference)
+    source = reference.rpartition(":")[0]
+    is_own_file = reference not in EXPERIMENTS and source.endswith(".py")
+    if is_own_file and not Path(source).expanduser().is_file():
+        raise ExperimentError(f"experiment file {source} does not exist; check the path")

@@ -1,0 +1,165 @@
+"""What a run's directory says about the run: for the command line and for Prefect's artifacts.
+
+Reads JSON only, and takes a run at any moment of its life: whatever is not there yet is None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from training.lease import LeaseView, read_lease
+from training.run_directory import (
+    RunDirectory,
+    SegmentRecord,
+    ledger_outcome,
+    parse_step,
+    read_json,
+    read_run_record,
+    read_segments,
+)
+
+State = Literal["new", "training", "preempted", "failed", "killed", "trained", "completed"]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run, as far as it has come.
+
+    Attributes:
+        name: ``experiment/run_id``.
+        state: ``training`` while its lease is held; ``trained`` when the last segment completed;
+            ``completed`` once the bundle is published; otherwise how its last segment ended.
+        step: steps that are done, as told by the newest segment or checkpoint.
+        num_segments, num_preemptions, num_crashes: process lives so far, and how they ended.
+        holder: who is writing it now.
+        champion: name of the weights that won, once they have been chosen.
+        test_metrics: the champion's metrics on test data.
+        costs_s: seconds by what they went to, over all segments.
+        goodput: useful training time divided by all time that was paid for.
+        error: why the last segment failed.
+    """
+
+    name: str
+    path: str
+    state: State
+    step: int
+    num_segments: int
+    num_preemptions: int
+    num_crashes: int
+    holder: str | None
+    champion: str | None
+    test_metrics: dict[str, float]
+    costs_s: dict[str, float]
+    goodput: float | None
+    bundle: str | None
+    report: str | None
+    error: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+def summarize(run: RunDirectory) -> RunSummary:
+    """Read a run. Raises DataFormatError or StorageError where a file of it is not readable."""
+    segments = read_segments(run)
+    lease = read_lease(run)
+    is_alive = lease is not None and lease.status == "held"
+    outcomes = [
+        ledger_outcome(record, is_alive=is_alive and record is segments[-1]) for record in segments
+    ]
+    evaluation = read_optional(run.evaluation_json)
+    costs_s = _sum_of_costs(segments)
+    paid_s = sum(costs_s.values())
+    return RunSummary(
+        name=f"{run.path.parent.name}/{run.path.name}",
+        path=str(run.path),
+        state=_state(run, outcomes, lease),
+        step=_newest_step(run, segments),
+        num_segments=len(segments),
+        num_preemptions=outcomes.count("preempted"),
+        num_crashes=outcomes.count("failed") + outcomes.count("killed"),
+        holder=lease.holder if lease is not None and is_alive else None,
+        champion=champion_name(evaluation),
+        test_metrics=test_metrics(evaluation),
+        costs_s=costs_s,
+        goodput=costs_s.get("useful", 0.0) / paid_s if paid_s > 0 else None,
+        bundle=str(run.bundle) if run.bundle.is_dir() else None,
+        report=str(run.report_html) if run.report_html.is_file() else None,
+        error=segments[-1].error.message if segments and segments[-1].error else None,
+    )
+
+
+def experiment_reference(run: RunDirectory) -> str:
+    """How the run's experiment was named when the run was begun."""
+    return read_run_record(run).experiment
+
+
+def history_of(run: RunDirectory) -> list[dict[str, Any]]:
+    """One entry per finished epoch, from the newest checkpoint; empty where there is none."""
+    for step in sorted(checkpoint_steps(run), reverse=True):
+        state = read_optional(run.checkpoint(step) / "state.json")
+        if isinstance(state, dict) and isinstance(state.get("history"), list):
+            return list(state["history"])
+    return []
+
+
+def checkpoint_steps(run: RunDirectory) -> list[int]:
+    """Steps of the committed checkpoints, ascending."""
+    if not run.checkpoints.is_dir():
+        return []
+    steps = (parse_step(path.name) for path in run.checkpoints.iterdir())
+    return sorted(step for step in steps if step is not None)
+
+
+def read_optional(path: Any) -> Any:
+    """The JSON of a file; None where there is no such file."""
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None
+
+
+def champion_name(evaluation: Any) -> str | None:
+    """Name of the champion in ``evaluation.json``."""
+    champion = evaluation.get("champion") if isinstance(evaluation, dict) else None
+    name = champion.get("name") if isinstance(champion, dict) else champion
+    return name if isinstance(name, str) else None
+
+
+def test_metrics(evaluation: Any) -> dict[str, float]:
+    """The champion's metrics on test data in ``evaluation.json``."""
+    test = evaluation.get("test") if isinstance(evaluation, dict) else None
+    metrics = test.get("metrics") if isinstance(test, dict) else None
+    return numbers_in(metrics)
+
+
+def numbers_in(values: Any) -> dict[str, float]:
+    """The entries of a mapping that are numbers."""
+    if not isinstance(values, dict):
+        return {}
+    return {name: float(v) for name, v in values.items() if isinstance(v, (int, float))}
+
+
+def _state(run: RunDirectory, outcomes: list[Any], lease: LeaseView | None) -> State:
+    if run.bundle.is_dir():
+        return "completed"
+    if lease is not None and lease.status == "held":
+        return "training"
+    if not outcomes:
+        return "new"
+    last: State = "trained" if outcomes[-1] == "completed" else outcomes[-1]
+    return last
+
+
+def _newest_step(run: RunDirectory, segments: list[SegmentRecord]) -> int:
+    return max([record.end_step for record in segments] + checkpoint_steps(run), default=0)
+
+
+def _sum_of_costs(segments: list[SegmentRecord]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for record in segments:
+        for name, seconds in record.costs_s.items():
+            total[name] = round(total.get(name, 0.0) + seconds, 3)
+    return total
