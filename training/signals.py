@@ -9,6 +9,7 @@ came in between waits in the kernel.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
@@ -99,7 +100,7 @@ class SignalFlag:
             return
         received = ReceivedSignal(signal.Signals(number).name, time.monotonic())
         is_second_interrupt = number == signal.SIGINT and any(
-            earlier.name == received.name for earlier in self._received
+            earlier.name == received.name for earlier in tuple(self._received)
         )
         if is_second_interrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -161,27 +162,30 @@ def exec_held(arguments: Sequence[str], environment: Mapping[str, str]) -> NoRet
 
 
 def ignore_in_worker() -> None:
-    """Make a loader process live until its parent closes it; to be called in that process.
+    """Make a loader process live until its owner closes it; to be called in that process.
 
-    Ctrl-C and cluster managers signal the whole process group, but the parent still needs its
-    loader processes to finish the step. SIGINT and SIGUSR1 are ignored. SIGTERM counts only when
-    the parent itself sends it, as ``Process.terminate`` does; a handler cannot see the sender,
-    therefore a thread waits for the signal and looks. Main thread only.
+    Ctrl-C and cluster managers signal the whole process group, but the training process still
+    needs its loader processes to finish the step. SIGINT and SIGUSR1 are ignored. SIGTERM counts
+    only from the process that made this one, as ``Process.terminate`` sends it, and from anybody
+    once that process is gone. A handler cannot see the sender, therefore a thread waits for the
+    signal and looks. Main thread only.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # Blocked in this thread and in all that it starts, so that only the thread below gets it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGUSR1})
-    threading.Thread(
-        target=_end_on_parents_sigterm, args=(os.getppid(),), name="holdfast-sigterm", daemon=True
-    ).start()
+    threading.Thread(target=_end_on_owners_sigterm, name="holdfast-sigterm", daemon=True).start()
 
 
-def _end_on_parents_sigterm(parent: int) -> None:
+def _end_on_owners_sigterm() -> None:
+    # With a fork server the parent is the server; multiprocessing still knows who asked for us.
+    owner = multiprocessing.parent_process()
+    parent = os.getppid()
     while True:
         sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
-        if sender == parent or os.getppid() != parent:
+        is_orphan = os.getppid() != parent if owner is None else not owner.is_alive()
+        if is_orphan or sender == (parent if owner is None else owner.pid):
             os._exit(0)
 
 
