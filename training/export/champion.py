@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training.experiment import (
-    Batch,
-    Dataset,
-    Experiment,
-    Records,
-    collate,
-    concatenate,
-    example_inputs,
-    model_inputs,
-)
+from training.data import evaluation_batches
+from training.experiment import Experiment, Records, concatenate, example_inputs
 from training.export.guard import GuardedModel
 from training.export.numbers import Reference, double_copy, make_reference
 from training.export.probes import BATCH_SIZES, make_probes
@@ -121,28 +112,7 @@ def score_test_set(
     module = RunnerModule(run, interface)
     parts = []
     with torch.no_grad():
-        for batch in batches(experiment.dataset("test"), batch_size):
+        for batch in evaluation_batches(experiment.dataset("test"), batch_size):
             scored = experiment.score(module, batch)
             parts.append({name: value.numpy() for name, value in scored.items()})
     return concatenate(parts), module.seen
-
-
-def batches(dataset: Dataset, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-    """All items of a data set in order, or the first ``limit``, in batches."""
-    end = len(dataset) if limit is None else min(limit, len(dataset))
-    for start in range(0, end, batch_size):
-        yield _fetch(dataset, range(start, min(start + batch_size, end)))
-
-
-def input_batches(dataset: Dataset, batch_size: int, limit: int) -> Iterator[Inputs]:
-    """The inputs of ``batches``."""
-    for batch in batches(dataset, batch_size, limit):
-        yield model_inputs(batch)
-
-
-def _fetch(dataset: Dataset, indices: range) -> Batch:
-    fetch = getattr(dataset, "fetch", None)
-    if fetch is not None:
-        batch: Batch = fetch(np.asarray(indices, dtype=np.int64))
-        return batch
-    return collate(dataset, [dataset[index] for index in indices])

@@ -6,6 +6,7 @@ To add a format, write a class with the four members of ``Format`` and add a row
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,8 @@ from torch.export import ExportedProgram
 from training.errors import ExportError
 from training.export.guard import GuardedModel
 from training.export.specification import Inputs, Interface
+
+MAX_MESSAGE_CHARS = 600
 
 
 @dataclass(frozen=True)
@@ -124,14 +127,19 @@ def capture(model: GuardedModel, examples: Inputs, max_batch_size: int) -> Expor
     had_fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        program = torch.export.export(
-            copy.deepcopy(model),
-            examples,
-            dynamic_shapes={"inputs": tuple({0: batch} for _ in examples)},
-            strict=False,
-        )
+        with warnings.catch_warnings():
+            # torch's own LSTM and GRU set this attribute whenever they are moved.
+            warnings.filterwarnings("ignore", r"The tensor attributes .*_flat_weights", UserWarning)
+            program = torch.export.export(
+                copy.deepcopy(model),
+                examples,
+                dynamic_shapes={"inputs": tuple({0: batch} for _ in examples)},
+                strict=False,
+            )
     except Exception as error:  # torch raises its own, many and private, classes
-        raise ExportError(f"torch.export cannot capture the model: {error}") from error
+        raise ExportError(
+            f"torch.export cannot capture the model: {str(error)[:MAX_MESSAGE_CHARS]}"
+        ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(had_fastpath)
     for node in program.graph.nodes:

@@ -35,9 +35,9 @@ class GuardedModel(nn.Module):
         outputs = [as_columns(t) for t in flat_outputs(self.model(*map(_without_holes, inputs)))]
         if not floating:
             return tuple(outputs)
-        is_good = torch.isfinite(floating[0]).reshape(len(floating[0]), -1).all(1)
+        is_good = _all_finite(floating[0])
         for tensor in floating[1:]:
-            is_good = is_good & torch.isfinite(tensor).reshape(len(tensor), -1).all(1)
+            is_good = is_good & _all_finite(tensor)
         return tuple(_only_where(is_good, output) for output in outputs)
 
 
@@ -74,3 +74,9 @@ def _only_where(is_good: Tensor, output: Tensor) -> Tensor:
         missing = float("nan") if output.is_floating_point() else -1
     shaped = is_good.view(-1, *[1] * (output.dim() - 1))
     return torch.where(shaped, output, torch.full((), missing, dtype=output.dtype))
+
+
+def _all_finite(tensor: Tensor) -> Tensor:
+    """Per sample. Not ``len(tensor)``, which a trace would keep as a constant."""
+    is_finite = torch.isfinite(tensor)
+    return is_finite if tensor.dim() == 1 else is_finite.flatten(1).all(1)

@@ -88,7 +88,11 @@ class ArtifactReport:
 
     def as_json(self) -> dict[str, Any]:
         """For ``parity.json``; the same artifact gives the same values."""
-        return {**asdict(self), "is_good": self.is_good}
+        metrics = {
+            metric: {who: value if math.isfinite(value) else None for who, value in pair.items()}
+            for metric, pair in self.metrics.items()
+        }
+        return {**asdict(self), "is_good": self.is_good, "metrics": metrics}
 
 
 def check_artifact(

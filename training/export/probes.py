@@ -34,8 +34,13 @@ def make_probes(rows: Inputs, own: Mapping[str, Inputs]) -> dict[str, Inputs]:
         probes["large"] = _mapped(few, lambda t: t * LARGE)
         probes["saturating"] = _mapped(few, lambda t: t * SATURATING)
         for name, value in HOLES.items():
-            probes[name] = _mapped(few, partial(_with_hole, value=value))
+            probes[name] = holed(few, value)
     return {**probes, **own}
+
+
+def holed(inputs: Inputs, value: float) -> Inputs:
+    """The same samples, but ``value`` in the second one, in every floating-point input."""
+    return _mapped(inputs, partial(_with_hole, value=value))
 
 
 def _rows(rows: Inputs, size: int) -> Inputs:
@@ -49,6 +54,6 @@ def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
 
 def _with_hole(tensor: Tensor, value: float) -> Tensor:
     """The second sample gets ``value`` as its last element."""
-    holed = tensor.clone()
-    holed[1].view(-1)[-1] = value
-    return holed
+    changed = tensor.clone()
+    changed[1].view(-1)[-1] = value
+    return changed

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.jit._trace import TracerWarning
 
+from training.errors import ExportError
 from training.export.archives import rewrite_reproducibly
-from training.export.formats import Place, PortSignature, Source
+from training.export.formats import MAX_MESSAGE_CHARS, Place, PortSignature, Source
 from training.export.guard import PREFIX
 from training.export.specification import Inputs
 
@@ -50,18 +51,26 @@ class TorchScriptFormat:
     is_exact = True
 
     def write(self, source: Source, place: Place) -> None:
-        """Trace, save, and strip what names this machine."""
+        """Trace, save, and strip what names this machine. Raises ExportError."""
         target = place.bundle / self.path
         target.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", TracerWarning)
-            traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-                source.model, source.examples, check_trace=False
-            )
-            torch.jit.save(traced, str(target))
+        try:
+            _trace(source, target)
+        except RuntimeError as error:
+            message = str(error)[:MAX_MESSAGE_CHARS]
+            raise ExportError(f"torch.jit cannot trace the model: {message}") from error
         rewrite_reproducibly(target, "model")
 
     def load(self, place: Place) -> TorchScriptArtifact:
         """Load it with torch alone."""
         return TorchScriptArtifact(place.bundle / self.path)
+
+
+def _trace(source: Source, target: Path) -> None:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", TracerWarning)
+        traced = torch.jit.trace(  # type: ignore[no-untyped-call]
+            source.model, source.examples, check_trace=False
+        )
+        torch.jit.save(traced, str(target))

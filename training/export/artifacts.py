@@ -1,0 +1,88 @@
+"""From a champion's file to its artifacts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from training.config import ExportConfig
+from training.data import evaluation_batches
+from training.experiment import Experiment, example_inputs, model_inputs
+from training.export.formats import Place, Source, formats, unused_tensors
+from training.export.guard import GuardedModel
+from training.export.specification import Inputs, derive_interface, export_spec
+from training.export.weights import load_champion
+
+NUM_EXAMPLES = 2
+CALIBRATION_BATCH_SIZE = 64
+
+
+def open_champion(
+    experiment: Experiment, champion: Path, config: ExportConfig, bundle: Path, scratch: Path
+) -> tuple[Source, Place]:
+    """The champion of a file, and the folders that its artifacts go to, which are created.
+
+    Raises ExportError if the file does not fit the experiment's model.
+    """
+    for folder in (bundle, scratch):
+        folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(champion, scratch / "champion.safetensors")
+    model = load_champion(champion, experiment.model())
+    examples = example_inputs(experiment, NUM_EXAMPLES)
+    interface = derive_interface(model, examples, export_spec(experiment))
+    source = Source(
+        model=GuardedModel(model).eval(),
+        interface=interface,
+        examples=examples,
+        max_batch_size=config.max_batch_size,
+        calibration=Calibration(experiment, config.num_calibration),
+    )
+    return source, Place(bundle, scratch, experiment.model, interface)
+
+
+def chosen_formats(config: ExportConfig) -> tuple[str, ...]:
+    """The configured formats in the order in which they are made; weights and ONNX always."""
+    return tuple(
+        name for name in formats() if name in config.formats or name in ("weights", "onnx")
+    )
+
+
+def write_artifacts(
+    source: Source,
+    place: Place,
+    names: tuple[str, ...],
+    before_each: Callable[[str], bool] = lambda _: True,
+) -> bool:
+    """Write each format; False where ``before_each(name)`` said to stop."""
+    table = formats()
+    for name in names:
+        if not before_each(name):
+            return False
+        table[name].write(source, place)
+    unused = sorted(unused_tensors(source.program))
+    (place.scratch / "unused.txt").write_text("\n".join(unused))
+    return True
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Batches of the first training inputs, the same on every call."""
+
+    experiment: Experiment
+    num_samples: int
+
+    def __call__(self) -> Iterator[Inputs]:
+        """Batches until at least ``num_samples`` samples were given, or the data end."""
+        num_given = 0
+        with torch.random.fork_rng(devices=[]):
+            training = self.experiment.dataset("train")
+            for batch in evaluation_batches(training, CALIBRATION_BATCH_SIZE):
+                if num_given >= self.num_samples:
+                    return
+                inputs = model_inputs(batch)
+                num_given += len(inputs[0])
+                yield inputs

@@ -1,0 +1,85 @@
+"""The fresh process behind ``checking.py``: ``parity`` or ``latency`` of artifacts on disk."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from training.durable_json import write_json_durably
+from training.experiment import example_inputs
+from training.export.champion import Champion
+from training.export.checking import CheckRequest, read_request
+from training.export.formats import Place, formats
+from training.export.golden import write_golden
+from training.export.guard import GuardedModel
+from training.export.latency import BATCH_SIZES, measure
+from training.export.parity import (
+    Int8Limits,
+    check_artifact,
+    check_comparison,
+)
+from training.export.specification import derive_interface, export_spec
+from training.export.weights import load_champion
+from training.reproducibility import set_up_torch
+
+
+def main() -> None:
+    """Judge the named artifacts of a request, one after the other."""
+    parser = argparse.ArgumentParser(prog="checking_process")
+    parser.add_argument("action", choices=("parity", "latency"))
+    parser.add_argument("request", type=Path)
+    parser.add_argument("names", nargs="+")
+    arguments = parser.parse_args()
+    request = read_request(arguments.request)
+    set_up_torch("deterministic", request.num_threads)
+    if arguments.action == "parity":
+        check_parity(request, arguments.names)
+    else:
+        check_latency(request, arguments.names)
+
+
+def check_parity(request: CheckRequest, names: list[str]) -> None:
+    """Write a report for each name; ``champion`` stands for the comparison itself."""
+    experiment = request.build_experiment()
+    batch_size = request.build_config().data.evaluation_batch_size
+    champion = Champion.load(experiment, Path(request.champion), batch_size, _say)
+    place = Place(Path(request.bundle), Path(request.scratch), experiment.model, champion.interface)
+    table = formats()
+    selection = request.build_config().selection
+    export = request.build_config().export
+    limits = Int8Limits(selection.metric, export.int8_max_metric_change, export.int8_min_agreement)
+    for name in names:
+        _say(f"parity of {name}")
+        if name == "champion":
+            report = check_comparison(champion)
+            write_golden(Path(request.scratch) / "golden", champion, export.num_golden)
+        else:
+            report = check_artifact(champion, name, table[name], place, limits)
+        write_json_durably(request.report_path("parity", name), report.as_json())
+
+
+def check_latency(request: CheckRequest, names: list[str]) -> None:
+    """Write p50 and p99 of each artifact, and of eager PyTorch measured beside it."""
+    experiment = request.build_experiment()
+    model = load_champion(Path(request.champion), experiment.model())
+    rows = example_inputs(experiment, max(BATCH_SIZES))
+    interface = derive_interface(model, rows, export_spec(experiment))
+    place = Place(Path(request.bundle), Path(request.scratch), experiment.model, interface)
+    guarded = GuardedModel(model).eval()
+    num_runs = request.build_config().export.num_latency_runs
+    for name in names:
+        _say(f"latency of {name}")
+        artifact = formats()[name].load(place)
+        write_json_durably(
+            request.report_path("latency", name),
+            measure(artifact.run, lambda inputs: list(guarded(*inputs)), rows, num_runs),
+        )
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
