@@ -7,7 +7,7 @@ an exact resume hard is in it: dropout, batch norm, random augmentation.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from training.config import Section, Split
 from training.experiment import Batch, Context, Records
+from training.export.specification import ExportSpec
 
 NUM_CLASSES = 10
 LARGEST_PIXEL = 16.0
@@ -66,7 +67,7 @@ class DigitsDataset:
         images, classes = self.fetch(np.array([index]))
         return images[0], classes[0]
 
-    def fetch(self, indices: Indices) -> Batch:
+    def fetch(self, indices: Sequence[int] | Indices) -> Batch:
         """A batch (images [B, 1, 8, 8], classes [B]); one call for all its items."""
         chosen = torch.from_numpy(np.asarray(indices, dtype=np.int64))
         images = self._images[chosen]
@@ -194,6 +195,19 @@ class Digits:
             "loss": float(records["loss"].mean(dtype=np.float64)),
             "accuracy": float(records["correct"].mean(dtype=np.float64)),
         }
+
+    def export_spec(self) -> ExportSpec:
+        """Names of what goes in and comes out."""
+        return ExportSpec(
+            input_names=("images",),
+            output_names=("logits",),
+            class_names={"logits": tuple(str(digit) for digit in range(NUM_CLASSES))},
+            description=(
+                "Recognises handwritten digits: images of 8x8 raw pixels from 0 to 16, as in "
+                "scikit-learn's load_digits, to the logits of ten classes."
+            ),
+            task="image-classification",
+        )
 
 
 def split_indices(classes: Indices, split: Split) -> Indices:

@@ -6,7 +6,7 @@ tells a model's memory, not what it does with an engine that it has not seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.config import Section, Split
-from training.experiment import Batch, Context, Records
+from training.experiment import Batch, Context, Records, example_inputs
 from training.experiments.turbofan_data import (
+    SENSORS,
     Engines,
     Integers,
     read_test_engines,
@@ -26,6 +27,7 @@ from training.experiments.turbofan_data import (
     window_rows,
 )
 from training.experiments.turbofan_model import TurbofanModel, fit_scaler
+from training.export.specification import ExportSpec
 
 HEALTHY_ABOVE = 80.0
 CRITICAL_UP_TO = 30.0
@@ -84,10 +86,11 @@ class TurbofanDataset:
         windows, targets = self.fetch(np.array([index]))
         return windows[0], tuple(target[0] for target in targets)
 
-    def fetch(self, indices: Integers) -> Batch:
+    def fetch(self, indices: Sequence[int] | Integers) -> Batch:
         """A batch (windows [B, window, 17], (rul [B], engine [B], cycle [B])): one gather."""
+        chosen = np.asarray(indices, dtype=np.int64)
         engine, cycles, spread = (
-            array[indices] for array in (self._engine, self._cycles, self._spread)
+            array[chosen] for array in (self._engine, self._cycles, self._spread)
         )
         if (spread > 1).any():
             # Without a draw where nothing is random: validation needs no generator.
@@ -205,6 +208,24 @@ class Turbofan:
             "loss": float(records["loss"].mean(dtype=np.float64)),
         }
 
+    def export_spec(self) -> ExportSpec:
+        """Names of what goes in and comes out, and windows that have to be padded."""
+        (windows,) = example_inputs(self, num_samples=8)
+        padded = {f"padded-{num}": (_padded(windows, num),) for num in (1, windows.shape[1] // 2)}
+        return ExportSpec(
+            input_names=("windows",),
+            output_names=("rul", "health"),
+            class_names={"health": HEALTH_CLASSES},
+            probes=padded,
+            description=(
+                "Remaining useful life in cycles and health class of a jet engine, from the raw "
+                f"settings 1 to 3 and sensors {', '.join(map(str, SENSORS))} of its last "
+                f"{windows.shape[1]} cycles, oldest first; where there are fewer cycles, the "
+                "first is repeated in front. The readings are standardised within the model."
+            ),
+            task="tabular-regression",
+        )
+
     def _errors(self, outputs: tuple[Tensor, Tensor], rul: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted squared error [B] and cross entropy [B]; errors at the end of life cost more."""
         cap = self._settings.rul_cap
@@ -213,6 +234,13 @@ class Turbofan:
         squared = weight * (outputs[0].float().squeeze(1) - target).square()
         entropy = functional.cross_entropy(outputs[1].float(), health_class(rul), reduction="none")
         return squared, entropy
+
+
+def _padded(windows: Tensor, num_cycles: int) -> Tensor:
+    """The windows of engines that have run for only so many cycles."""
+    padded = windows.clone()
+    padded[:, :-num_cycles] = windows[:, -num_cycles, None]
+    return padded
 
 
 def health_class(rul: Tensor) -> Tensor:

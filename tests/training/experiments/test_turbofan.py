@@ -222,3 +222,14 @@ def test_the_model_takes_example_inputs_as_they_are(folder: Path) -> None:
     assert windows.dtype == torch.float32
     rul, health = experiment.model().eval()(windows)
     assert (rul.shape, health.shape) == ((2, 1), (2, 3))
+
+
+def test_the_export_is_checked_on_histories_that_have_to_be_padded(folder: Path) -> None:
+    experiment = make(folder)
+    spec = experiment.export_spec()
+    (alone,), (half,) = spec.probes["padded-1"], spec.probes["padded-15"]
+    (windows,) = example_inputs(experiment, 8)
+    assert (alone == windows[:, -1:]).all()
+    assert torch.equal(half[:, -15:], windows[:, -15:])
+    assert (half[:, :15] == windows[:, -15:-14]).all()
+    assert len(spec.class_names["health"]) == 3
