@@ -4,22 +4,17 @@ Which samples a step holds comes from a ``BatchPlan``; what their augmentation d
 from (seed, epoch, position). So the batches do not depend on how a process got to a place, on
 the number of loader processes, or on how far ahead they work.
 
-Loader processes come from a fork server: the training process has threads (the background
-saver, monitors, torch's own), and a fork of it may inherit a lock that nobody will ever release.
-The server imports torch once, so that a loader process starts in a fraction of a second. The
-data set travels to it, hence must be picklable; a class from a file is found by its file.
+With loader processes the data set travels to them, hence must be picklable; a class from a file
+outside of the project is found by its file.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -28,7 +23,8 @@ from torch.utils.data import DataLoader
 from training.batch_plan import BatchPlan, FixedSizePlan, TokenPlan
 from training.errors import InputError, LoaderError
 from training.experiment import Dataset
-from training.fetching import Fetcher, Place, cut, ignore_signals, pinned, sequential_places
+from training.fetching import Failure, Fetcher, Place, cut, pinned, sequential_places
+from training.loader_process import WorkerSetup, start_fork_server
 from training.permutation import Permutation
 from training.seeding import derive_seed
 
@@ -67,7 +63,7 @@ class Loader:
     ``num_microbatches`` cuts a step's samples into nearly equal parts, or fewer where there are
     not enough. ``num_workers``, ``has_persistent_workers`` and ``prefetch_factor`` never change a
     byte. ``worker_init_fn`` is called in each loader process, with its number, before the first
-    fetch; unset, loader processes ignore SIGINT, SIGTERM and SIGUSR1.
+    fetch; SIGINT, SIGTERM and SIGUSR1 are ignored there anyway.
     """
 
     def __init__(  # noqa: PLR0913  # one per configured key
@@ -91,7 +87,7 @@ class Loader:
         self._prefetch_factor = prefetch_factor
         self._seed = seed
         self._should_pin = should_pin
-        self._worker_init_fn = worker_init_fn or ignore_signals
+        self._worker_init_fn = worker_init_fn
         self._pool: _WorkerPool | None = None
         if num_workers:
             start_fork_server()
@@ -110,7 +106,10 @@ class Loader:
         return batches(epoch, step_in_epoch)
 
     def close(self) -> None:
-        """End all loader processes. After return there are none; a later ``steps`` starts anew."""
+        """End all loader processes; a later ``steps`` starts anew. Iterators from before end.
+
+        The fork server, idle and without data, stays until this process ends.
+        """
         if self._pool is not None:
             self._pool.close()
             self._pool = None
@@ -129,6 +128,8 @@ class Loader:
                     yield _microbatch(place, batch)
             finally:
                 pool.close()
+            if self._pool is not pool:  # closed, or started again from elsewhere
+                return
             epoch, step_in_epoch = epoch + 1, 0
 
     def _start_pool(self, places: Iterator[Place]) -> _WorkerPool:
@@ -136,6 +137,8 @@ class Loader:
         with warnings.catch_warnings():
             # The number of processes is configured; the machine that goes on may have fewer cores.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
+            # The error that follows says it better.
+            warnings.filterwarnings("ignore", message="Got pickle error")
             loader: DataLoader[Any] = DataLoader(
                 self._fetcher,  # type: ignore[arg-type]  # a map-style data set by its methods
                 batch_size=None,
@@ -143,7 +146,7 @@ class Loader:
                 num_workers=self._num_workers,
                 prefetch_factor=self._prefetch_factor,
                 collate_fn=_unchanged,
-                worker_init_fn=self._worker_init_fn,
+                worker_init_fn=WorkerSetup.here(self._worker_init_fn),
                 multiprocessing_context="forkserver",
                 generator=torch.Generator().manual_seed(derive_seed(self._seed, "workers")),
                 pin_memory=self._should_pin,
@@ -179,14 +182,16 @@ class _WorkerPool:
                 batch = next(self._iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "exited unexpectedly" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if all(process.is_alive() for process in self._iterator._workers):
                     raise
                 raise LoaderError(
                     f"a loader process died while {self._pending[0]} was awaited ({error}); often "
                     "the machine is short of memory: use fewer data.num_workers, a smaller "
                     "data.prefetch_factor or smaller microbatches"
                 ) from error
+            if isinstance(batch, Failure):
+                raise batch.error()
             yield self._pending.popleft(), batch
 
     def close(self) -> None:
@@ -199,23 +204,6 @@ class _WorkerPool:
             if process.is_alive():
                 process.kill()  # it ignores SIGTERM, which DataLoader has tried
                 process.join(_KILL_TIMEOUT_S)
-
-
-def start_fork_server() -> None:
-    """Start the process that loader processes are forked from, unless it runs; returns at once.
-
-    It and its children are born with the notices' signals blocked, so that a signal to the whole
-    process group cannot end them before they have a chance to ignore it. For the calling thread
-    nothing is lost: a signal that arrives meanwhile is delivered right after.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.fetching"])
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,10 +14,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from training.errors import HoldfastError, LoaderError
+from training.errors import HoldfastError, InputError, LoaderError
 from training.experiment import Dataset, collate
 from training.permutation import Int64Array
 from training.seeding import IsolatedGenerators, derive_seed, seed_fetch
@@ -42,6 +41,21 @@ class Place:
         )
 
 
+@dataclass(frozen=True)
+class Failure:
+    """An error on its way from a loader process."""
+
+    is_input_error: bool
+    message: str
+    traceback: str
+
+    def error(self) -> HoldfastError:
+        """The error again, with the traceback of the loader process as a note."""
+        error = InputError(self.message) if self.is_input_error else LoaderError(self.message)
+        error.add_note(f"In the loader process:\n{self.traceback}")
+        return error
+
+
 class Fetcher:
     """Fetches microbatches; what their items draw depends on (seed, epoch, position) alone."""
 
@@ -58,9 +72,12 @@ class Fetcher:
         return self._generators.run(self._fetch_seed(place), self._batch, place)
 
     def __getitem__(self, place: Place) -> Any:
-        """The batch, in a process that does nothing else. Raises LoaderError."""
+        """The batch, or why there is none, in a process that does nothing else."""
         seed_fetch(self._fetch_seed(place))
-        return self._batch(place)
+        try:
+            return self._batch(place)
+        except HoldfastError as error:
+            return Failure(isinstance(error, InputError), str(error), traceback.format_exc())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (_sources(self._dataset), self._dataset, self._seed)
@@ -117,17 +134,6 @@ def pinned(batch: Any) -> Any:
     if isinstance(batch, dict):
         return {name: pinned(part) for name, part in batch.items()}
     return batch
-
-
-def ignore_signals(worker: int) -> None:  # noqa: ARG001  # the signature of a worker_init_fn
-    """Let a signal to the whole process group reach the training process only.
-
-    It decides what to do, and ends its loader processes when it has done it.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
-    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
