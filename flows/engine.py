@@ -10,13 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-import urllib.error
-import urllib.request
 from typing import Any
 
 from tasks.deathwatch import EXIT_PREEMPTED
-
-SERVER_TIMEOUT_S = 10.0
 
 
 def main() -> int:
@@ -44,34 +40,18 @@ def main() -> int:
 def _run_flow(parameters: dict[str, Any]) -> dict[str, Any]:
     from prefect.settings import (
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
-        get_current_settings,
         temporary_settings,
     )
 
+    from flows.server import configured_api_url, require_server
     from flows.training_pipeline import training_pipeline
 
-    api_url = get_current_settings().api.url
-    if api_url is not None:
-        _require_server(api_url)
+    if configured_api_url() is not None:
+        require_server()
         return dict(training_pipeline(**parameters))
     # Nobody watches a temporary server for missing heartbeats, and the thread costs a second.
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         return dict(training_pipeline(**parameters))
-
-
-def _require_server(api_url: str) -> None:
-    """Raise HoldfastError unless the Prefect server answers."""
-    from training.errors import HoldfastError
-
-    try:
-        with urllib.request.urlopen(f"{api_url}/health", timeout=SERVER_TIMEOUT_S):
-            return
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise HoldfastError(
-            f"the Prefect server at {api_url} does not answer ({reason}); start it, or unset "
-            "PREFECT_API_URL to run without one"
-        ) from error
 
 
 if __name__ == "__main__":
