@@ -27,12 +27,12 @@ class Fault:
 
 
 class TrainingBatchNorm(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         return functional.batch_norm(input, None, None, self.weight, self.bias, training=True)
 
 
 class TrainingDropout(nn.Dropout):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+    def forward(self, input: Tensor) -> Tensor:
         # Spelt out, because torch.onnx turns a dropout that is left on into nothing.
         kept = torch.rand_like(input) > self.p
         return input * kept.to(input.dtype) / (1 - self.p)

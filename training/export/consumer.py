@@ -1,0 +1,375 @@
+"""Verify a bundle and predict with it, on a machine that has only ONNX Runtime and NumPy.
+
+This file stands alone: Holdfast imports it, and every bundle carries a copy as ``verify.py``.
+
+    python verify.py                         in the bundle's folder: files, then golden samples
+    python verify.py verify FOLDER
+    python verify.py predict FOLDER INPUT    CSV, NPY or JSON in, the same out
+
+Exit codes: 0 good, 1 refused, 2 wrong input. A bundle from a stranger is better verified with
+``holdfast verify``: then no code of the bundle runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PULLED = "pulled.json"  # written by a partial pull: which formats were asked for
+MODEL = "1/model.onnx"
+INT8_MODEL = "onnx_int8/model.onnx"
+CHUNK_BYTES = 1 << 20
+INPUT_KINDS = (".csv", ".npy", ".json")
+
+
+class RefusedBundleError(Exception):
+    """The bundle is not what its manifest says; the message names the file."""
+
+
+class WrongInputError(ValueError):
+    """The input of a prediction does not fit the model."""
+
+
+def canonical_bytes(value: Any) -> bytes:
+    """The one way in which a manifest is written."""
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its own digest."""
+    rest = {name: value for name, value in manifest.items() if name != "manifest_digest"}
+    return hashlib.sha256(canonical_bytes(rest)).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; a symlink is not followed."""
+    digest = hashlib.sha256()
+    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, checked against its own digest, with no path that leaves the folder.
+
+    Raises:
+        RefusedBundleError: it is missing, altered, of another format version, or names such a path.
+    """
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise RefusedBundleError(f"{MANIFEST} is missing or no regular file in {folder}")
+    return parse_manifest(path.read_bytes())
+
+
+def parse_manifest(content: bytes) -> dict[str, Any]:
+    """As ``read_manifest``, from the manifest's bytes."""
+    try:
+        manifest = json.loads(content)
+        is_own = canonical_bytes(manifest) == content and isinstance(manifest, dict)
+    except (ValueError, RecursionError) as error:
+        raise RefusedBundleError(f"{MANIFEST} is not JSON: {error}") from error
+    if not is_own or manifest.get("manifest_digest") != manifest_digest(manifest):
+        raise RefusedBundleError(f"{MANIFEST} was altered: its bytes do not have its own digest")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise RefusedBundleError(
+            f"{MANIFEST} has format version {manifest.get('format_version')}; this program reads "
+            f"{FORMAT_VERSION}: take a newer one"
+        )
+    for name in manifest["files"]:
+        check_name(name)
+    return dict(manifest)
+
+
+def check_name(name: str) -> None:
+    """Raises RefusedBundleError for a path that could leave the folder, or is not portable."""
+    parts = PurePosixPath(name).parts
+    is_plain = name == "/".join(parts) and bool(parts) and not name.startswith("/")
+    if not is_plain or ".." in parts or any(c in name for c in "\\:\0") or name == MANIFEST:
+        raise RefusedBundleError(f"{MANIFEST} names {name!r}, which is not a path in the bundle")
+
+
+def wanted_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The files that must be there: all, or those of the formats that a partial pull asked for."""
+    path = folder / PULLED
+    files: dict[str, Any] = dict(manifest["files"])
+    if not path.is_file() or path.is_symlink():
+        return files
+    only = json.loads(path.read_bytes()).get("only")
+    return files if only is None else chosen_files(manifest, only)
+
+
+def chosen_files(manifest: Mapping[str, Any], only: list[str]) -> dict[str, Any]:
+    """The files of some formats, and everything that belongs to no format."""
+    unwanted = {
+        entry["path"] for name, entry in manifest["formats"].items() if name not in only
+    }  # fmt: skip
+    return {name: entry for name, entry in manifest["files"].items() if name not in unwanted}
+
+
+def file_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that differs from the manifest: missing, altered, added, or no regular file."""
+    wanted = wanted_files(folder, manifest)
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode):
+            found[name] = path
+        elif not stat.S_ISDIR(mode):
+            yield f"{name} is a symlink or special file; a bundle has regular files alone"
+    for name in sorted(set(found) - set(wanted) - {MANIFEST, PULLED}):
+        yield f"{name} is not in the manifest; it was added"
+    for name, entry in sorted(wanted.items()):
+        if name not in found:
+            yield f"{name} is missing"
+        elif (size := found[name].stat().st_size) != entry["size_bytes"]:
+            yield f"{name} has {size} bytes, the manifest says {entry['size_bytes']}"
+        elif (digest := file_digest(found[name])) != entry["sha256"]:
+            yield f"{name} was altered: sha256 {digest[:12]}…, not {entry['sha256'][:12]}…"
+
+
+def verify_files(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle all of whose files are right. Raises RefusedBundleError."""
+    manifest = read_manifest(folder)
+    problems = list(file_problems(folder, manifest))
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise RefusedBundleError(f"bundle {folder}: {problems[0]}{more}")
+    return manifest
+
+
+def verify_golden(folder: Path) -> int:
+    """Run the golden samples on this machine; the number of compared arrays.
+
+    Call ``verify_files`` before. Raises RefusedBundleError with the case, the output, and figures.
+    """
+    import numpy as np
+
+    manifest = read_manifest(folder)
+    golden = json.loads((folder / "golden/golden.json").read_bytes())
+    num_compared = 0
+    for path in (MODEL, INT8_MODEL):
+        if not (folder / path).is_file():
+            continue
+        session = open_session(folder / path)
+        for case in golden["cases"]:
+            inputs = {
+                port["name"]: _load_array(
+                    folder / f"golden/{case['name']}.input.{port['name']}.npy"
+                )
+                for port in manifest["interface"]["inputs"]
+            }
+            outputs = run(session, manifest, inputs)
+            for name, tolerance in case["tolerances"].items():
+                expected = _load_array(folder / f"golden/{case['name']}.output.{name}.npy")
+                limit = tolerance if path == MODEL else golden["int8_tolerance"]
+                error = _scaled_error(np, outputs[name], expected)
+                num_compared += 1
+                if not error <= limit:
+                    raise RefusedBundleError(
+                        f"{path} gives wrong numbers here: golden case {case['name']}, output "
+                        f"{name}: scaled error {error:.3g}, tolerance {limit:.3g}"
+                    )
+    if not num_compared:
+        raise RefusedBundleError(f"bundle {folder} holds no ONNX model or no golden samples")
+    return num_compared
+
+
+def open_session(path: Path) -> Any:
+    """An ONNX Runtime session on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run(session: Any, manifest: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs by name. Raises WrongInputError where a shape does not fit."""
+    checked = {}
+    for port in manifest["interface"]["inputs"]:
+        array = inputs[port["name"]]
+        if list(array.shape[1:]) != port["shape"] or not len(array):
+            raise WrongInputError(
+                f"input {port['name']} has shape {list(array.shape)}; expected "
+                f"[samples, {', '.join(map(str, port['shape']))}] with at least one sample"
+            )
+        checked[port["name"]] = array.astype(port["dtype"], copy=False)
+    names = [port["name"] for port in manifest["interface"]["outputs"]]
+    return dict(zip(names, session.run(names, checked), strict=True))
+
+
+def predict(folder: Path, source: Path, target: Path | None) -> None:
+    """Verify the files, then predict ``source`` into ``target``, or as CSV or JSON to stdout.
+
+    Raises RefusedBundleError or WrongInputError.
+    """
+    manifest = verify_files(folder)
+    kind = source.suffix.lower()
+    if kind not in INPUT_KINDS:
+        raise WrongInputError(f"{source} is none of {', '.join(INPUT_KINDS)}")
+    outputs = run(open_session(folder / MODEL), manifest, read_inputs(source, manifest))
+    kind = target.suffix.lower() if target else (".json" if kind == ".json" else ".csv")
+    if target is not None and kind not in INPUT_KINDS:
+        raise WrongInputError(f"{target} is none of {', '.join(INPUT_KINDS)}")
+    write_outputs(outputs, manifest, target, kind)
+
+
+def read_inputs(source: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by input name.
+
+    A CSV file has a header and one sample a row, all inputs side by side, each flattened. An NPY
+    file holds the only input. A JSON file holds a list of samples, or an object of such lists.
+    """
+    import numpy as np
+
+    ports = manifest["interface"]["inputs"]
+    try:
+        if source.suffix.lower() == ".json":
+            value = json.loads(source.read_bytes())
+            by_name = value if isinstance(value, dict) else {ports[0]["name"]: value}
+            arrays = {name: np.asarray(rows) for name, rows in by_name.items()}
+        elif source.suffix.lower() == ".npy":
+            arrays = {ports[0]["name"]: _load_array(source)}
+        else:
+            arrays = _split_columns(_read_csv(np, source), ports)
+    except (OSError, ValueError) as error:
+        raise WrongInputError(f"{source} cannot be read: {error}") from error
+    names = {port["name"] for port in ports}
+    if set(arrays) != names:
+        raise WrongInputError(f"{source} has inputs {sorted(arrays)}; expected {sorted(names)}")
+    return arrays
+
+
+def write_outputs(
+    outputs: Mapping[str, Any], manifest: Mapping[str, Any], target: Path | None, kind: str
+) -> None:
+    """Write outputs in the form of their suffix; NPY takes all outputs side by side."""
+    import numpy as np
+
+    flat = {name: array.reshape(len(array), -1) for name, array in outputs.items()}
+    if kind == ".npy":
+        assert target is not None
+        np.save(target, np.concatenate(list(flat.values()), axis=1), allow_pickle=False)
+        return
+    stream = target.open("w", newline="") if target else sys.stdout
+    try:
+        if kind == ".json":
+            plain = {name: _json_rows(array) for name, array in outputs.items()}
+            json.dump(plain, stream)
+            stream.write("\n")
+        else:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow([c for n, array in flat.items() for c in _columns(n, array, manifest)])
+            writer.writerows(zip(*(c for a in flat.values() for c in a.T.tolist()), strict=True))
+    finally:
+        if target:
+            stream.close()
+
+
+def _columns(name: str, flat: Any, manifest: Mapping[str, Any]) -> list[str]:
+    classes = manifest["interface"]["class_names"].get(name)
+    width = flat.shape[1]
+    if classes and len(classes) == width:
+        return [f"{name}:{label}" for label in classes]
+    return [name] if width == 1 else [f"{name}_{i}" for i in range(width)]
+
+
+def _json_rows(array: Any) -> Any:
+    """Nested lists; NaN, which JSON does not have, becomes null."""
+    import numpy as np
+
+    if np.issubdtype(array.dtype, np.floating):
+        rows: Any = np.where(np.isfinite(array), array.astype(object), None)
+        return rows.tolist()
+    return list(array.tolist())
+
+
+def _read_csv(np: Any, source: Path) -> Any:
+    with source.open(newline="") as stream:
+        rows = [row for row in csv.reader(stream) if row]
+    if len(rows) < 2:
+        raise ValueError(f"expected a header and at least one row, found {len(rows)} rows")
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"row {number} has {len(row)} values, the header has {len(rows[0])}")
+    return np.array([[float(value or "nan") for value in row] for row in rows[1:]])
+
+
+def _split_columns(table: Any, ports: list[dict[str, Any]]) -> dict[str, Any]:
+    sizes = []
+    for port in ports:
+        size = 1
+        for length in port["shape"]:
+            size *= length
+        sizes.append(size)
+    if table.shape[1] != sum(sizes):
+        raise ValueError(f"found {table.shape[1]} columns, the model takes {sum(sizes)}")
+    arrays, start = {}, 0
+    for port, size in zip(ports, sizes, strict=True):
+        part = table[:, start : start + size].reshape(-1, *port["shape"])
+        arrays[port["name"]] = part.astype(port["dtype"])
+        start += size
+    return arrays
+
+
+def _load_array(path: Path) -> Any:
+    import numpy as np
+
+    return np.load(path, allow_pickle=False)
+
+
+def _scaled_error(np: Any, found: Any, expected: Any) -> float:
+    """``max|found - expected| / max|expected|``; infinite where NaN or shapes differ."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return float("inf")
+    found, expected = found.astype("float64"), expected.astype("float64")
+    finite = np.isfinite(expected)
+    if not np.array_equal(np.isfinite(found), finite):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    scale = float(np.abs(expected[finite]).max())
+    return float(np.abs(found - expected)[finite].max()) / (scale or 1.0)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Verify or predict; the exit code."""
+    parser = argparse.ArgumentParser(description="Verify a bundle, or predict with it.")
+    parser.set_defaults(command="verify", folder=Path(__file__).parent)
+    commands = parser.add_subparsers()
+    verifying = commands.add_parser("verify", help="check all files, then the golden samples")
+    verifying.add_argument("folder", type=Path)
+    predicting = commands.add_parser("predict", help="predict a CSV, NPY or JSON file")
+    predicting.set_defaults(command="predict")
+    predicting.add_argument("folder", type=Path)
+    predicting.add_argument("input", type=Path)
+    predicting.add_argument("--to", type=Path, metavar="FILE", help="write there, not to stdout")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "predict":
+            predict(options.folder, options.input, options.to)
+        else:
+            manifest = verify_files(options.folder)
+            num = verify_golden(options.folder)
+            print(f"{manifest['name']}: all files and {num} golden outputs are right")
+    except (RefusedBundleError, WrongInputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, WrongInputError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""``README.md`` of a bundle: a model card, as Hugging Face reads it, from the run's facts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+USES = {
+    "weights": "`model.safetensors`: weights for PyTorch",
+    "onnx": "`1/model.onnx`: ONNX, for every ONNX runtime",
+    "exported_program": "`exported_program/model.pt2`: `torch.export.load`",
+    "torchscript": "`torchscript/model.pt`: TorchScript; legacy, prefer the two above",
+    "onnx_int8": "`onnx_int8/model.onnx`: 8-bit ONNX, smaller and less exact",
+}
+
+
+def model_card(manifest: Mapping[str, Any], parity: Mapping[str, Any], task: str) -> str:
+    """The card. Nothing in it depends on when or where the bundle was made."""
+    return "\n".join(
+        [
+            _front_matter(manifest, task),
+            f"# {manifest['name']}",
+            "",
+            manifest["description"] or f"A model of the experiment `{manifest['name']}`.",
+            "",
+            f"Trained by Holdfast in run `{manifest['run']['run_id']}`; the champion is the "
+            f"candidate `{manifest['champion']['name']}`.",
+            "",
+            *_metrics_table(manifest["champion"]["test_metrics"]),
+            *_port_table("Inputs", manifest["interface"]["inputs"], {}),
+            *_port_table(
+                "Outputs", manifest["interface"]["outputs"], manifest["interface"]["class_names"]
+            ),
+            "The first dimension counts samples. Inputs are raw: what they are scaled with is part "
+            "of the graph. A sample with a NaN or an infinity gives NaN in every output and leaves "
+            "its neighbours alone.",
+            "",
+            *_file_table(manifest, parity),
+            "## Check it, use it",
+            "",
+            "```sh",
+            "pip install onnxruntime numpy",
+            "python verify.py                          # digests, then golden samples on this CPU",
+            "python verify.py predict . samples.csv    # or .npy, .json",
+            "```",
+            "",
+            "Triton: this folder is a model folder (`config.pbtxt`, `1/`). "
+            "MLflow: `mlflow.pyfunc.load_model('1')`.",
+            "",
+            "Measured latencies are in `manifest.json` under `measured`.",
+            "",
+            f"Licence of the weights: {manifest['licence']}.",
+            "",
+        ]
+    )
+
+
+def _front_matter(manifest: Mapping[str, Any], task: str) -> str:
+    results = [
+        {"name": name, "type": name, "value": round(value, 6)}
+        for name, value in sorted(manifest["champion"]["test_metrics"].items())
+        if value is not None
+    ]
+    card_task = task or "other"
+    header: dict[str, Any] = {
+        "library_name": "onnx",
+        "license": manifest["licence"],
+        "model-index": [
+            {
+                "name": manifest["name"],
+                "results": [
+                    {
+                        "dataset": {"name": manifest["name"], "split": "test", "type": "custom"},
+                        "metrics": results,
+                        "task": {"type": card_task},
+                    }
+                ],
+            }
+        ],
+        "tags": ["holdfast", "onnx", "pytorch"],
+    }
+    if task:
+        header["pipeline_tag"] = task
+    # JSON is YAML; one line a key reads well enough, and no YAML writer is needed.
+    lines = [f"{key}: {json.dumps(value)}" for key, value in sorted(header.items())]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _metrics_table(metrics: Mapping[str, float | None]) -> list[str]:
+    rows = [f"| {name} | {_number(value)} |" for name, value in sorted(metrics.items())]
+    return ["## On the test set", "", "| metric | value |", "|---|---|", *rows, ""]
+
+
+def _port_table(
+    title: str, ports: list[dict[str, Any]], classes: Mapping[str, list[str]]
+) -> list[str]:
+    rows = []
+    for port in ports:
+        shape = ", ".join(["samples", *map(str, port["shape"])])
+        rows.append(
+            f"| `{port['name']}` | {port['dtype']} | [{shape}] | "
+            f"{', '.join(classes.get(port['name'], []))} |"
+        )
+    return [f"## {title}", "", "| name | type | shape | classes |", "|---|---|---|---|", *rows, ""]
+
+
+def _file_table(manifest: Mapping[str, Any], parity: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, entry in manifest["formats"].items():
+        worst = parity["artifacts"][name]["worst_share_of_bound"]
+        proof = f"at most {worst:.0%} of the bound" if worst is not None else "metric and classes"
+        rows.append(f"| {USES.get(name, name)} | {entry['size_bytes']:,} | {proof} |")
+    head = ["## Files", "", "| file | bytes | difference from the champion |", "|---|---|---|"]
+    return [*head, *rows, ""]
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
