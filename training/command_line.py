@@ -6,7 +6,6 @@ right: a notice that arrives while Python starts is kept, and answered once trai
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +16,8 @@ import click
 from training.config_loading import read_toml
 from training.durable_json import write_json_durably
 from training.errors import HoldfastError
-from training.preemption import hold_signals
 from training.reproducibility import available_cores, child_environment, is_environment_ready
+from training.signals import exec_held, hold_signals, install_signal_flag
 
 STAGE_HELP = {
     "segment": "Train: restore the newest checkpoint and go on until the end or a notice.",
@@ -110,11 +109,8 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if not is_environment_ready(num_threads):
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", "training", *sys.argv[1:]],
-            child_environment(num_threads),
-        )
+        exec_held(["-m", "training", *sys.argv[1:]], child_environment(num_threads))
+    install_signal_flag()
     from training.stages import run_stage
 
     outcome = run_stage(name, {**options, "num_threads": num_threads})

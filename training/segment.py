@@ -6,8 +6,14 @@ from contextlib import closing
 
 import torch
 
-from training.checkpointing.manager import CheckpointManager
+from training.checkpointing.manager import CheckpointIdentity, CheckpointManager
+from training.checkpointing.policy import (
+    build_retention,
+    build_schedule,
+    mean_time_between_preemptions_s,
+)
 from training.config import RunConfig
+from training.costs import Costs
 from training.data import BatchPlan, FixedSizePlan, Loader, TokenPlan
 from training.ema import MovingAverages
 from training.errors import ConfigError
@@ -16,13 +22,15 @@ from training.experiment import Dataset
 from training.lease import Lease
 from training.optimization import Schedule, build_optimizer, named_metric
 from training.reproducibility import compile_statically
-from training.saving import Saver, build_manager
+from training.run_directory import read_segments
+from training.saving import Saver
 from training.seeding import seed_generators
 from training.segment_record import RecordKeeper
 from training.stage import EXIT_PREEMPTED, Stage, StageOutcome
 from training.state import TrainState
 from training.train_step import TrainStep, gradient_scaler, resolve_device
-from training.trainer import Costs, Trainer
+from training.trainer import Trainer
+from training.versions import device_name, library_versions
 
 
 def run_segment(stage: Stage) -> StageOutcome:
@@ -43,20 +51,14 @@ def run_segment(stage: Stage) -> StageOutcome:
 
 
 def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -> StageOutcome:
-    manager = build_manager(stage, lease, keeper.number)
+    manager = build_manager(stage, trainer, lease, keeper.number)
     with trainer.costs.measured("restore"):
         start_step = restore(stage, manager, trainer.state)
     if trainer.is_finished():
         return StageOutcome("completed", 0, step=start_step)
     keeper.begin(start_step)
-    saver = Saver(
-        manager,
-        stage.config,
-        trainer.state,
-        trainer.train_step.guard,
-        stage.progress,
-        trainer.costs,
-    )
+    stage.progress.emit("started", step=start_step, segment=keeper.number)
+    saver = build_saver(stage, trainer, manager)
     ended = trainer.fit(saver, on_report=keeper.advance)
     keeper.end(ended.outcome, ended.step, ended.notice, saver.save_s())
     exit_code = EXIT_PREEMPTED if ended.outcome == "preempted" else 0
@@ -116,6 +118,38 @@ def build_state(stage: Stage, num_steps_per_epoch: int, device: torch.device) ->
     )
     seed_generators(stage.seed("training"))
     return state
+
+
+def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) -> CheckpointManager:
+    """What saves and restores this run, as its only writer."""
+    config = stage.config
+    identity = CheckpointIdentity(
+        config_digest=stage.record.config_digest,
+        versions=library_versions(),
+        device=device_name(trainer.state.loss_sum.device.type),
+        segment=segment,
+    )
+    retention = build_retention(config.checkpoint, config.selection)
+    return CheckpointManager(stage.run, lease, identity, retention)
+
+
+def build_saver(stage: Stage, trainer: Trainer, manager: CheckpointManager) -> Saver:
+    """What decides when to save, with what the run's earlier segments teach."""
+    config = stage.config
+    mtbp_s = mean_time_between_preemptions_s(
+        read_segments(stage.run)[:-1], config.checkpoint.mean_time_between_preemptions_s
+    )
+    return Saver(
+        manager=manager,
+        schedule=build_schedule(config.checkpoint),
+        mtbp_s=mtbp_s,
+        state=trainer.state,
+        guard=trainer.train_step.guard,
+        monitor=stage.monitor,
+        preemption=config.preemption,
+        progress=stage.progress,
+        costs=trainer.costs,
+    )
 
 
 def batch_plan(dataset: Dataset, config: RunConfig, seed: int) -> BatchPlan:

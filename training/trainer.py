@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from training.config import RunConfig
+from training.costs import Costs
 from training.data import BatchPlan, Loader, Microbatch
 from training.early_stopping import EarlyStopping
 from training.evaluation import evaluate
@@ -29,23 +29,6 @@ class SegmentOutcome:
     outcome: Literal["completed", "preempted"]
     step: int
     notice: Notice | None = None
-
-
-@dataclass
-class Costs:
-    """Seconds of a segment by what they were spent on."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measured(self, name: str) -> Iterator[None]:
-        """Add the time of the block to ``name``."""
-        start_s = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed_s = time.perf_counter() - start_s
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed_s
 
 
 class _Pace:

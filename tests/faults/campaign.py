@@ -1,0 +1,195 @@
+"""Kill a training at seeded moments until it completes, and compare bytes with a calm one."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from training.checkpointing.manifest import read_manifest, verify
+from training.experiment_loading import experiment_name
+from training.reproducibility import child_environment
+from training.run_paths import RunDirectory, parse_step
+
+HARD = f"{Path(__file__).with_name('hard_experiment.py')}:Hard"
+MAX_SEGMENTS = 60
+SEGMENT_TIMEOUT_S = 240.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training that is to be killed: what to run, and where."""
+
+    store: Path
+    run_id: str
+    experiment: str = HARD
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> RunDirectory:
+        return RunDirectory(self.store / experiment_name(self.experiment) / self.run_id)
+
+    def start(self, environment: Mapping[str, str] | None = None) -> Segment:
+        """Start a segment as a process in a group of its own."""
+        command = [sys.executable, "-m", "training", "segment", "--progress", "jsonl"]
+        command += ["--experiment", self.experiment, "--store", str(self.store)]
+        command += ["--run-id", self.run_id]
+        for override in self.overrides:
+            command += ["--set", override]
+        return Segment(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**child_environment(1), **(environment or {})},
+                start_new_session=True,
+            )
+        )
+
+
+@dataclass
+class Segment:
+    """A running segment whose events are read while it works."""
+
+    process: subprocess.Popen[str]
+    events: list[dict[str, object]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    _queue: queue.Queue[dict[str, object] | None] = field(default_factory=queue.Queue)
+
+    def __post_init__(self) -> None:
+        self._threads = [
+            threading.Thread(target=self._read_events, daemon=True),
+            threading.Thread(target=self._read_errors, daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def wait_for(self, *names: str) -> dict[str, object] | None:
+        """The next event of one of these names; None where the process ended before."""
+        while True:
+            event = self._queue.get(timeout=SEGMENT_TIMEOUT_S)
+            if event is None or event["event"] in names:
+                return event
+
+    def kill(self, number: signal.Signals) -> None:
+        """Send a signal to the process, unless it has ended."""
+        if self.process.poll() is None:
+            os.kill(self.process.pid, number)
+
+    def finish(self) -> int:
+        """Wait for the end; returns the exit code."""
+        code = self.process.wait(timeout=SEGMENT_TIMEOUT_S)
+        for thread in self._threads:
+            thread.join()
+        return code
+
+    def _read_events(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            event = json.loads(line)
+            self.events.append(event)
+            self._queue.put(event)
+        self._queue.put(None)
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        self.errors.extend(self.process.stderr)
+
+
+def complete(training: Training) -> Segment:
+    """Run one segment that nobody interrupts. Returns it once it has completed."""
+    segment = training.start()
+    code = segment.finish()
+    assert code == 0, f"exit code {code}\n{''.join(segment.errors)}"
+    return segment
+
+
+def kill_until_complete(
+    training: Training, rng: random.Random, num_kills: int, longest_life_s: float
+) -> list[str]:
+    """Kill the first segments at random moments, then let the run complete.
+
+    Half of the moments lie within the first part of a segment's training, where the next
+    checkpoint may not have come yet. Returns what was done, one entry per segment.
+    """
+    deeds = []
+    for number in range(MAX_SEGMENTS):
+        segment = training.start()
+        if number < num_kills:
+            deeds.append(_kill_once(segment, rng, longest_life_s))
+        code = segment.finish()
+        check_latest_is_good(training.run)
+        if code == 0:
+            return deeds
+        assert code in (75, -signal.SIGKILL, -signal.SIGTERM), "".join(segment.errors)
+    raise AssertionError(f"not complete after {MAX_SEGMENTS} segments: {deeds}")
+
+
+def kill_at_fault_point(training: Training, fault_point: str, count: int) -> bool:
+    """Run a segment that kills itself at a point of a commit. Whether it got there."""
+    segment = training.start({"HOLDFAST_FAULT_POINT": f"{fault_point}:{count}"})
+    code = segment.finish()
+    check_latest_is_good(training.run)
+    assert code in (0, -signal.SIGKILL), "".join(segment.errors)
+    return code != 0
+
+
+def check_latest_is_good(run: RunDirectory) -> None:
+    """The newest committed checkpoint verifies, at any moment."""
+    committed = sorted(_committed(run))
+    if committed:
+        verify(run.checkpoint(committed[-1]))
+
+
+def final_state(run: RunDirectory) -> dict[str, bytes]:
+    """Every byte that must not depend on interruptions.
+
+    All files of the final checkpoint but the manifest, which says when it was written; and the
+    weights and metrics of each checkpoint that selection can choose.
+    """
+    committed = sorted(_committed(run))
+    folder = run.checkpoint(committed[-1])
+    state = {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"
+    }
+    for step in committed:
+        manifest = read_manifest(run.checkpoint(step))
+        if manifest.trigger == "epoch":
+            told = [manifest.metrics, manifest.files["model.safetensors"].digest]
+            state[f"selectable {step}"] = json.dumps(told, sort_keys=True).encode()
+    return state
+
+
+def differences(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> list[str]:
+    """Names of what differs."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def _kill_once(segment: Segment, rng: random.Random, longest_life_s: float) -> str:
+    number = rng.choice([signal.SIGTERM, signal.SIGKILL])
+    if rng.random() < 0.1:
+        delay_s = rng.uniform(0, 2.0)  # while the process starts
+    else:
+        segment.wait_for("started")
+        delay_s = rng.uniform(0, longest_life_s) * rng.choice([0.2, 1.0])
+    time.sleep(delay_s)
+    segment.kill(number)
+    return f"{number.name} after {delay_s:.3f} s"
+
+
+def _committed(run: RunDirectory) -> Iterator[int]:
+    if run.checkpoints.is_dir():
+        for path in run.checkpoints.iterdir():
+            step = parse_step(path.name)
+            if step is not None:
+                yield step

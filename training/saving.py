@@ -1,0 +1,163 @@
+"""When the trainer saves, and what it does about a save that fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+
+from training.checkpointing.manager import CheckpointContents, CheckpointManager
+from training.checkpointing.policy import SaveMoment, SaveSchedule, Trigger
+from training.config import PreemptionConfig
+from training.costs import Costs
+from training.errors import StorageError
+from training.preemption import Notice, PreemptionMonitor, grace_warning, stop_decision
+from training.progress import Progress
+from training.state import TrainState
+from training.train_step import LossGuard
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves a TrainState at the moments that the schedule names.
+
+    One failed save is told and tried again from the same snapshot while training goes on; a
+    second failure in a row is raised. So a disk that was full for a moment costs nothing, not
+    even a checkpoint that selection may want.
+    """
+
+    def __init__(  # noqa: PLR0913  # the parts of a segment that saving needs
+        self,
+        *,
+        manager: CheckpointManager,
+        schedule: SaveSchedule,
+        mtbp_s: float,
+        state: TrainState,
+        guard: LossGuard,
+        monitor: PreemptionMonitor,
+        preemption: PreemptionConfig,
+        progress: Progress,
+        costs: Costs,
+    ) -> None:
+        self._manager = manager
+        self._schedule = schedule
+        self._mtbp_s = mtbp_s
+        self._state = state
+        self._guard = guard
+        self._monitor = monitor
+        self._preemption = preemption
+        self._progress = progress
+        self._costs = costs
+        self._num_failures = 0
+        self._last_save_s = time.monotonic()
+        self._last_save_step = state.counters.step
+        self._has_advance_notice = False
+        self._is_grace_checked = False
+
+    def after_step(self) -> None:
+        """Save if it is due. Raises StorageError where two saves in a row failed."""
+        self._collect()
+        self._has_advance_notice |= self._monitor.take_advance() is not None
+        if trigger := self._due(is_epoch_end=False):
+            self._save(trigger, {})
+
+    def after_epoch(self, metrics: Mapping[str, float], *, is_last: bool) -> None:
+        """Save what selection may choose; the last epoch always."""
+        self._collect()
+        if is_last or self._due(is_epoch_end=True) == "epoch":
+            self._save("epoch", metrics)
+
+    def finish(self) -> None:
+        """Wait until the last save is durable."""
+        with self._costs.measured("saving"):
+            self._wait()
+
+    def stop(self, notice: Notice) -> None:
+        """Save before the machine goes away, if there is time for it."""
+        step = self._state.counters.step
+        decision = stop_decision(
+            notice, now_s=time.monotonic(), step_s=0.0, save_s=self._manager.durable_s
+        )
+        if decision == "trust_last_checkpoint":
+            logger.warning(
+                "the notice leaves %.1f s, a save takes %.1f s: stopping without one",
+                notice.remaining_s(time.monotonic()),
+                self._manager.durable_s,
+            )
+            return
+        if step != self._last_save_step:
+            self._save("notice", {})
+        self.finish()
+
+    def _due(self, *, is_epoch_end: bool) -> Trigger | None:
+        counters = self._state.counters
+        moment = SaveMoment(
+            step=counters.step,
+            epoch=counters.epoch,
+            is_epoch_end=is_epoch_end,
+            now_s=time.monotonic(),
+            last_save_s=self._last_save_s,
+            last_save_step=self._last_save_step,
+            is_in_flight=self._manager.is_in_flight,
+            has_advance_notice=self._has_advance_notice,
+        )
+        return self._schedule.due(moment, cost_s=self._manager.snapshot_s, mtbp_s=self._mtbp_s)
+
+    def _save(self, trigger: Trigger, metrics: Mapping[str, float]) -> None:
+        self._guard.check()
+        with self._costs.measured("saving"):
+            if self._manager.is_in_flight:
+                self._wait()
+            tensors, state = self._state.capture()
+            counters = self._state.counters
+            self._manager.save(
+                CheckpointContents(
+                    step=counters.step,
+                    epoch=counters.epoch,
+                    trigger=trigger,
+                    metrics=metrics,
+                    tensors=tensors,
+                    state=state,
+                )
+            )
+        self._last_save_s, self._last_save_step = time.monotonic(), counters.step
+        self._has_advance_notice = False
+
+    def _collect(self) -> None:
+        """Learn what became of the save in flight."""
+        try:
+            published = self._manager.poll()
+        except StorageError as error:
+            self._try_again(error)
+            return
+        if published is not None:
+            self._num_failures = 0
+            self._progress.emit("saved", step=published.step, duration_s=published.durable_s)
+            self._check_grace(published.durable_s)
+
+    def _wait(self) -> None:
+        while self._manager.is_in_flight:
+            try:
+                self._manager.wait()
+            except StorageError as error:
+                self._try_again(error)
+            else:
+                self._num_failures = 0
+
+    def _try_again(self, error: StorageError) -> None:
+        self._num_failures += 1
+        if self._num_failures > 1:
+            raise error
+        logger.warning("a save failed and is tried again, older checkpoints are good: %s", error)
+        self._manager.retry()
+
+    def _check_grace(self, save_s: float) -> None:
+        if self._is_grace_checked:
+            return
+        self._is_grace_checked = True
+        warning = grace_warning(
+            grace_period_s=self._preemption.grace_period_s, step_s=0.0, save_s=save_s
+        )
+        if warning is not None:
+            logger.warning(warning)
