@@ -81,7 +81,179 @@ class Export:
         shutil.rmtree(self.scratch, ignore_errors=True)
         return manifest
 
-    def _preempted(stage: Stage) -> StageOutcome:
+    def _write(self) -> Interface | None:
+        for folder in (self.staging, self.scratch):
+            shutil.rmtree(folder, ignore_errors=True)
+        source, place = open_champion(
+            self.stage.experiment,
+            self.champion.path,
+            self.stage.config.export,
+            self.staging,
+            self.scratch,
+        )
+        is_written = write_artifacts(source, place, self.formats, self._before_each)
+        return source.interface if is_written else None
+
+    def _before_each(self, name: str) -> bool:
+        self.lease.check()
+        self.stage.progress.emit("export", format=name)
+        return not self.stage.should_stop()
+
+    def _check(self, action: Action) -> dict[str, Any] | None:
+        self.stage.progress.emit("export", check=action)
+        request = CheckRequest(
+            experiment=self.stage.arguments.experiment,
+            config=self.stage.config.model_dump(mode="json"),
+            champion=str(self.scratch / "champion.safetensors"),
+            bundle=str(self.staging),
+            scratch=str(self.scratch),
+            formats=self.formats,
+        )
+        outcome = check_in_fresh_process(request, action, self.stage.should_stop)
+        return None if outcome.is_stopped else outcome.reports
+
+    def _facts(
+        self, interface: Interface, reports: Mapping[str, Any], measured: Mapping[str, Any]
+    ) -> BundleFacts:
+        stage, spec, table = self.stage, export_spec(self.stage.experiment), formats()
+        sizes = {name: (self.staging / table[name].path).stat().st_size for name in self.formats}
+        test = {name: pair["champion"] for name, pair in reports["weights"]["metrics"].items()}
+        return BundleFacts(
+            name=experiment_name(stage.arguments.experiment),
+            run_id=stage.record.run_id,
+            config=stage.config.model_dump(mode="json"),
+            config_digest=stage.record.config_digest,
+            data_fingerprint=stage.record.data_fingerprint or "",
+            versions={**stage.record.versions, **exporter_versions()},
+            licence=stage.config.export.licence,
+            description=spec.description,
+            task=spec.task,
+            interface=interface,
+            max_batch_size=stage.config.export.max_batch_size,
+            champion={
+                "metrics": dict(self.champion.metrics),
+                "name": self.champion.name,
+                "sha256": self.champion.digest,
+                "test_metrics": test,
+            },
+            formats=self.formats,
+            parity=parity_json(reports, sizes),
+            measured=measured,
+        )
+
+
+def run_export(stage: Stage) -> StageOutcome:
+    """Export the run's champion, prove the exports, publish ``bundle/``.
+
+    A bundle of the same champion and formats that verifies is left as it is.
+
+    Raises:
+        ExportError: there is no champion, or it cannot be exported.
+        ParityError: an artifact is not the champion; nothing is published.
+        BundleError: what was written does not verify.
+    """
+    champion = read_champion(stage.run)
+    names = chosen_formats(stage.config.export)
+    if is_done(stage.run.bundle, champion, names):
+        return StageOutcome("completed", 0)
+    with stage.writing() as lease:
+        manifest = Export(stage, lease, champion, names).run()
+    if manifest is None:
+        return _preempted(stage)
+    _tell(stage, manifest)
+    return StageOutcome("completed", 0)
+
+
+def exporter_versions() -> dict[str, str]:
+    """Versions of the libraries that an export depends on."""
+    return {name: metadata.version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
+
+
+def read_champion(run: RunDirectory) -> ChosenChampion:
+    """The champion of ``evaluation.json``, its file checked against the digest given there.
+
+    Raises ExportError where nothing was chosen yet, or the file is not the one that was chosen.
+    """
+    try:
+        evaluation: Any = read_json(run.evaluation_json)
+    except FileNotFoundError:
+        raise ExportError(
+            f"run {run.path.name} has no evaluation.json; choose a champion first: "
+            "python -m training evaluate"
+        ) from None
+    chosen = evaluation["champion"]
+    path = run.path / chosen["path"]
+    if not path.is_file():
+        raise ExportError(f"the champion {chosen['path']} is missing in {run.path}")
+    digest = str(chosen["digest"])
+    found = consumer.file_digest(path)
+    if digest.removeprefix("sha256:") != found:
+        raise ExportError(
+            f"the champion {chosen['path']} was altered after it was chosen: sha256 {found[:12]}…, "
+            f"evaluation.json says {digest}; run the evaluation again"
+        )
+    return ChosenChampion(chosen["name"], path, found, chosen.get("metrics", {}))
+
+
+def is_done(bundle: Path, champion: ChosenChampion, names: tuple[str, ...]) -> bool:
+    """Whether the bundle is there, of this champion and these formats, and verifies."""
+    if not bundle.is_dir():
+        return False
+    try:
+        manifest = verified(bundle)
+    except BundleError:
+        return False
+    same = manifest["champion"]["sha256"] == champion.digest
+    return bool(same and set(names) <= set(manifest["formats"]))
+
+
+def refuse_findings(reports: Mapping[str, Any]) -> None:
+    """Raises ParityError that names each artifact, check, input and figure."""
+    findings = [
+        f"{name}: {finding['check']}: {finding['where']}: {finding['message']}"
+        for name, report in reports.items()
+        for finding in report["findings"]
+    ]
+    if findings:
+        more = f"; and {len(findings) - MAX_SHOWN} more" if len(findings) > MAX_SHOWN else ""
+        raise ParityError(
+            f"the exports are not the champion, nothing was published: "
+            f"{'; '.join(findings[:MAX_SHOWN])}{more}"
+        )
+
+
+def full_checkpoint_bytes(checkpoints: Path) -> int | None:
+    """Size of the newest checkpoint with an optimizer in it; None where there is none."""
+    full = sorted(checkpoints.glob("step-*/optimizer.safetensors"))
+    if not full:
+        return None
+    return sum(path.stat().st_size for path in full[-1].parent.iterdir() if path.is_file())
+
+
+def parity_json(reports: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """``parity.json``: for each artifact a few figures to show, and all details."""
+    artifacts = {}
+    for name, report in reports.items():
+        if name != "champion":
+            shares = [
+                entry["error"] / entry["bound"]
+                for outputs in report["numbers"].values()
+                for entry in outputs.values()
+                if entry["bound"]
+            ]
+            artifacts[name] = {
+                "agreement": min(report["agreement"].values(), default=None),
+                "details": report,
+                "is_good": report["is_good"],
+                "num_compared_tensors": report["num_tensors"],
+                "num_probes": len(report["numbers"]),
+                "size_bytes": sizes[name],
+                "worst_share_of_bound": round(max(shares), 4) if shares else None,
+            }
+    return {"artifacts": artifacts, "comparison": reports["champion"]}
+
+
+def _preempted(stage: Stage) -> StageOutcome:
     notice = stage.monitor.notice
     values: dict[str, Any] = {"source": notice.source, "reason": notice.reason} if notice else {}
     return StageOutcome("preempted", EXIT_PREEMPTED, notice=values or None)
