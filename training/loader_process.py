@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 
 import torch
 
@@ -30,6 +30,8 @@ def start_fork_server() -> None:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.fetching", "training.loader_process"])
+    # It unblocks SIGINT and SIGTERM once it is up, so it goes first.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICE_SIGNALS)
     try:
         forkserver.ensure_running()

@@ -65,6 +65,11 @@ class SignalFlag:
 
         Calling it again only does the second. Raises ValueError outside the main thread.
         """
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError(
+                f"signals can be taken over in the main thread only, this is "
+                f"{threading.current_thread().name}: call install_signal_flag() there first"
+            )
         if not self.is_installed:
             self._pid = os.getpid()
             self._previous = {
@@ -140,7 +145,9 @@ def signals_held() -> Iterator[None]:
     """Hold notice signals back within the block, as around the start of loader processes.
 
     A child that is started here begins with the signals held back, so that one which is sent to
-    the whole process group cannot end it before it has called ``ignore_in_worker``.
+    the whole process group cannot end it before it has called ``ignore_in_worker``. Call
+    ``multiprocessing.resource_tracker.ensure_running()`` first: when multiprocessing starts its
+    tracker within the block, it lets SIGINT and SIGTERM through again.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NOTICE_SIGNALS)
     try:
