@@ -106,8 +106,14 @@ def wanted_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     files: dict[str, Any] = dict(manifest["files"])
     if not path.is_file() or path.is_symlink():
         return files
-    only = json.loads(path.read_bytes()).get("only")
-    return files if only is None else chosen_files(manifest, only)
+    try:
+        only = json.loads(path.read_bytes())["only"]
+        unknown = sorted(set(only) - set(manifest["formats"]))
+    except (ValueError, TypeError, LookupError) as error:
+        raise RefusedBundleError(f"{PULLED} was altered: {error!r}") from error
+    if unknown:
+        raise RefusedBundleError(f"{PULLED} was altered: there is no format {unknown[0]!r}")
+    return chosen_files(manifest, only)
 
 
 def chosen_files(manifest: Mapping[str, Any], only: list[str]) -> dict[str, Any]:

@@ -1,0 +1,168 @@
+"""The commands of those who use bundles: ``pull``, ``verify``, ``predict``, ``bundles``.
+
+Standard library alone, but for ONNX Runtime and NumPy where a model runs: they work where neither
+torch nor click is installed. Results go to stdout, what is being done to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from training.errors import BundleError, HoldfastError, InputError
+from training.export import consumer
+from training.export.pull import pull
+from training.export.registry import BundleReference, Registry
+
+COMMANDS = ("pull", "verify", "predict", "bundles")
+DEFAULT_STORE = Path("runs")
+MEGABYTE = 1e6
+
+EXAMPLES = """examples:
+  holdfast bundles                                what there is, with metrics and aliases
+  holdfast pull digits --to digits-model          the champion, verified byte by byte
+  holdfast pull digits@3 --to third --only onnx   version 3, without what else PyTorch reads
+  holdfast verify digits-model                    does it compute the right numbers here?
+  holdfast predict digits-model samples.csv       class by class, as CSV
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 good, 1 refused, 2 wrong input."""
+    options = build_parser().parse_args(arguments)
+    try:
+        run(options)
+    except HoldfastError as error:
+        print(f"holdfast: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what parsed options say. Raises BundleError and InputError."""
+    try:
+        RUNNERS[options.command](options)
+    except consumer.RefusedBundleError as error:
+        raise BundleError(str(error)) from error
+    except consumer.WrongInputError as error:
+        raise InputError(str(error)) from error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all four commands."""
+    parser = argparse.ArgumentParser(
+        prog="holdfast",
+        description="Take, prove and try the models that others trained.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_pull(commands)
+    verifying = commands.add_parser("verify", help="prove a bundle on this machine")
+    verifying.add_argument("folder", type=Path, help="the bundle")
+    predicting = commands.add_parser("predict", help="predict a CSV, NPY or JSON file")
+    predicting.add_argument("folder", type=Path, help="the bundle")
+    predicting.add_argument("input", type=Path, help="samples: .csv, .npy or .json")
+    predicting.add_argument("--to", type=Path, metavar="FILE", help="write there, not to stdout")
+    listing = commands.add_parser("bundles", help="list bundles with versions and metrics")
+    listing.add_argument("name", nargs="?", help="this one alone, with the history of its aliases")
+    listing.add_argument("--store", type=Path, default=DEFAULT_STORE, help="default: runs")
+    listing.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def _add_pull(commands: Any) -> None:
+    pulling = commands.add_parser("pull", help="copy a bundle out of a store, verified")
+    pulling.add_argument(
+        "reference", metavar="NAME[@VERSION|@ALIAS]", help="default alias champion"
+    )
+    pulling.add_argument("--to", type=Path, required=True, metavar="DIR", help="must not exist yet")
+    pulling.add_argument("--store", type=Path, default=DEFAULT_STORE, help="default: runs")
+    pulling.add_argument(
+        "--only", action="append", default=[], metavar="FORMAT", help="leave other formats out"
+    )
+
+
+def _run_pull(options: argparse.Namespace) -> None:
+    registry = Registry(options.store)
+    reference = BundleReference.parse(options.reference)
+    version = registry.resolve(reference)
+    manifest = pull(
+        registry.bundle(reference.name, version),
+        options.to,
+        tuple(options.only),
+        lambda name, size: print(f"  {size:>12,}  {name}", file=sys.stderr),
+    )
+    print(f"{manifest['name']}@{version} is in {options.to}; every digest is right")
+
+
+def _run_verify(options: argparse.Namespace) -> None:
+    manifest = consumer.verify_files(options.folder)
+    num = consumer.verify_golden(options.folder)
+    print(f"{manifest['name']}: all files and {num} golden outputs are right on this machine")
+
+
+def _run_predict(options: argparse.Namespace) -> None:
+    consumer.predict(options.folder, options.input, options.to)
+
+
+def _run_bundles(options: argparse.Namespace) -> None:
+    registry = Registry(options.store)
+    names = [options.name] if options.name else registry.names()
+    described = [entry for name in names for entry in _describe(registry, name)]
+    if options.name and not described:
+        registry.resolve(BundleReference.parse(options.name))
+    if options.json:
+        print(json.dumps(described, indent=2, sort_keys=True))
+        return
+    if not described:
+        print(f"no bundles in {registry.folder}", file=sys.stderr)
+    for entry in described:
+        metrics = " ".join(f"{name}={value:.4g}" for name, value in entry["metrics"].items())
+        aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
+        size = f"{entry['size_bytes'] / MEGABYTE:.1f} MB"
+        line = f"{entry['name']}@{entry['version']:<4} {size:>9}  {metrics}  {aliases}"
+        print(line.rstrip())
+    if options.name:
+        _print_history(registry, options.name)
+
+
+def _describe(registry: Registry, name: str) -> list[dict[str, Any]]:
+    aliases = registry.aliases(name)
+    described = []
+    for version in registry.versions(name):
+        manifest = consumer.read_manifest(registry.bundle(name, version))
+        metrics = manifest["champion"]["test_metrics"]
+        described.append(
+            {
+                "aliases": sorted(alias for alias, at in aliases.items() if at == version),
+                "formats": sorted(manifest["formats"]),
+                "metrics": {key: value for key, value in metrics.items() if value is not None},
+                "name": name,
+                "run_id": manifest["run"]["run_id"],
+                "size_bytes": sum(entry["size_bytes"] for entry in manifest["files"].values()),
+                "version": version,
+            }
+        )
+    return described
+
+
+def _print_history(registry: Registry, name: str) -> None:
+    for alias in registry.aliases(name):
+        for move in registry.history(name, alias):
+            print(f"  @{alias} -> {move.version}  {move.moved_at}  {move.reason}")
+
+
+RUNNERS = {
+    "bundles": _run_bundles,
+    "predict": _run_predict,
+    "pull": _run_pull,
+    "verify": _run_verify,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

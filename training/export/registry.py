@@ -1,0 +1,235 @@
+"""Bundles by name and version, and aliases that move and remember where they were.
+
+Imports the standard library alone: whoever pulls a bundle needs no torch.
+
+    <store>/registry/<name>/versions/000003/          a bundle
+    <store>/registry/<name>/aliases/<alias>/000007.json   the alias's seventh position
+
+An alias stands where its highest number says. A move links the next number into place, which
+succeeds for exactly one of several movers; nothing is ever overwritten, so the history is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from training.durable_json import create_json_durably, read_json, sync_folder
+from training.errors import BundleError, InputError
+from training.export import consumer
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+VERSION_DIGITS = 6
+MAX_ATTEMPTS = 100
+DEFAULT_ALIAS = "champion"
+
+
+@dataclass(frozen=True)
+class BundleReference:
+    """``NAME``, ``NAME@3`` or ``NAME@alias``; without ``@`` the alias ``champion`` is meant."""
+
+    name: str
+    version: int | None = None
+    alias: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> BundleReference:
+        """Raises InputError for a name or alias that could be a path."""
+        name, _, which = text.partition("@")
+        which = which or DEFAULT_ALIAS
+        _checked_name(name), _checked_name(which)
+        if which.isdecimal():
+            return cls(name, version=int(which))
+        return cls(name, alias=which)
+
+
+@dataclass(frozen=True)
+class AliasMove:
+    """One position of an alias."""
+
+    number: int
+    version: int
+    moved_at: str
+    reason: str
+
+
+class Registry:
+    """All bundles of a store.
+
+    Attributes:
+        folder: ``<store>/registry``; it is created by the first publication.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self.folder = store / "registry"
+
+    def names(self) -> list[str]:
+        """Names that have at least one version."""
+        return sorted(path.parent.name for path in self.folder.glob("*/versions"))
+
+    def versions(self, name: str) -> list[int]:
+        """Published versions, ascending."""
+        folder = self.folder / _checked_name(name) / "versions"
+        if not folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+    def bundle(self, name: str, version: int) -> Path:
+        """The folder of a version, whether it is there or not."""
+        return self.folder / _checked_name(name) / "versions" / _numbered(version)
+
+    def publish(self, source: Path) -> tuple[str, int]:
+        """Copy a verified bundle in under its name; the name and its new version.
+
+        The same bundle again gives its old version. After return the copy is durable and was
+        verified; before that there is none. Raises BundleError if ``source`` does not verify.
+        """
+        manifest = _verified(source)
+        name = _checked_name(manifest["name"])
+        for version in self.versions(name):
+            known = _verified_manifest(self.bundle(name, version))
+            if known["manifest_digest"] == manifest["manifest_digest"]:
+                return name, version
+        versions = self.folder / name / "versions"
+        versions.mkdir(parents=True, exist_ok=True)
+        staging = versions / f".{secrets.token_hex(6)}.partial"
+        try:
+            shutil.copytree(source, staging)
+            _verified(staging)
+            _sync_tree(staging)
+            return name, self._move_into_place(name, staging)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def position(self, name: str, alias: str) -> AliasMove | None:
+        """Where an alias stands; None where it was never set."""
+        history = self.history(name, alias)
+        return history[-1] if history else None
+
+    def history(self, name: str, alias: str) -> list[AliasMove]:
+        """All positions of an alias, oldest first."""
+        folder = self._alias_folder(name, alias)
+        if not folder.is_dir():
+            return []
+        moves = []
+        for path in sorted(folder.glob("*.json")):
+            content: Any = read_json(path)
+            moves.append(
+                AliasMove(
+                    int(path.stem), content["version"], content["moved_at"], content["reason"]
+                )
+            )
+        return moves
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Alias -> version."""
+        folder = self.folder / _checked_name(name) / "aliases"
+        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        positions = {alias: self.position(name, alias) for alias in found}
+        return {alias: move.version for alias, move in positions.items() if move}
+
+    def move_alias(
+        self, name: str, alias: str, version: int, *, reason: str, after: AliasMove | None
+    ) -> bool:
+        """Let an alias stand for a version; False where it is no longer at ``after``.
+
+        ``after`` is the position that the decision was made from, so that of two movers that
+        decided from the same one the second has to decide again. Raises InputError for a version
+        that does not exist.
+        """
+        if version not in self.versions(name):
+            raise InputError(f"{name} has no version {version}; it has {self.versions(name)}")
+        folder = self._alias_folder(name, alias)
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1 if after is None else after.number + 1
+        return create_json_durably(
+            folder / f"{_numbered(number)}.json",
+            {
+                "moved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "reason": reason,
+                "version": version,
+            },
+        )
+
+    def resolve(self, reference: BundleReference) -> int:
+        """The version that a reference means. Raises InputError that lists what there is."""
+        versions = self.versions(reference.name)
+        if not versions:
+            known = ", ".join(self.names()) or "none"
+            raise InputError(
+                f"{self.folder} has no bundle {reference.name!r}; it has: {known}"
+            )  # fmt: skip
+        if reference.alias is not None:
+            aliases = self.aliases(reference.name)
+            if reference.alias not in aliases:
+                raise InputError(
+                    f"{reference.name} has no alias {reference.alias!r}; it has aliases {aliases} "
+                    f"and versions {versions}"
+                )
+            return aliases[reference.alias]
+        assert reference.version is not None
+        if reference.version not in versions:
+            raise InputError(
+                f"{reference.name} has no version {reference.version}; it has {versions}"
+            )
+        return reference.version
+
+    def _move_into_place(self, name: str, staging: Path) -> int:
+        for _ in range(MAX_ATTEMPTS):
+            version = max(self.versions(name), default=0) + 1
+            target = self.bundle(name, version)
+            try:
+                # A folder is never renamed onto one with content: another publisher was first.
+                os.rename(staging, target)  # noqa: PTH104 - its error is the point
+            except OSError:
+                if not target.exists():
+                    raise
+                continue
+            sync_folder(target.parent)
+            return version
+        raise BundleError(f"{MAX_ATTEMPTS} others published {name} at the same time; try again")
+
+    def _alias_folder(self, name: str, alias: str) -> Path:
+        return self.folder / _checked_name(name) / "aliases" / _checked_name(alias)
+
+
+def _checked_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} is no name of a bundle or alias; expected letters, digits, '.', '_', '-', "
+            "at most 128 of them, beginning with a letter or digit"
+        )
+    return name
+
+
+def _numbered(number: int) -> str:
+    return f"{number:0{VERSION_DIGITS}d}"
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    try:
+        return consumer.verify_files(folder)
+    except consumer.RefusedBundleError as error:
+        raise BundleError(str(error)) from error
+
+
+def _verified_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return consumer.read_manifest(folder)
+    except consumer.RefusedBundleError as error:
+        raise BundleError(f"{folder}: {error}") from error
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
