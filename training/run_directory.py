@@ -115,8 +115,8 @@ def write_run_record_once(run: RunDirectory, record: RunRecord) -> RunRecord:
     Of several processes at once, one writes and all others get what it wrote.
 
     Raises:
-        RunConflictError: the run id belongs to a run with another configuration, experiment or
-            data; the message names each differing key with both values.
+        RunConflictError: the run id belongs to a run with another configuration or other data;
+            the message names each differing key with both values.
         StorageError: it can neither be written nor read.
     """
     _make_folder(run)
@@ -219,8 +219,6 @@ def _read_record(run: RunDirectory, name: str, kind: type[RecordT]) -> RecordT:
 
 def _conflicts(existing: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
     """What makes two records describe different runs. An unknown fingerprint differs from none."""
-    if existing.experiment != record.experiment:
-        yield "experiment", existing.experiment, record.experiment
     prints = (existing.data_fingerprint, record.data_fingerprint)
     if None not in prints and prints[0] != prints[1]:
         yield "data_fingerprint", *prints

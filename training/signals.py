@@ -135,14 +135,15 @@ def current_signal_flag() -> SignalFlag:
 def hold_signals() -> None:
     """Keep notice signals waiting in the kernel until ``install_signal_flag``.
 
-    Threads and processes that are started afterwards inherit this.
+    Threads and processes that are started afterwards inherit this. To be called before the first
+    thread is started: the kernel gives a signal to any thread that does not hold it back.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, NOTICE_SIGNALS)
 
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Hold notice signals back within the block, as around the start of loader processes.
+    """Hold notice signals back in this thread, as around the start of loader processes.
 
     A child that is started here begins with the signals held back, so that one which is sent to
     the whole process group cannot end it before it has called ``ignore_in_worker``. Call
