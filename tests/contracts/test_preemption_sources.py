@@ -339,12 +339,12 @@ def test_a_refused_connection_is_told_once_and_a_later_notice_is_heard(
 def test_a_service_that_hangs_does_not_keep_a_segment_from_ending(
     service: Service, name: str
 ) -> None:
-    service.delay_s = 0.5
+    service.delay_s = 5.0
     begin_s = time.monotonic()
     with monitoring(config(name, metadata_url=service.url)) as monitor:
         time.sleep(0.05)
         assert monitor.notice is None
-    assert time.monotonic() - begin_s < 0.4
+    assert time.monotonic() - begin_s < 3.0
 
 
 @pytest.mark.parametrize(

@@ -215,10 +215,10 @@ def test_a_stopped_holder_that_wakes_up_changes_nothing(run: RunDirectory, host:
 
 
 def test_a_holder_that_slept_and_was_not_replaced_goes_on(run: RunDirectory) -> None:
-    with process(HOLDER, run.path, 0.3) as holder:
+    with process(HOLDER, run.path, 0.8) as holder:
         holder.answer()
         holder.popen.send_signal(signal.SIGSTOP)
-        time.sleep(0.8)
+        time.sleep(1.2)
         holder.popen.send_signal(signal.SIGCONT)
         assert holder.ask("lease.check()") == "done"
         view = read_lease(run)
