@@ -10,6 +10,7 @@ outside of the project is found by its file.
 
 from __future__ import annotations
 
+import atexit
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -168,9 +169,14 @@ class _WorkerPool:
 
     def __init__(self, loader: DataLoader[Any], pending: deque[Place]) -> None:
         self._pending = pending
+        self._iterator: Any = iter(())
+        # multiprocessing's own exit handler, which runs after this one, would wait for processes
+        # that it has sent a SIGTERM, which they ignore.
+        atexit.register(self.close)
         try:
-            self._iterator: Any = iter(loader)
+            self._iterator = iter(loader)
         except (AttributeError, TypeError, ValueError) as error:  # what pickling raises
+            self.close()
             raise InputError(
                 f"the data set cannot be sent to a loader process: {error}; define its class and "
                 "functions at the top of a module, or set data.num_workers=0"
@@ -196,6 +202,7 @@ class _WorkerPool:
 
     def close(self) -> None:
         """End the processes; those that don't leave by themselves are killed."""
+        atexit.unregister(self.close)
         iterator, self._iterator = self._iterator, iter(())
         if not hasattr(iterator, "_workers"):
             return

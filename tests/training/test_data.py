@@ -278,6 +278,21 @@ def test_loader_processes_ignore_the_signals_of_a_notice_and_use_one_thread() ->
         assert len(list(islice(microbatches, 20))) == 20
 
 
+@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(0)", "sys.modules['kept'] = steps"])
+def test_a_process_that_forgot_to_close_its_loader_ends(ending: str) -> None:
+    script = (
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from loader_datasets import Augmented\n"
+        "from training.data import FixedSizePlan, Loader\n"
+        "loader = Loader(Augmented(), FixedSizePlan(40, 4, False, 0), num_workers=1, seed=0)\n"
+        "steps = loader.steps(0, 0)\n"
+        "next(steps)\n"
+        f"{ending}\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
 def test_loader_processes_go_when_the_training_process_is_killed(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
