@@ -47,17 +47,18 @@ class TurbofanSettings(Section):
     """Cycles that the model sees."""
     rul_cap: float = Field(125.0, gt=0)
     """Remaining lives above this many cycles count as this many."""
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.4, ge=0, lt=1)
     """Probability of dropping a feature, in all parts but the heads."""
     validation_fraction: float = Field(0.2, gt=0, lt=1)
     """Fraction of the training engines that validate and are never trained on."""
     split_seed: int = Field(0, ge=0, lt=2**32)
     """Decides which engines validate; apart from the run's seed, so that runs can be compared."""
-    train_stride: int = Field(1, ge=1)
-    """An epoch takes one window, at a random place, from every so many cycles of an engine."""
+    train_stride: int = Field(20, ge=1)
+    """An epoch takes one window, at a random place, from every so many cycles of an engine: the
+    windows of neighbouring cycles are nearly the same. 1 takes all."""
     min_cycles: int = Field(15, ge=1)
     """Training windows end at this cycle or later; those before a full window are padded."""
-    validation_windows: int = Field(20, ge=1)
+    validation_windows: int = Field(10, ge=1)
     """Places at which each validation engine's history is cut off."""
 
 
@@ -107,8 +108,8 @@ class Turbofan:
 
     Settings = TurbofanSettings
     defaults: ClassVar[dict[str, Any]] = {
-        "data": {"batch_size": 64},
-        "train": {"num_epochs": 60, "clip_norm": 1.0},
+        "data": {"batch_size": 32},
+        "train": {"num_epochs": 120, "clip_norm": 1.0},
         "optimizer": {"name": "AdamW", "args": {"lr": 1e-3, "weight_decay": 1e-4}},
         "warmup": {"num_epochs": 10, "start_factor": 0.1},
         "scheduler": {
@@ -116,7 +117,7 @@ class Turbofan:
             "args": {"factor": 0.5, "patience": 30, "min_lr": 5e-6},
             "metric": "rmse",
         },
-        "early_stopping": {"patience_epochs": 80},
+        "early_stopping": {"patience_epochs": 60},
         "ema": {"decays": [0.999]},
         "selection": {"metric": "rmse", "mode": "min"},
     }

@@ -76,7 +76,7 @@ def test_the_runs_seed_changes_no_split_and_split_seed_does(folder: Path) -> Non
 
 
 def test_every_cycle_from_the_first_on_ends_one_training_window(folder: Path) -> None:
-    dataset = make(folder, min_cycles=10).dataset("train")
+    dataset = make(folder, min_cycles=10, train_stride=1).dataset("train")
     _, (rul, engine, cycle) = dataset.fetch(np.arange(len(dataset)))
     life = {int(e): int(c) for e, c, left in zip(engine, cycle, rul, strict=True) if left == 0}
     assert len(life) == 8
