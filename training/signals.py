@@ -22,6 +22,7 @@ from types import FrameType
 from typing import NoReturn
 
 NOTICE_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ECHO_S = 0.1  # what lies closer together is one Ctrl-C that a wrapper such as timeout passed on
 Handler = Callable[[int, FrameType | None], object] | int | None
 
 
@@ -39,7 +40,9 @@ Listener = Callable[[ReceivedSignal], None]
 class SignalFlag:
     """The signals that this process got since ``install``.
 
-    A second SIGINT raises KeyboardInterrupt at once; a third one ends the process.
+    A second SIGINT raises KeyboardInterrupt at once; a third one ends the process. Two within a
+    tenth of a second count as one: the terminal sends Ctrl-C to the whole process group, and a
+    wrapper (timeout, make) passes its own on.
     """
 
     def __init__(self) -> None:
@@ -105,7 +108,8 @@ class SignalFlag:
             return
         received = ReceivedSignal(signal.Signals(number).name, time.monotonic())
         is_second_interrupt = number == signal.SIGINT and any(
-            earlier.name == received.name for earlier in tuple(self._received)
+            earlier.name == received.name and received.received_s - earlier.received_s > ECHO_S
+            for earlier in tuple(self._received)
         )
         if is_second_interrupt:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
