@@ -13,6 +13,7 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
+from flows.attempt import attempt
 from flows.run_ids import DEFAULT_TEMPLATE, fill_run_id
 from tasks.artifacts import show_run
 from tasks.job import Job
@@ -58,13 +59,14 @@ def training_pipeline(
         limits: Grace period and crash budget.
     """
     job = prepare(requested_job(experiment, run_id, store, config_file, overrides, is_resume))
-    with Reporter(job) as reporter:
-        train(job, limits, reporter)
-        make_candidates(job, limits, reporter)
-        evaluate(job, limits, reporter)
-        export(job, limits, reporter)
-        write_report(job, limits, reporter)
-    show_run(job)
+    with attempt(job):
+        with Reporter(job) as reporter:
+            train(job, limits, reporter)
+            make_candidates(job, limits, reporter)
+            evaluate(job, limits, reporter)
+            export(job, limits, reporter)
+            write_report(job, limits, reporter)
+        show_run(job)
     return summarize(job.run).as_json()
 
 

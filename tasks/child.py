@@ -67,6 +67,7 @@ class StageOutcome:
         exit_code: the process's; negative is the number of the signal that killed it.
         step: the step it reached, where it told one.
         error: ``type`` and ``message``, where it failed with an error of its own.
+        notice: ``source`` and ``reason``, where a notice stopped it.
         log_tail: the last lines of its log.
     """
 
@@ -74,6 +75,7 @@ class StageOutcome:
     exit_code: int
     step: int | None = None
     error: Event | None = None
+    notice: Event | None = None
     log_tail: tuple[str, ...] = ()
 
     @property
@@ -134,6 +136,7 @@ class _Listener:
         self._tail: deque[str] = deque(maxlen=NUM_TAIL_LINES)
         self._last: Event = {}
         self._step: int | None = None
+        self._notice: Event | None = None
 
     def take(self, kind: str, line: str) -> None:
         event = _parse_event(line) if kind == "event" else None
@@ -144,6 +147,8 @@ class _Listener:
         self._step = event.get("step", self._step)
         if event["event"] == "outcome":
             self._last = event
+        elif event["event"] == "notice":
+            self._notice = event
         self._on_event(event)
 
     def outcome(self, exit_code: int) -> StageOutcome:
@@ -156,6 +161,7 @@ class _Listener:
             exit_code=exit_code,
             step=self._step,
             error=self._last.get("error"),
+            notice=self._notice,
             log_tail=tuple(self._tail),
         )
 

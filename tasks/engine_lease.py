@@ -1,0 +1,106 @@
+"""The lease of a flow run's engine: one process drives a run, and others see that it lives.
+
+The training child has the run's own lease, but between two children, while one starts, and after
+the last one nobody holds it. The engine, which is the process that Prefect runs the flow in, takes
+a second lease below ``<run>/.engine`` and keeps it from the first to the last task. It is renewed
+every ``ENGINE_TTL_S / 4``, far more often than Prefect's heartbeat, and tells which attempt of
+which flow run it belongs to.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from training.errors import DataFormatError, LeaseLostError, StorageError
+from training.lease import Lease, LeaseView, read_lease
+from training.process_identity import current_process
+from training.run_directory import RunDirectory, read_json, write_json_durably
+
+# A renewal that is four times late is no hiccup of a disk any more.
+ENGINE_TTL_S = 20.0
+HOLDER_NAME = "holder.json"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Which attempt of which flow run an engine works on.
+
+    Attributes:
+        generation: of the engine's lease.
+        flow_run_id: Prefect's; empty without a server.
+        run_count: how often Prefect had started that flow run.
+    """
+
+    generation: int
+    flow_run_id: str
+    run_count: int
+
+
+def engine_directory(run: RunDirectory) -> RunDirectory:
+    """Where the lease of a run's engine lies: a run directory within the run's."""
+    return RunDirectory(run.path / ".engine")
+
+
+@contextmanager
+def engine_lease(
+    run: RunDirectory, flow_run_id: str, run_count: int, *, wait_s: float
+) -> Iterator[Lease]:
+    """Be the one engine of a run while the block runs.
+
+    A run that does not exist at the end leaves nothing behind.
+
+    Raises:
+        LeaseHeldError: another engine drives this run, and still did after ``wait_s``.
+        StorageError: the store cannot be written.
+    """
+    engine = engine_directory(run)
+    with Lease.acquire(engine, ENGINE_TTL_S, wait_s=wait_s) as lease:
+        write_json_durably(
+            engine.path / HOLDER_NAME,
+            {
+                "generation": lease.generation,
+                "flow_run_id": flow_run_id,
+                "run_count": run_count,
+            },
+        )
+        yield lease
+    if not run.run_json.exists():
+        shutil.rmtree(engine.path, ignore_errors=True)
+        with suppress(OSError):
+            run.path.rmdir()
+
+
+def read_engine(run: RunDirectory) -> tuple[LeaseView, Holder] | None:
+    """The newest engine of a run and what it works on; None where that is not known (yet).
+
+    Raises StorageError: the disk does not answer.
+    """
+    engine = engine_directory(run)
+    view = read_lease(engine)
+    if view is None:
+        return None
+    try:
+        told: Any = read_json(engine.path / HOLDER_NAME)
+        holder = Holder(int(told["generation"]), str(told["flow_run_id"]), int(told["run_count"]))
+    except (DataFormatError, FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
+    except OSError as error:
+        raise StorageError(f"cannot read {engine.path}: {error.strerror}") from error
+    return (view, holder) if holder.generation == view.generation else None
+
+
+def require_engine_is_here(run: RunDirectory) -> None:
+    """Make sure that no other engine has taken the run over.
+
+    Raises LeaseLostError: one has, since this one was presumed dead.
+    """
+    view = read_lease(engine_directory(run))
+    if view is not None and view.process != current_process():
+        raise LeaseLostError(
+            f"{run.path} is driven by {view.holder} now; this flow run was presumed dead and "
+            f"changes nothing any more"
+        )

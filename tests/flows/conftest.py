@@ -1,0 +1,51 @@
+"""A server for tests, quickly: one migrated database a session, copied for each server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.flows.cluster import Cluster, cluster, make_template
+from training.run_directory import RunDirectory
+
+# About half a minute of training, with more checkpoints than anything that happens meanwhile.
+OVERRIDES = ("train.num_epochs=150", "checkpoint.every_s=1")
+
+
+@pytest.fixture(scope="session")
+def database_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "prefect.db"
+    make_template(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared_cluster(
+    tmp_path_factory: pytest.TempPathFactory, database_template: Path
+) -> Iterator[Cluster]:
+    with cluster(tmp_path_factory.mktemp("flows") / "cluster", database_template) as running:
+        yield running
+
+
+@pytest.fixture
+def machines(shared_cluster: Cluster) -> Iterator[Cluster]:
+    """A server without machines; those that the test starts end with it, and steal no runs."""
+    shared_cluster.begin()
+    yield shared_cluster
+    shared_cluster.remove_machines()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The run as it is when nothing happens to it."""
+    store = tmp_path_factory.mktemp("uninterrupted")
+    argv = [sys.executable, "-m", "training", "segment", "--experiment", "digits"]
+    argv += ["--store", str(store), "--run-id", "whole", "--progress", "none"]
+    argv += [part for override in OVERRIDES for part in ("--set", override)]
+    subprocess.run(argv, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return RunDirectory(store / "digits" / "whole")
