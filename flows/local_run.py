@@ -97,7 +97,7 @@ def _start_engine(
             stdout=log,
             stderr=log,
             pass_fds=(writing,),
-            env={**os.environ, "HOLDFAST_EVENTS_FD": str(writing)},
+            env=_engine_environment(writing),
             start_new_session=True,
         )
     finally:
@@ -106,6 +106,13 @@ def _start_engine(
     with engine.stdin:
         engine.stdin.write(json.dumps(parameters).encode())
     return engine, os.fdopen(reading, encoding="utf-8")
+
+
+def _engine_environment(descriptor: int) -> dict[str, str]:
+    environment = {**os.environ, "HOLDFAST_EVENTS_FD": str(descriptor)}
+    if not environment.get("PREFECT_API_URL"):
+        environment.pop("PREFECT_API_URL", None)  # Prefect would take "" for an address
+    return environment
 
 
 @contextmanager

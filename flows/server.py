@@ -19,7 +19,7 @@ def configured_api_url() -> str | None:
     """Address of the server's API, from PREFECT_API_URL or Prefect's profile."""
     from prefect.settings import get_current_settings
 
-    return get_current_settings().api.url
+    return get_current_settings().api.url or None
 
 
 def require_server() -> str:

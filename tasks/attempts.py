@@ -42,11 +42,15 @@ class Attempt:
 
 
 class AttemptLog:
-    """The attempts at one stage of a run, in ``logs/attempts.jsonl``."""
+    """The attempts of one flow run at one stage of a run, in ``logs/attempts.jsonl``.
 
-    def __init__(self, run: RunDirectory, stage: str) -> None:
+    A person who starts the run again after a fault is gone makes a new flow run, which has budgets
+    of its own; a flow run that goes on elsewhere is still the same.
+    """
+
+    def __init__(self, run: RunDirectory, stage: str, flow_run_id: str = "") -> None:
         self._run = run
-        self._stage = stage
+        self._of = {"stage": stage, "flow_run": flow_run_id}
         self._path = run.logs / LOG_NAME
 
     def begin(self) -> None:
@@ -73,11 +77,11 @@ class AttemptLog:
                 entry = json.loads(line)
             except ValueError:
                 continue  # its writer was killed in the middle of it
-            if isinstance(entry, dict) and entry.get("stage") == self._stage:
+            if isinstance(entry, dict) and entry.items() >= self._of.items():
                 yield entry
 
     def _append(self, entry: dict[str, Any]) -> None:
-        entry = {**entry, "stage": self._stage, "at": utc_now(), "pid": os.getpid()}
+        entry = {**entry, **self._of, "at": utc_now(), "pid": os.getpid()}
         entry["step"] = newest_step(self._run)
         # A line begins with a line break: the one before may have been cut off.
         content = f"\n{json.dumps(entry)}\n"

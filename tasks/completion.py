@@ -15,7 +15,7 @@ from typing import Protocol
 from tasks.attempts import AttemptLog, crashes_in_a_row, idle_preemptions_in_a_row
 from tasks.child import Event, Stage, StageCommand, StageOutcome, run_stage
 from tasks.deathwatch import EXIT_PREEMPTED
-from tasks.engine_lease import require_engine_is_here
+from tasks.engine_lease import read_engine, require_engine_is_here
 from tasks.job import Job
 from tasks.limits import Limits
 from tasks.stage_errors import stage_error
@@ -76,7 +76,8 @@ def complete_stage(stage: Stage, job: Job, limits: Limits, listener: Listener) -
         LeaseLostError: another engine has taken the run over.
     """
     command = StageCommand(stage, job, grace_period_s(limits))
-    log = AttemptLog(job.run, stage)
+    engine = read_engine(job.run)
+    log = AttemptLog(job.run, stage, engine[1].flow_run_id if engine else "")
     listener.event({"event": "stage", "stage": stage, "state": "started"})
     while True:
         wait_for_writer(job.run, command.grace_period_s + PATIENCE_S, listener)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.flows.cluster import Cluster, cluster, make_template
+from tests.flows.cluster import Cluster, cluster, train_whole
+from tests.flows.prefect_server import make_template
 from training.run_directory import RunDirectory
 
 # About half a minute of training, with more checkpoints than anything that happens meanwhile.
 OVERRIDES = ("train.num_epochs=150", "checkpoint.every_s=1")
+LONGER_OVERRIDES = ("train.num_epochs=500", "checkpoint.every_s=1")
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +42,10 @@ def machines(shared_cluster: Cluster) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """The run as it is when nothing happens to it."""
-    store = tmp_path_factory.mktemp("uninterrupted")
-    argv = [sys.executable, "-m", "training", "segment", "--experiment", "digits"]
-    argv += ["--store", str(store), "--run-id", "whole", "--progress", "none"]
-    argv += [part for override in OVERRIDES for part in ("--set", override)]
-    subprocess.run(argv, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return RunDirectory(store / "digits" / "whole")
+    return train_whole(tmp_path_factory.mktemp("uninterrupted"), OVERRIDES)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_longer(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A longer one."""
+    return train_whole(tmp_path_factory.mktemp("longer"), LONGER_OVERRIDES)

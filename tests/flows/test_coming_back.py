@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from tasks.attempts import newest_step
-from tests.flows.cluster import Cluster, Machine, wait_until
-from tests.flows.conftest import OVERRIDES
+from tests.flows.cluster import Cluster, Machine
+from tests.flows.conftest import LONGER_OVERRIDES, OVERRIDES
+from tests.flows.prefect_server import wait_until
 from training.run_directory import RunDirectory, read_segments
 
 GRACE_PERIOD_S = 30.0
@@ -96,12 +97,12 @@ def test_a_machine_that_vanishes_is_missed_and_replaced(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_restart_of_the_server_does_not_disturb_training(
-    machines: Cluster, uninterrupted: RunDirectory, number: signal.Signals
+    machines: Cluster, uninterrupted_longer: RunDirectory, number: signal.Signals
 ) -> None:
     machines.start_rescuer()
     machines.start_machine("one")
     machines.start_machine("two")
-    run, flow_run = start_run(machines, f"server-{number.name}")
+    run, flow_run = start_run(machines, f"server-{number.name}", LONGER_OVERRIDES)
     train_some_steps(machines, run)
 
     machines.server.stop(number)
@@ -111,12 +112,13 @@ def test_a_restart_of_the_server_does_not_disturb_training(
     time.sleep(5)
     machines.server.start()
     machines.note("server: started again")
+    assert read_segments(run)[0].outcome == "running", "the middle of training"
 
     assert machines.wait_for_state(flow_run, "Completed", "Failed", "Crashed") == "Completed"
     print(machines.timeline(flow_run))
     assert state_names(machines, flow_run)["Running"] == 1
     assert [s.outcome for s in read_segments(run)] == ["completed"], "nothing was trained twice"
-    assert_same_bytes(run, uninterrupted)
+    assert_same_bytes(run, uninterrupted_longer)
 
 
 @pytest.mark.slow
@@ -152,9 +154,11 @@ def test_a_worker_that_was_presumed_dead_wakes_up_and_changes_nothing(
     assert_same_bytes(run, uninterrupted)
 
 
-def start_run(machines: Cluster, run_id: str) -> tuple[RunDirectory, UUID]:
+def start_run(
+    machines: Cluster, run_id: str, overrides: tuple[str, ...] = OVERRIDES
+) -> tuple[RunDirectory, UUID]:
     """Ask for the run; where it will be."""
-    flow_run = machines.create_flow_run(run_id, OVERRIDES)
+    flow_run = machines.create_flow_run(run_id, overrides)
     return RunDirectory(machines.store / "digits" / run_id), flow_run
 
 
