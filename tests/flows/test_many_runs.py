@@ -1,0 +1,43 @@
+"""Many flow runs at once on several workers of one server."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.flows.cluster import Cluster
+from tests.flows.prefect_server import wait_until
+from training.run_directory import RunDirectory, read_segments
+
+NUM_RUNS = 20
+NUM_WORKERS = 4
+OVERRIDES = ("train.num_epochs=20",)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_twenty_flow_runs_on_four_workers_all_complete_and_none_twice(machines: Cluster) -> None:
+    machines.start_rescuer()
+    for number in range(NUM_WORKERS):
+        machines.start_machine(f"worker-{number}", "--limit", "2")
+    flow_runs = {
+        f"many-{number}": machines.create_flow_run(f"many-{number}", OVERRIDES)
+        for number in range(NUM_RUNS)
+    }
+
+    ended: Counter[str] = Counter()
+
+    def are_all_over() -> bool:
+        nonlocal ended
+        ended = Counter(machines.state(flow_run) for flow_run in flow_runs.values())
+        return ended["Completed"] + ended["Failed"] == NUM_RUNS
+
+    took_s = wait_until(are_all_over, 800, "all have ended", machines.story, every_s=2)
+    print(f"{NUM_RUNS} runs on {NUM_WORKERS} workers took {took_s:.0f} s: {dict(ended)}")
+    assert ended == {"Completed": NUM_RUNS}
+    for name, flow_run in flow_runs.items():
+        states = Counter(state.name for state in machines.history(flow_run))
+        assert (states["Running"], states["Crashed"]) == (1, 0)
+        segments = read_segments(RunDirectory(machines.store / "digits" / name))
+        assert [segment.outcome for segment in segments] == ["completed"]
