@@ -111,6 +111,8 @@ class Rescuer:
         verdict = decide(seen, self._settings)
         if verdict.action == "wait":
             return
+        if verdict.action == "retry" and flow_run.deployment_id is None:
+            verdict = Verdict("give_up", "no deployment says how to start it again")
         if verdict.action == "give_up":
             self._give_up(flow_run, verdict)
             return

@@ -43,9 +43,23 @@ Examples:
     show_default=True,
     help="Pause before a crashed run is started again; doubled while there is no progress.",
 )
+@click.option(
+    "--pending-s",
+    type=click.FloatRange(min=10),
+    default=120.0,
+    show_default=True,
+    help="A run that a worker took up is running within this time; more where nodes are ordered "
+    "and images pulled first.",
+)
 @click.option("--once", "is_once", is_flag=True, help="Watch for one window, act, and leave.")
 def command(
-    tag: str, every_s: float, max_rescues: int, retry_delay_s: float, *, is_once: bool
+    tag: str,
+    every_s: float,
+    max_rescues: int,
+    retry_delay_s: float,
+    pending_s: float,
+    *,
+    is_once: bool,
 ) -> int:
     """Rescue."""
     # One answer too late is known soon, so that the gap is known soon, too.
@@ -58,6 +72,10 @@ def command(
     if is_once or configured_api_url() is None:
         require_server()
     settings = RescueSettings(
-        tag=tag, every_s=every_s, max_rescues=max_rescues, retry_delay_s=retry_delay_s
+        tag=tag,
+        every_s=every_s,
+        max_rescues=max_rescues,
+        retry_delay_s=retry_delay_s,
+        pending_s=pending_s,
     )
     return rescue(settings, is_once=is_once)

@@ -9,6 +9,7 @@ import json
 import signal
 import time
 from collections import Counter
+from pathlib import Path
 from uuid import UUID
 
 import psutil
@@ -119,6 +120,31 @@ def test_a_restart_of_the_server_does_not_disturb_training(
     assert state_names(machines, flow_run)["Running"] == 1
     assert [s.outcome for s in read_segments(run)] == ["completed"], "nothing was trained twice"
     assert_same_bytes(run, uninterrupted_longer)
+
+
+@pytest.mark.slow
+def test_a_notice_without_a_signal_empties_the_machine_and_hands_over(
+    machines: Cluster, uninterrupted: RunDirectory, tmp_path: Path
+) -> None:
+    sentinel = tmp_path / "leaving"
+    sources = 'preemption.sources=["signal", "sentinel"]'
+    first = machines.start_machine("first")
+    run, flow_run = start_run(
+        machines, "sentinel", (*OVERRIDES, sources, f"preemption.sentinel_file={sentinel}")
+    )
+    train_some_steps(machines, run)
+
+    sentinel.touch()
+    machines.note("first: the sentinel file appears")
+    wait_until(first.is_empty, GRACE_PERIOD_S, "the machine is empty", first.log)
+    machines.note("first: its worker has left as well")
+    sentinel.unlink()
+    machines.start_machine("second")
+
+    assert machines.wait_for_state(flow_run, "Completed", "Failed", "Crashed") == "Completed"
+    print(machines.timeline(flow_run))
+    assert [s.outcome for s in read_segments(run)] == ["preempted", "completed"]
+    assert_same_bytes(run, uninterrupted)
 
 
 @pytest.mark.slow
