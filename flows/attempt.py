@@ -65,7 +65,9 @@ def _handed_over_at_a_stop(ours: FlowRunAttempt | None, logger: Logger) -> Itera
         yield
     except (TerminationSignal, MachineLeavingError) as stop:
         ignore_sigterm()
-        if ours is None or not is_ours_to_hand_over():
+        # Prefect that was told to reschedule does so at a signal; it knows of no other notice.
+        is_seen_to = isinstance(stop, TerminationSignal) and not is_ours_to_hand_over()
+        if ours is None or is_seen_to:
             raise
         reason = str(stop) if isinstance(stop, MachineLeavingError) else "stopped by SIGTERM; saved"
         if not hand_over(ours, reason):

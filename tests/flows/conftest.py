@@ -11,8 +11,8 @@ from tests.flows.cluster import Cluster, cluster, train_whole
 from tests.flows.prefect_server import make_template
 from training.run_directory import RunDirectory
 
-# About half a minute of training, with more checkpoints than anything that happens meanwhile.
-OVERRIDES = ("train.num_epochs=150", "checkpoint.every_s=1")
+# A quarter of a minute of training, with more checkpoints than anything that happens meanwhile.
+OVERRIDES = ("train.num_epochs=100", "checkpoint.every_s=1")
 LONGER_OVERRIDES = ("train.num_epochs=500", "checkpoint.every_s=1")
 
 

@@ -128,7 +128,9 @@ def test_a_notice_without_a_signal_empties_the_machine_and_hands_over(
 ) -> None:
     sentinel = tmp_path / "leaving"
     sources = 'preemption.sources=["signal", "sentinel"]'
-    first = machines.start_machine("first")
+    # As in a pod, where Prefect sees to SIGTERM, but the preStop hook's file comes before it.
+    variables = {"PREFECT_FLOW_RUN_EXECUTE_SIGTERM_BEHAVIOR": "reschedule"}
+    first = machines.start_machine("first", **variables)
     run, flow_run = start_run(
         machines, "sentinel", (*OVERRIDES, sources, f"preemption.sentinel_file={sentinel}")
     )
