@@ -24,7 +24,7 @@ from tests.flows.cluster import Cluster, Machine, cluster
 from tests.flows.prefect_server import make_template, wait_until
 from training.run_directory import RunDirectory, SegmentRecord, read_segments
 
-OVERRIDES = ("train.num_epochs=100000", "checkpoint.every_s=2", "checkpoint.keep_last=3")
+OVERRIDES = ("train.num_epochs=100000", "checkpoint.every_s=2", "train.num_threads=1")
 PATIENCE_S = 180.0
 PARTS = {
     "noticing": "SIGKILL to Crashed: the lease (20 s, renewed every 5 s), a look every 2 s",

@@ -12,8 +12,8 @@ from tests.flows.prefect_server import make_template
 from training.run_directory import RunDirectory
 
 # A quarter of a minute of training, with more checkpoints than anything that happens meanwhile.
-OVERRIDES = ("train.num_epochs=100", "checkpoint.every_s=1")
-LONGER_OVERRIDES = ("train.num_epochs=500", "checkpoint.every_s=1")
+OVERRIDES = ("train.num_epochs=100", "checkpoint.every_s=1", "train.num_threads=1")
+LONGER_OVERRIDES = ("train.num_epochs=500", "checkpoint.every_s=1", "train.num_threads=1")
 
 
 @pytest.fixture(scope="session")

@@ -150,6 +150,24 @@ def test_a_notice_without_a_signal_empties_the_machine_and_hands_over(
 
 
 @pytest.mark.slow
+def test_without_a_lease_in_sight_a_loss_is_missed_by_its_heartbeat(machines: Cluster) -> None:
+    machines.start_rescuer()
+    first = machines.start_machine("first")
+    entrypoint = "tests.flows.training_only.store_out_of_sight"
+    flow_run = machines.create_flow_run("unseen", (), entrypoint)
+    machines.wait_for_state(flow_run, "Running")
+    time.sleep(5)
+    machines.start_machine("second")
+
+    first.vanish()
+    machines.note("first: SIGKILL to everything")
+    assert machines.wait_for_state(flow_run, "Completed", "Failed", timeout_s=200) == "Completed"
+    print(machines.timeline(flow_run))
+    crashed = next(s for s in machines.history(flow_run) if s.name == "Crashed")
+    assert "no heartbeat" in crashed.message
+
+
+@pytest.mark.slow
 def test_a_worker_that_was_presumed_dead_wakes_up_and_changes_nothing(
     machines: Cluster, uninterrupted: RunDirectory
 ) -> None:
