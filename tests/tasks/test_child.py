@@ -124,7 +124,7 @@ def test_a_stop_lets_the_child_save_before_it_goes_on(tmp_path: Path) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(Stopped):
-            run_stage(command, stop_at_progress, lambda line: None)
+            run_stage(command, stop_at_progress, lambda _line: None)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, handler)
@@ -140,7 +140,7 @@ def test_a_child_that_does_not_save_in_time_is_killed(tmp_path: Path) -> None:
     start_s = time.monotonic()
     try:
         with pytest.raises(Stopped):
-            run_stage(command, stop, lambda line: None)
+            run_stage(command, stop, lambda _line: None)
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert time.monotonic() - start_s < 20

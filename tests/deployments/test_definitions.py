@@ -1,0 +1,236 @@
+"""The deployment definitions, as far as they can be checked without a cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+DEPLOYMENTS = Path(__file__).resolve().parent.parent.parent / "deployments"
+KINDS = ("process", "docker", "kubernetes")
+PLACEHOLDER = re.compile(r"^\{\{ (\w+) \}\}$")
+# The shape of a Kubernetes Job, as far as our manifest uses it; unknown keys are refused.
+JOB_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "batch/v1"},
+        "kind": {"const": "Job"},
+        "metadata": {"type": "object"},
+        "spec": {
+            "type": "object",
+            "required": ["template"],
+            "additionalProperties": False,
+            "properties": {
+                "backoffLimit": {"type": "integer"},
+                "parallelism": {"type": "integer"},
+                "completions": {"type": "integer"},
+                "ttlSecondsAfterFinished": {"type": "integer"},
+                "template": {
+                    "type": "object",
+                    "required": ["spec"],
+                    "additionalProperties": False,
+                    "properties": {"metadata": {"type": "object"}, "spec": {"$ref": "#/$defs/pod"}},
+                },
+            },
+        },
+    },
+    "$defs": {
+        "pod": {
+            "type": "object",
+            "required": ["containers", "restartPolicy"],
+            "additionalProperties": False,
+            "properties": {
+                "restartPolicy": {"enum": ["Never", "OnFailure"]},
+                "serviceAccountName": {"type": "string"},
+                "automountServiceAccountToken": {"type": "boolean"},
+                "terminationGracePeriodSeconds": {"type": "integer"},
+                "nodeSelector": {"type": "object", "additionalProperties": {"type": "string"}},
+                "tolerations": {"type": "array", "items": {"$ref": "#/$defs/toleration"}},
+                "securityContext": {"type": "object"},
+                "containers": {"type": "array", "minItems": 1},
+                "volumes": {"type": "array", "items": {"required": ["name"]}},
+            },
+        },
+        "toleration": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "key": {"type": "string"},
+                "operator": {"enum": ["Exists", "Equal"]},
+                "value": {"type": "string"},
+                "effect": {"enum": ["NoSchedule", "PreferNoSchedule", "NoExecute"]},
+            },
+        },
+    },
+}
+
+
+def pool(kind: str) -> dict[str, Any]:
+    return dict(json.loads((DEPLOYMENTS / "pools" / f"{kind}.json").read_text()))
+
+
+def rendered(template: Any, values: dict[str, Any]) -> Any:
+    """The template with each placeholder replaced; entries without a value are left out."""
+    if isinstance(template, dict):
+        items = {key: rendered(value, values) for key, value in template.items()}
+        return {key: value for key, value in items.items() if value is not None}
+    if isinstance(template, list):
+        return [rendered(value, values) for value in template]
+    found = PLACEHOLDER.match(template) if isinstance(template, str) else None
+    if found:
+        return values.get(found[1])
+    if isinstance(template, str):
+        return re.sub(r"\{\{ (\w+) \}\}", lambda m: str(values.get(m[1], "")), template)
+    return template
+
+
+def defaults(kind: str) -> dict[str, Any]:
+    properties = pool(kind)["variables"]["properties"]
+    return {name: entry["default"] for name, entry in properties.items() if "default" in entry}
+
+
+def job_manifest() -> dict[str, Any]:
+    values = {"name": "digits-first", "labels": {"prefect.io/flow-run-name": "digits-first"}}
+    manifest = pool("kubernetes")["job_configuration"]["job_manifest"]
+    return dict(rendered(manifest, {**defaults("kubernetes"), **values}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_placeholder_of_a_pool_is_a_described_variable(kind: str) -> None:
+    definition = pool(kind)
+    jsonschema.Draft202012Validator.check_schema(definition["variables"])
+    used = set(re.findall(r"\{\{ (\w+) \}\}", json.dumps(definition["job_configuration"])))
+    properties = definition["variables"]["properties"]
+    assert used == set(properties)
+    assert all(entry.get("description") for entry in properties.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_defaults_satisfy_their_own_schema(kind: str) -> None:
+    jsonschema.validate(defaults(kind), pool(kind)["variables"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_of_every_pool_beat_often_enough_to_be_rescued(kind: str) -> None:
+    environment = defaults(kind)["env"]
+    assert environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
+    assert int(environment["PREFECT_CLIENT_MAX_RETRIES"]) >= 8
+
+
+def test_the_kubernetes_job_has_the_shape_of_one() -> None:
+    jsonschema.validate(job_manifest(), JOB_SCHEMA)
+
+
+def test_the_kubernetes_job_runs_on_spot_nodes_and_is_given_time_to_save() -> None:
+    pod = job_manifest()["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
+    assert {"key": "spot", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
+    assert pod["terminationGracePeriodSeconds"] >= 30
+    assert job_manifest()["spec"]["backoffLimit"] == 0
+
+
+def test_the_kubernetes_job_writes_a_notice_before_it_is_ended() -> None:
+    container = job_manifest()["spec"]["template"]["spec"]["containers"][0]
+    command = container["lifecycle"]["preStop"]["exec"]["command"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert "> /var/run/holdfast/preempted" in command[-1]
+    assert mounts["/var/run/holdfast"] == "notices"
+
+
+def test_the_kubernetes_job_has_no_more_rights_than_it_needs() -> None:
+    pod = job_manifest()["spec"]["template"]["spec"]
+    context = pod["containers"][0]["securityContext"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["capabilities"] == {"drop": ["ALL"]}
+    assert pod["automountServiceAccountToken"] is False
+
+
+def test_each_mount_of_the_kubernetes_job_has_its_volume() -> None:
+    pod = job_manifest()["spec"]["template"]["spec"]
+    volumes = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == volumes
+
+
+def test_the_docker_container_is_not_root_and_cannot_write_its_image() -> None:
+    job = rendered(pool("docker")["job_configuration"], defaults("docker"))
+    assert job["privileged"] is False
+    created = job["container_create_kwargs"]
+    assert created["read_only"] is True
+    assert not created["user"].startswith("0")
+    assert created["cap_drop"] == ["ALL"]
+
+
+def compose() -> dict[str, Any]:
+    return dict(yaml.safe_load((DEPLOYMENTS / "docker-compose.yaml").read_text()))
+
+
+def test_compose_names_only_services_volumes_and_networks_that_it_defines() -> None:
+    definition = compose()
+    for service in definition["services"].values():
+        assert set(service.get("depends_on", {})) <= set(definition["services"])
+        assert set(service.get("networks", [])) <= set(definition["networks"])
+        names = {volume.split(":")[0] for volume in service.get("volumes", [])}
+        assert names <= set(definition["volumes"])
+
+
+def test_compose_keeps_concurrency_slots_over_a_restart_of_the_server() -> None:
+    environment = compose()["services"]["server"]["environment"]
+    lease_storage = environment["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"]
+    assert lease_storage.endswith("lease_storage.filesystem")
+    assert environment["PREFECT_API_DATABASE_CONNECTION_URL"].startswith("postgresql+asyncpg://")
+
+
+def test_compose_gives_a_worker_longer_than_its_runs_need_to_save() -> None:
+    assert compose()["services"]["worker"]["stop_grace_period"] == "45s"
+
+
+def test_our_containers_run_commands_that_exist() -> None:
+    from flows.command_line import COMMANDS
+
+    for service in compose()["services"].values():
+        command = service.get("command", [])
+        if command and command[0] == "holdfast":
+            assert command[1] in COMMANDS
+
+
+def test_the_image_copies_only_what_there_is_and_does_not_run_as_root() -> None:
+    lines = (DEPLOYMENTS / "Dockerfile").read_text().splitlines()
+    sources = [
+        source
+        for line in lines
+        if line.startswith("COPY ") and "--from" not in line
+        for source in line.split()[1:-1]
+    ]
+    root = DEPLOYMENTS.parent
+    assert [source for source in sources if not (root / source).exists()] == []
+    assert [line for line in lines if line.startswith("USER ")] == ["USER 10001:10001"]
+
+
+def nightly() -> dict[str, Any]:
+    definition = yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text())
+    return next(dict(d) for d in definition["deployments"] if d["name"] == "nightly")
+
+
+def test_nights_do_not_overlap_and_a_preempted_night_is_not_cancelled() -> None:
+    limit = nightly()["concurrency_limit"]
+    assert (limit["limit"], limit["collision_strategy"]) == (1, "ENQUEUE")
+
+
+def test_each_night_has_a_run_of_its_own_at_a_time_in_a_zone() -> None:
+    schedule = nightly()["schedules"][0]
+    assert schedule["timezone"]
+    assert "{time}" in nightly()["parameters"]["run_id"]
+
+
+def test_rescued_deployments_carry_the_tag() -> None:
+    definition = yaml.safe_load((DEPLOYMENTS / "prefect.yaml").read_text())
+    assert all(d["tags"] == ["holdfast"] for d in definition["deployments"])

@@ -1,0 +1,192 @@
+"""Deploy to a real server, and let the schedule fire."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import PrefectServer
+
+DEPLOYMENTS = Path(__file__).resolve().parent.parent.parent / "deployments"
+KINDS = ("process", "docker", "kubernetes")
+
+
+def holdfast(server: PrefectServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows", *arguments],
+        env=server.environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def ask(server: PrefectServer, path: str, body: dict[str, Any] | None = None) -> Any:
+    request = urllib.request.Request(
+        server.api_url + path,
+        data=json.dumps(body).encode() if body is not None else None,
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def deployed(
+    request: pytest.FixtureRequest, prefect_server: PrefectServer, tmp_path_factory: Any
+) -> tuple[str, Path]:
+    """Kind of pool, and the store that was named."""
+    store = tmp_path_factory.mktemp("store")
+    kind = request.param
+    arguments = ["deploy", "--pool", f"pool-{kind}", "--type", kind, "--store", str(store)]
+    done = holdfast(prefect_server, *arguments)
+    assert done.returncode == 0, done.stderr
+    return kind, store
+
+
+def test_both_deployments_stand_on_the_server(
+    deployed: tuple[str, Path], prefect_server: PrefectServer
+) -> None:
+    kind, store = deployed
+    for name in ("on-demand", "nightly"):
+        found = ask(prefect_server, f"/deployments/name/training-pipeline/{name}")
+        assert found["work_pool_name"] == f"pool-{kind}"
+        assert found["parameters"]["store"] == str(store)
+        assert found["entrypoint"] == "flows.training_pipeline.training_pipeline"
+        assert found["pull_steps"] == []
+        assert found["tags"] == ["holdfast"]
+
+
+def test_the_form_shows_each_parameter_with_a_description(
+    deployed: tuple[str, Path], prefect_server: PrefectServer
+) -> None:
+    found = ask(prefect_server, "/deployments/name/training-pipeline/on-demand")
+    schema = found["parameter_openapi_schema"]
+    assert all(entry.get("description") for entry in schema["properties"].values())
+    assert all("default" in entry for entry in schema["properties"].values())
+    limits = schema["definitions"]["Limits"]["properties"]
+    assert all(entry.get("description") for entry in limits.values())
+
+
+def test_the_nightly_deployment_has_its_schedule_and_its_limit(
+    deployed: tuple[str, Path], prefect_server: PrefectServer
+) -> None:
+    found = ask(prefect_server, "/deployments/name/training-pipeline/nightly")
+    schedule = found["schedules"][0]
+    assert schedule["active"]
+    assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == (
+        "0 3 * * *",
+        "Europe/Berlin",
+    )
+    assert found["global_concurrency_limit"]["limit"] == 1
+    assert found["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+
+
+def test_the_pool_on_the_server_is_the_one_of_the_file(
+    deployed: tuple[str, Path], prefect_server: PrefectServer
+) -> None:
+    kind, _ = deployed
+    found = ask(prefect_server, f"/work_pools/pool-{kind}")
+    assert found["type"] == kind
+    written = json.loads((DEPLOYMENTS / "pools" / f"{kind}.json").read_text())
+    assert found["base_job_template"] == written
+
+
+def test_deploying_again_keeps_the_pool(
+    deployed: tuple[str, Path], prefect_server: PrefectServer
+) -> None:
+    kind, store = deployed
+    arguments = ["deploy", "--pool", f"pool-{kind}", "--type", kind, "--store", str(store)]
+    assert "is there" in holdfast(prefect_server, *arguments).stdout
+
+
+def test_a_pool_of_another_type_is_refused(
+    deployed: tuple[str, Path], prefect_server: PrefectServer
+) -> None:
+    kind, store = deployed
+    other = next(name for name in KINDS if name != kind)
+    arguments = ["deploy", "--pool", f"pool-{kind}", "--type", other, "--store", str(store)]
+    done = holdfast(prefect_server, *arguments)
+    assert done.returncode == 2
+    assert f"is of type {kind}" in done.stderr
+
+
+def every_minute(folder: Path) -> Path:
+    """The project's definitions, with a schedule that fires every minute."""
+    shutil.copytree(DEPLOYMENTS, folder)
+    file = folder / "prefect.yaml"
+    text = file.read_text()
+    changed = re.sub(r'cron: "[^"]+"', 'cron: "* * * * *"', text)
+    assert changed != text
+    shorter = 'overrides: [train.num_epochs=1]\n      run_id: "nightly'
+    file.write_text(changed.replace('run_id: "nightly', shorter))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_schedule_fires_and_each_night_is_a_run_of_its_own(
+    prefect_server: PrefectServer, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    arguments = ["--pool", "every-minute", "--store", str(store)]
+    definitions = every_minute(tmp_path / "deployments")
+    deployed = holdfast(prefect_server, "deploy", *arguments, "--definitions", str(definitions))
+    assert deployed.returncode == 0, deployed.stderr
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "flows", "worker", "--pool", "every-minute"],
+        env=prefect_server.environment,
+        start_new_session=True,
+    )
+    try:
+        nights = wait_for_nights(prefect_server, store, num_nights=2, timeout_s=480)
+    finally:
+        pause(prefect_server)
+        worker.send_signal(signal.SIGTERM)
+        worker.wait(timeout=90)
+    print("\n".join(nights))
+    assert len(set(nights)) == len(nights) >= 2
+
+
+def wait_for_nights(
+    server: PrefectServer, store: Path, *, num_nights: int, timeout_s: float
+) -> list[str]:
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        nights = sorted(path.parent.name for path in store.glob("digits/nightly-*/report.html"))
+        running = ask(
+            server,
+            "/flow_runs/filter",
+            {
+                "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}},
+                "deployments": {"name": {"any_": ["nightly"]}},
+            },
+        )
+        assert len(running) <= 1, "two nights at once"
+        if len(nights) >= num_nights:
+            return nights
+        time.sleep(2)
+    pytest.fail(f"only {sorted(p.name for p in store.glob('digits/*'))} after {timeout_s} s")
+
+
+def pause(server: PrefectServer) -> None:
+    """No further nights."""
+    found = ask(server, "/deployments/name/training-pipeline/nightly")
+    urllib.request.urlopen(
+        urllib.request.Request(
+            f"{server.api_url}/deployments/{found['id']}/pause_deployment", method="POST"
+        ),
+        timeout=60,
+    ).close()
