@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--experiment", default="digits")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     arguments = parser.parse_args()
-    overrides = ("checkpoint.every_s=3", *arguments.overrides)
+    overrides = ("checkpoint.every_s=3", "train.num_threads=1", *arguments.overrides)
     with tempfile.TemporaryDirectory() as folder:
         template = Path(folder) / "prefect.db"
         make_template(template)

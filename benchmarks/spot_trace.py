@@ -131,6 +131,7 @@ def main() -> int:
         f"data.folder={arguments.cmapss.absolute()}",
         f"train.num_epochs={arguments.epochs}",
         "checkpoint.every_s=5",
+        "train.num_threads=1",
     )
     changes, factor = read_trace(arguments.trace, arguments.minutes * 60)
     with tempfile.TemporaryDirectory() as folder:
