@@ -96,11 +96,11 @@ class Export:
 
     def _before_each(self, name: str) -> bool:
         self.lease.check()
-        self.stage.progress.emit("export", format=name)
+        self._say(self.formats.index(name), f"write {name}")
         return not self.stage.should_stop()
 
     def _check(self, action: Action) -> dict[str, Any] | None:
-        self.stage.progress.emit("export", check=action)
+        self._say(len(self.formats) + ("parity", "latency").index(action), f"check {action}")
         request = CheckRequest(
             experiment=self.stage.arguments.experiment,
             config=self.stage.config.model_dump(mode="json"),
@@ -111,6 +111,12 @@ class Export:
         )
         outcome = check_in_fresh_process(request, action, self.stage.should_stop)
         return None if outcome.is_stopped else outcome.reports
+
+    def _say(self, num_done: int, message: str) -> None:
+        total = len(self.formats) + 2
+        self.stage.progress.emit(
+            "progress", stage="export", done=num_done, total=total, message=message
+        )
 
     def _facts(
         self, interface: Interface, reports: Mapping[str, Any], measured: Mapping[str, Any]
@@ -231,26 +237,29 @@ def full_checkpoint_bytes(checkpoints: Path) -> int | None:
 
 
 def parity_json(reports: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """``parity.json``: for each artifact a few figures to show, and all details."""
-    artifacts = {}
-    for name, report in reports.items():
-        if name != "champion":
-            shares = [
-                entry["error"] / entry["bound"]
-                for outputs in report["numbers"].values()
-                for entry in outputs.values()
-                if entry["bound"]
-            ]
-            artifacts[name] = {
-                "agreement": min(report["agreement"].values(), default=None),
-                "details": report,
-                "is_good": report["is_good"],
-                "num_compared_tensors": report["num_tensors"],
-                "num_probes": len(report["numbers"]),
-                "size_bytes": sizes[name],
-                "worst_share_of_bound": round(max(shares), 4) if shares else None,
-            }
-    return {"artifacts": artifacts, "comparison": reports["champion"]}
+    """``parity.json``: for each artifact a row of figures to show, and all details."""
+    rows = [
+        _parity_row(name, report, sizes[name])
+        for name, report in reports.items()
+        if name != "champion"
+    ]
+    return {"artifacts": rows, "comparison": reports["champion"], "details": dict(reports)}
+
+
+def _parity_row(name: str, report: Mapping[str, Any], size_bytes: int) -> dict[str, Any]:
+    entries = [entry for outputs in report["numbers"].values() for entry in outputs.values()]
+    worst = max(entries, key=lambda entry: entry["error"] / (entry["bound"] or 1), default=None)
+    return {
+        "agreement": min(report["agreement"].values(), default=None),
+        "bound": worst and worst["bound"],
+        "format": name,
+        "is_passed": report["is_good"],
+        "max_error": worst and worst["error"],
+        "name": formats()[name].path,
+        "num_compared_tensors": report["num_tensors"],
+        "num_probes": len(report["numbers"]),
+        "size_bytes": size_bytes,
+    }
 
 
 def _preempted(stage: Stage) -> StageOutcome:

@@ -1,0 +1,299 @@
+"""From a chosen champion to a verified bundle, in the stage's own process and its children."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from training.durable_json import write_json_durably
+from training.errors import ExportError, ParityError
+from training.export import consumer
+from training.export.stage import run_export
+from training.stage import Stage, StageArguments, prepared_stage
+
+REFERENCE = f"{Path(__file__).with_name('export_experiments.py')}:Pictures"
+FORMATS = '["weights","onnx","torchscript","exported_program","onnx_int8"]'
+OVERRIDES = (
+    f"export.formats={FORMATS}",
+    "export.num_latency_runs=10",
+    "data.evaluation_batch_size=32",
+)
+
+
+def choose(stage: Stage) -> Path:
+    """What the evaluation leaves: a candidate, and its row as the champion."""
+    folder = stage.run.candidates / "best"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "model.safetensors"
+    torch.manual_seed(1)
+    save_file(stage.experiment.model().state_dict(), path)
+    write_json_durably(
+        stage.run.evaluation_json,
+        {
+            "champion": {
+                "digest": consumer.file_digest(path),
+                "metrics": {"loss": 1.0},
+                "name": "best",
+                "path": "candidates/best/model.safetensors",
+            }
+        },
+    )
+    return path
+
+
+def arguments(store: Path, *overrides: str) -> StageArguments:
+    return StageArguments(
+        experiment=REFERENCE,
+        store=store,
+        run_id="first",
+        num_threads=1,
+        overrides=(*OVERRIDES, *overrides),
+        progress_format="none",
+    )
+
+
+def export(store: Path) -> Path:
+    with prepared_stage(arguments(store)) as stage:
+        choose(stage)
+    words = [word for override in OVERRIDES for word in ("--set", override)]
+    command = [sys.executable, "-m", "training", "export", "--experiment", REFERENCE]
+    done = subprocess.run(
+        [*command, "--store", str(store), "--run-id", "first", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return stage.run.bundle
+
+
+@pytest.fixture(scope="module")
+def two_bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same champion, exported twice, in two stores and by two processes."""
+    return export(tmp_path_factory.mktemp("one")), export(tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture
+def bundle(two_bundles: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(two_bundles[0], tmp_path / "bundle"))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_the_bundle_serves_every_consumer(two_bundles: tuple[Path, Path]) -> None:
+    names = set(files_of(two_bundles[0]))
+    assert {
+        "1/MLmodel",
+        "1/model.onnx",
+        "README.md",
+        "config.pbtxt",
+        "exported_program/model.pt2",
+        "golden/golden.json",
+        "manifest.json",
+        "model.safetensors",
+        "onnx_int8/model.onnx",
+        "parity.json",
+        "torchscript/model.pt",
+        "verify.py",
+    } <= names
+
+
+def test_the_same_champion_gives_the_same_bytes(two_bundles: tuple[Path, Path]) -> None:
+    one, two = map(files_of, two_bundles)
+    assert set(one) == set(two)
+    assert [name for name in one if one[name] != two[name]] == ["manifest.json"]
+    manifests = [json.loads(files["manifest.json"]) for files in (one, two)]
+    different = [key for key in manifests[0] if manifests[0][key] != manifests[1][key]]
+    assert sorted(different) == ["manifest_digest", "measured"]
+
+
+def test_no_file_names_this_machine(two_bundles: tuple[Path, Path]) -> None:
+    repository = str(Path(__file__).parents[3]).encode()
+    for folder in two_bundles:
+        needles = (repository, str(folder.parents[2]).encode(), b"site-packages")
+        for name, content in files_of(folder).items():
+            assert not [needle for needle in needles if needle in content], name
+
+
+def test_every_file_is_readable_by_others(two_bundles: tuple[Path, Path]) -> None:
+    for path in two_bundles[0].rglob("*"):
+        wanted = stat.S_IROTH | (stat.S_IXOTH if path.is_dir() else 0)
+        assert path.stat().st_mode & wanted == wanted, path
+
+
+def test_the_manifest_tells_where_the_bundle_comes_from(two_bundles: tuple[Path, Path]) -> None:
+    manifest = consumer.verify_files(two_bundles[0])
+    assert manifest["run"]["run_id"] == "first"
+    assert set(manifest["champion"]["test_metrics"]) == {"loss", "correct"}
+    assert manifest["interface"]["class_names"] == {"logits": ["low", "high", "other"]}
+    assert set(manifest["measured"]["latency"]["onnx"]) == {"batch-1", "batch-64"}
+    assert {"torch", "onnx", "onnxruntime"} <= set(manifest["versions"])
+
+
+def test_a_finished_bundle_is_left_alone(two_bundles: tuple[Path, Path]) -> None:
+    folder = two_bundles[0]
+    before = (folder / "manifest.json").stat().st_mtime_ns
+    with prepared_stage(arguments(folder.parents[2])) as stage:
+        assert run_export(stage).outcome == "completed"
+    assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_an_altered_champion_is_not_exported(tmp_path: Path) -> None:
+    with prepared_stage(arguments(tmp_path)) as stage:
+        path = choose(stage)
+        tensors = load_file(path)
+        tensors["amount.bias"] += 1
+        save_file(tensors, path)
+        with pytest.raises(ExportError, match=r"was altered after it was chosen"):
+            run_export(stage)
+
+
+def test_a_run_without_a_champion_says_what_to_do(tmp_path: Path) -> None:
+    with (
+        prepared_stage(arguments(tmp_path)) as stage,
+        pytest.raises(ExportError, match=r"choose a champion first"),
+    ):
+        run_export(stage)
+
+
+def test_a_failed_gate_publishes_nothing_and_names_the_figure(tmp_path: Path) -> None:
+    with prepared_stage(arguments(tmp_path, "export.int8_max_metric_change=1e-9")) as stage:
+        choose(stage)
+        with pytest.raises(ParityError, match=r"onnx_int8: task: loss: changes from 1\.\d+ to"):
+            run_export(stage)
+        assert not stage.run.bundle.exists()
+
+
+def run_alone(bundle: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The bundle's own program in a process that cannot import torch or this project."""
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['torch','training','click','onnx']));"
+    code = f"{blocked} sys.argv = sys.argv[1:]; import runpy; runpy.run_path(sys.argv[0], "
+    return subprocess.run(
+        [sys.executable, "-c", f"{code}run_name='__main__')", str(bundle / "verify.py"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=bundle.parent,
+    )
+
+
+def test_a_consumer_verifies_with_onnxruntime_and_numpy_alone(bundle: Path) -> None:
+    done = run_alone(bundle)
+    assert done.returncode == 0, done.stderr
+    assert "8 golden outputs are right" in done.stdout
+
+
+@pytest.mark.parametrize("kind", [".csv", ".npy", ".json"])
+def test_predicts_every_kind_of_file(bundle: Path, tmp_path: Path, kind: str) -> None:
+    images = np.load(bundle / "golden/ordinary.input.images.npy")
+    wanted = np.load(bundle / "golden/ordinary.output.logits.npy")
+    source, target = tmp_path / f"in{kind}", tmp_path / f"out{kind}"
+    if kind == ".npy":
+        np.save(source, images)
+    elif kind == ".json":
+        source.write_text(json.dumps(images.tolist()))
+    else:
+        np.savetxt(source, images.reshape(len(images), -1), delimiter=",", header="x" + ",x" * 35)
+    done = run_alone(bundle, "predict", str(bundle), str(source), "--to", str(target))
+    assert done.returncode == 0, done.stderr
+    if kind == ".csv":
+        lines = target.read_text().splitlines()
+        assert lines[0] == "logits:low,logits:high,logits:other,amount"
+        found = np.loadtxt(lines[1:], delimiter=",")[:, :3]
+    elif kind == ".json":
+        found = np.array(json.loads(target.read_text())["logits"])
+    else:
+        found = np.load(target)[:, :3]
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_a_wrong_input_says_what_is_expected(bundle: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("a,b\n1,2\n")
+    done = run_alone(bundle, "predict", str(bundle), str(source))
+    assert done.returncode == 2
+    assert "found 2 columns, the model takes 36" in done.stderr
+
+
+def spoiled(bundle: Path) -> Iterator[tuple[str, Any]]:
+    """Every way in which a bundle is spoiled, with what the refusal must name."""
+    for path in sorted(bundle.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(bundle).as_posix(), path
+
+
+def test_one_altered_byte_anywhere_is_refused_by_name(bundle: Path) -> None:
+    for name, path in spoiled(bundle):
+        content = path.read_bytes()
+        for place in {0, len(content) // 2, len(content) - 1}:
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(consumer.RefusedBundleError, match=name):
+                consumer.verify_files(bundle)
+        path.write_bytes(content)
+    consumer.verify_files(bundle)
+
+
+def test_a_truncated_or_missing_file_is_refused_by_name(bundle: Path) -> None:
+    for name, path in spoiled(bundle):
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])
+        with pytest.raises(consumer.RefusedBundleError, match=name):
+            consumer.verify_files(bundle)
+        path.unlink()
+        with pytest.raises(consumer.RefusedBundleError, match=f"{name} is missing"):
+            consumer.verify_files(bundle)
+        path.write_bytes(content)
+
+
+def test_added_files_and_links_are_refused_by_name(bundle: Path) -> None:
+    (bundle / "extra.txt").write_text("hello")
+    with pytest.raises(consumer.RefusedBundleError, match=r"extra\.txt is not in the manifest"):
+        consumer.verify_files(bundle)
+    (bundle / "extra.txt").unlink()
+    (bundle / "link").symlink_to("/etc/passwd")
+    with pytest.raises(consumer.RefusedBundleError, match="link is a symlink"):
+        consumer.verify_files(bundle)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../b", "a\\b", "", "C:evil"])
+def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, name: str) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["files"][name] = {"sha256": "0" * 64, "size_bytes": 1}
+    manifest["manifest_digest"] = consumer.manifest_digest(manifest)
+    (bundle / "manifest.json").write_bytes(consumer.canonical_bytes(manifest))
+    with pytest.raises(consumer.RefusedBundleError, match="is not a path in the bundle"):
+        consumer.verify_files(bundle)
+
+
+def test_wrong_numbers_on_this_machine_are_refused(bundle: Path) -> None:
+    path = bundle / "golden/ordinary.output.amount.npy"
+    np.save(path, np.load(path) * 1.001)
+    with pytest.raises(consumer.RefusedBundleError, match="case ordinary, output amount"):
+        consumer.verify_golden(bundle)
+
+
+def test_triton_and_mlflow_read_the_bundle(bundle: Path) -> None:
+    config = (bundle / "config.pbtxt").read_text()
+    assert 'name: "images" data_type: TYPE_FP32 dims: [ 1, 6, 6 ]' in config
+    model = json.loads((bundle / "1/MLmodel").read_text())
+    assert model["flavors"]["onnx"]["data"] == "model.onnx"
