@@ -24,6 +24,7 @@ STAGE_HELP = {
     "candidates": "Make the candidates: averages and moving averages of a finished training.",
     "evaluate": "Measure the candidates on validation data, choose, then test the champion.",
     "export": "Export the champion, prove the exports, and publish the bundle.",
+    "promote": "Publish the bundle; it takes the alias champion if it is not worse.",
     "report": "Write report.html.",
 }
 

@@ -15,6 +15,7 @@ from training.stage import Stage, StageArguments, StageOutcome, failed_outcome, 
 STAGES = {
     "segment": "training.segment:run_segment",
     "export": "training.export.stage:run_export",
+    "promote": "training.export.promotion:run_promotion",
 }
 
 

@@ -1,0 +1,110 @@
+"""The gate for the alias: not worse with confidence, on the same samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.config import PromotionConfig, RunConfig, SelectionConfig
+from training.export.promotion import (
+    Comparison,
+    compare_bundles,
+    deciding_metric,
+    paired_differences,
+    promote,
+)
+from training.export.registry import Registry
+
+
+class MeanLoss:
+    def metrics(self, records: dict[str, Any]) -> dict[str, float]:
+        return {"loss": float(records["loss"].mean())}
+
+
+def comparison(shift: float, noise: float) -> Comparison:
+    generator = np.random.Generator(np.random.PCG64(5))
+    holder = generator.random(400) + 1
+    new = holder + shift + noise * generator.standard_normal(400)
+    experiment: Any = MeanLoss()
+    differences = paired_differences(experiment, ({"loss": new}, {"loss": holder}), "loss", 500)
+    limit = float(np.quantile(differences, 0.95))
+    return Comparison("loss", new.mean(), holder.mean(), shift, limit, 0.02 * holder.mean())
+
+
+def test_equal_models_are_not_worse() -> None:
+    assert comparison(0.0, 0.0).upper_limit == 0.0
+    assert comparison(0.0, 0.0).is_good_enough
+
+
+def test_a_clear_worsening_is_refused_and_a_clear_gain_is_taken() -> None:
+    assert not comparison(0.1, 0.05).is_good_enough
+    assert comparison(-0.1, 0.05).is_good_enough
+    assert "may be worse: loss" in comparison(0.1, 0.05).explain()
+
+
+def test_a_difference_that_the_data_cannot_rule_out_is_refused() -> None:
+    assert not comparison(0.0, 2.0).is_good_enough
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.floats(0, 0.2), st.floats(0, 0.2))
+def test_more_worsening_never_helps(small: float, more: float) -> None:
+    assert comparison(small, 0.1).upper_limit <= comparison(small + more, 0.1).upper_limit + 1e-9
+
+
+def test_the_metric_of_the_selection_decides_unless_another_is_set() -> None:
+    selection = SelectionConfig(metric="accuracy", mode="max")
+    assert deciding_metric(RunConfig(selection=selection)) == ("accuracy", "max")
+    promotion = PromotionConfig(metric="rmse", mode="min")
+    assert deciding_metric(RunConfig(selection=selection, promotion=promotion)) == ("rmse", "min")
+
+
+def test_bundles_are_compared_by_the_models_that_they_serve(exported: Any) -> None:
+    case = exported["Pictures"]
+    found = compare_bundles(case.place.bundle, case.place.bundle, case.experiment, RunConfig())
+    assert found.new == found.holder == pytest.approx(case.champion.metrics["loss"], rel=1e-5)
+    assert (found.worsening, found.upper_limit) == (0.0, 0.0)
+
+
+class TwoVersions(Registry):
+    """A registry whose bundles are real models, one of them deaf to its input."""
+
+    def __init__(self, store: Path, folders: dict[int, Path]) -> None:
+        super().__init__(store)
+        self._folders = folders
+
+    def bundle(self, name: str, version: int) -> Path:
+        return self._folders[version]
+
+    def versions(self, name: str) -> list[int]:
+        return sorted(self._folders)
+
+
+def test_a_worse_champion_is_kept_but_not_promoted(exported: Any, tmp_path: Path) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    case = exported["Pictures"]
+    model = onnx.load(case.place.bundle / "1/model.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name == "model.classifier.bias":
+            worse = numpy_helper.to_array(tensor) + np.array([4, -4, 9], dtype=np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(worse, tensor.name))
+    (tmp_path / "worse/1").mkdir(parents=True)
+    onnx.save(model, tmp_path / "worse/1/model.onnx")
+    registry = TwoVersions(tmp_path, {1: case.place.bundle, 2: tmp_path / "worse"})
+
+    first = promote(registry, ("p", 1), "champion", case.experiment, RunConfig())
+    assert first.is_promoted
+    assert first.reason == "the first of its name"
+    second = promote(registry, ("p", 2), "champion", case.experiment, RunConfig())
+    assert not second.is_promoted
+    assert "may be worse: loss" in second.reason
+    assert registry.aliases("p") == {"champion": 1}
+    assert promote(registry, ("p", 1), "champion", case.experiment, RunConfig()).is_promoted
+    assert len(registry.history("p", "champion")) == 1

@@ -1,0 +1,174 @@
+"""Does a new champion take the alias? Only if it is not worse than the holder, on the same data.
+
+Both models answer the same test samples: the new bundle's and the holder's ONNX file, each in ONNX
+Runtime, so that what is compared is what is served. Samples are drawn again with replacement, the
+same ones for both, and the metric is computed anew: the spread of the differences says what is
+chance (Efron and Tibshirani 1993, paired bootstrap).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from training.config import RunConfig
+from training.errors import ExportError
+from training.experiment import Experiment, Records, example_inputs
+from training.experiment_loading import experiment_name
+from training.export.champion import score_test_set
+from training.export.onnx_export import OnnxArtifact, OnnxFormat
+from training.export.registry import DEFAULT_ALIAS, Registry
+from training.export.specification import derive_interface, export_spec
+from training.stage import Stage, StageOutcome
+
+MAX_ATTEMPTS = 10
+Differences = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The new model against the holder, on one metric.
+
+    Attributes:
+        worsening: how much worse the new one is, in units of the metric; negative is better.
+        upper_limit: the worsening is below this with the configured confidence.
+        allowed: what it may be.
+    """
+
+    metric: str
+    new: float
+    holder: float
+    worsening: float
+    upper_limit: float
+    allowed: float
+
+    @property
+    def is_good_enough(self) -> bool:
+        """A worsening above what is allowed is ruled out."""
+        return self.upper_limit <= self.allowed
+
+    def explain(self) -> str:
+        """One sentence with all figures."""
+        verdict = "not worse" if self.is_good_enough else "may be worse"
+        return (
+            f"{verdict}: {self.metric} {self.new:.6g} against the holder's {self.holder:.6g}; "
+            f"worse by {self.worsening:.3g}, at most {self.upper_limit:.3g} with confidence, "
+            f"{self.allowed:.3g} is allowed"
+        )
+
+
+@dataclass(frozen=True)
+class PromotionDecision:
+    """What became of a published bundle."""
+
+    name: str
+    version: int
+    alias: str
+    is_promoted: bool
+    reason: str
+
+
+def run_promotion(stage: Stage) -> StageOutcome:
+    """Publish the run's bundle, and let it take ``champion`` if it is not worse than the holder.
+
+    A bundle that does not take the alias stays in the registry under its version. Raises
+    BundleError where the run's bundle does not verify, ExportError where there is none.
+    """
+    if not stage.run.bundle.is_dir():
+        raise ExportError(f"run {stage.run.path.name} has no bundle; export it first")
+    registry = Registry(stage.arguments.store.absolute())
+    name, version = registry.publish(stage.run.bundle)
+    assert name == experiment_name(stage.arguments.experiment)
+    decision = promote(registry, (name, version), DEFAULT_ALIAS, stage.experiment, stage.config)
+    stage.progress.emit("promotion", **asdict(decision))
+    return StageOutcome("completed", 0)
+
+
+def promote(
+    registry: Registry,
+    bundle: tuple[str, int],
+    alias: str,
+    experiment: Experiment,
+    config: RunConfig,
+) -> PromotionDecision:
+    """Move the alias to the bundle, or say why not. Several at once decide one after another."""
+    name, version = bundle
+    for _ in range(MAX_ATTEMPTS):
+        holder = registry.position(name, alias)
+        if holder is not None and holder.version == version:
+            return PromotionDecision(name, version, alias, True, holder.reason)
+        reason, is_good = "the first of its name", True
+        if holder is not None:
+            found = compare_bundles(
+                registry.bundle(name, version),
+                registry.bundle(name, holder.version),
+                experiment,
+                config,
+            )
+            reason = f"version {holder.version} held it; {found.explain()}"
+            is_good = found.is_good_enough
+        if not is_good:
+            return PromotionDecision(name, version, alias, False, reason)
+        if registry.move_alias(name, alias, version, reason=reason, after=holder):
+            return PromotionDecision(name, version, alias, True, reason)
+    raise ExportError(f"{name}@{alias} moved {MAX_ATTEMPTS} times meanwhile; try again")
+
+
+def compare_bundles(
+    new: Path, holder: Path, experiment: Experiment, config: RunConfig
+) -> Comparison:
+    """Both bundles on the experiment's test set. Raises ExportError if one does not run on it."""
+    metric, mode = deciding_metric(config)
+    records = [_records(bundle, experiment, config) for bundle in (new, holder)]
+    values = [experiment.metrics(one)[metric] for one in records]
+    sign = 1.0 if mode == "min" else -1.0
+    differences = sign * paired_differences(
+        experiment, (records[0], records[1]), metric, config.promotion.num_bootstrap
+    )
+    return Comparison(
+        metric=metric,
+        new=values[0],
+        holder=values[1],
+        worsening=sign * (values[0] - values[1]),
+        upper_limit=float(np.quantile(differences, config.promotion.confidence)),
+        allowed=config.promotion.max_worsening * abs(values[1]),
+    )
+
+
+def deciding_metric(config: RunConfig) -> tuple[str, str]:
+    """The metric of the promotion and its mode; those of the selection where none is set."""
+    if config.promotion.metric is None:
+        return config.selection.metric, config.selection.mode
+    return config.promotion.metric, config.promotion.mode
+
+
+def paired_differences(
+    experiment: Experiment, records: tuple[Records, Records], metric: str, num_bootstrap: int
+) -> Differences:
+    """Metric of the first minus metric of the second, for each resample of the samples."""
+    num_samples = len(next(iter(records[0].values())))
+    generator = np.random.Generator(np.random.PCG64(0))
+    differences = np.empty(num_bootstrap)
+    for number in range(num_bootstrap):
+        chosen = generator.integers(0, num_samples, num_samples)
+        new, holder = (
+            experiment.metrics({name: values[chosen] for name, values in one.items()})[metric]
+            for one in records
+        )
+        differences[number] = new - holder
+    return differences
+
+
+def _records(bundle: Path, experiment: Experiment, config: RunConfig) -> Records:
+    model = experiment.model().eval()
+    examples = example_inputs(experiment, 2)
+    interface = derive_interface(model, examples, export_spec(experiment))
+    artifact = OnnxArtifact(bundle / OnnxFormat.path, lineage=None)
+    try:
+        batch_size = config.data.evaluation_batch_size
+        return score_test_set(experiment, interface, artifact.run, batch_size)[0]
+    except Exception as error:  # runtimes raise anything
+        raise ExportError(f"{bundle} does not run on the test data: {error}") from error
