@@ -1,5 +1,5 @@
 """``python -m flows`` is ``holdfast``."""
 
-from flows.command_line import main
+from flows.entry_point import main
 
 main()

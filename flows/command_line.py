@@ -38,6 +38,13 @@ COMMANDS: dict[str, CommandRow] = {
     "checkpoints": CommandRow(
         "flows.commands.checkpoints", "List, verify or compare the checkpoints of a run."
     ),
+    "bundles": CommandRow("flows.commands.bundles", "List bundles, with versions and metrics."),
+    "promote": CommandRow(
+        "flows.commands.promote", "Publish a run's bundle, and let it win or not."
+    ),
+    "pull": CommandRow("flows.commands.pull", "Copy a bundle out of a store, verified."),
+    "verify": CommandRow("flows.commands.verify", "Prove a bundle on this machine."),
+    "predict": CommandRow("flows.commands.predict", "Predict a CSV, NPY or JSON file."),
     "deploy": CommandRow("flows.commands.deploy", "Put the deployments on a Prefect server."),
     "worker": CommandRow("flows.commands.worker", "Take up runs here, and hand them over in time."),
     "rescue": CommandRow("flows.commands.rescue", "Notice runs that lost their machine."),
