@@ -150,6 +150,30 @@ def test_a_notice_without_a_signal_empties_the_machine_and_hands_over(
 
 
 @pytest.mark.slow
+def test_an_engine_that_is_killed_leaves_no_orphan_and_is_started_again(
+    machines: Cluster, uninterrupted: RunDirectory
+) -> None:
+    machines.start_rescuer()
+    machine = machines.start_machine("one")
+    run, flow_run = start_run(machines, "engine")
+    train_some_steps(machines, run)
+
+    orphan = child(machine)
+    (engine,) = machine.engines()
+    engine.kill()
+    machines.note("one: SIGKILL to the engine")
+    wait_until(lambda: not orphan.is_running(), GRACE_PERIOD_S, "the child saved and left")
+    saved = newest_step(run)
+
+    assert machines.wait_for_state(flow_run, "Completed", "Failed") == "Completed"
+    print(machines.timeline(flow_run))
+    before, after = read_segments(run)
+    assert (before.outcome, after.outcome) == ("preempted", "completed")
+    assert after.start_step == saved, "the kernel told the child, which saved"
+    assert_same_bytes(run, uninterrupted)
+
+
+@pytest.mark.slow
 def test_without_a_lease_in_sight_a_loss_is_missed_by_its_heartbeat(machines: Cluster) -> None:
     machines.start_rescuer()
     first = machines.start_machine("first")
