@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import click
 
-from training.errors import HoldfastError
+from training.errors import HoldfastError, InputError
 
 
 class CommandRow(NamedTuple):
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def exit_code_of(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; its exit code. Errors are one line on stderr."""
+    """Run the command line; its exit code. Errors are told on stderr."""
     try:
         code = holdfast.main(args=arguments, prog_name="holdfast", standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -135,5 +135,7 @@ def exit_code_of(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    click.echo(f"holdfast: {' '.join(message.splitlines())}", err=True)
+    """Tell what is wrong: with the input, in one line; with a run, also the end of its log."""
+    shown = " ".join(message.splitlines()) if exit_code == InputError.exit_code else message
+    click.echo(f"holdfast: {shown}", err=True)
     return exit_code

@@ -16,6 +16,7 @@ STAGE_TITLES = {
     "candidates": "candidates",
     "evaluate": "evaluation",
     "export": "export and parity",
+    "promote": "promotion",
     "report": "report",
 }
 
@@ -60,8 +61,8 @@ class TerminalView:
         self._console = Console(stderr=True)
         self._progress: Progress = Progress(
             SpinnerColumn(finished_text="✓"),
-            TextColumn("{task.description:<18}"),
-            BarColumn(bar_width=28),
+            TextColumn("{task.description:<17}"),
+            BarColumn(bar_width=14),
             TextColumn("{task.fields[detail]}"),
             TimeElapsedColumn(),
             console=self._console,
@@ -81,10 +82,14 @@ class TerminalView:
             done, total, detail = progress_of(event)
             bar = self._bar(stage)
             self._progress.update(bar, completed=done, total=total, detail=detail)
+        elif kind == "outcome" and event.get("step") is not None:
+            self._progress.update(self._bar(stage), detail=f"step {event['step']}")
         elif kind == "notice":
             self.say(f"notice from {event.get('source')}: {event.get('reason')}; saving")
         elif kind == "restored":
             self.say(f"goes on from step {event.get('step')}")
+        elif kind == "promotion":
+            self.say(str(event.get("reason")))
         elif kind == "log" and event.get("level") in ("warning", "error"):
             self.say(str(event.get("message")))
 
@@ -115,9 +120,8 @@ def progress_of(event: Event) -> tuple[float, float | None, str]:
     if "step" in event:
         rate = event.get("steps_per_s")
         words = [f"step {event['step']}/{event.get('num_steps', '?')}"]
-        words += [f"epoch {event['epoch']}"] if "epoch" in event else []
         words += [f"loss {event['loss']:.4g}"] if event.get("loss") is not None else []
-        words += [f"{rate:.1f} steps/s"] if rate else []
+        words += [f"{rate:.1f}/s"] if rate else []
         return float(event["step"]), event.get("num_steps"), "  ".join(words)
     return float(event.get("done", 0)), event.get("total"), str(event.get("message", ""))
 

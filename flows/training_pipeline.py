@@ -22,7 +22,7 @@ from tasks.preflight import store_path
 from tasks.prepare import prepare
 from tasks.reporter import Reporter
 from tasks.run_summary import summarize
-from tasks.stages import evaluate, export, make_candidates, train, write_report
+from tasks.stages import evaluate, export, make_candidates, promote, train, write_report
 from training.experiment_loading import experiment_name
 
 DEFAULT_LIMITS = Limits()
@@ -65,6 +65,7 @@ def training_pipeline(
             make_candidates(job, limits, reporter)
             evaluate(job, limits, reporter)
             export(job, limits, reporter)
+            promote(job, limits, reporter)
             write_report(job, limits, reporter)
         show_run(job)
     return summarize(job.run).as_json()

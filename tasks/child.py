@@ -28,7 +28,7 @@ from typing import IO, Any, Literal
 from tasks.deathwatch import EXIT_PREEMPTED, watched
 from tasks.job import Job
 
-Stage = Literal["segment", "candidates", "evaluate", "export", "report"]
+Stage = Literal["segment", "candidates", "evaluate", "export", "promote", "report"]
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 OnLog = Callable[[str], None]

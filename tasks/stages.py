@@ -35,6 +35,12 @@ def export(job: Job, limits: Limits, reporter: Reporter) -> None:
     complete_stage("export", job, limits, reporter)
 
 
+@task(name="promote", persist_result=False, cache_policy=NO_CACHE)
+def promote(job: Job, limits: Limits, reporter: Reporter) -> None:
+    """Publish the bundle in the store's registry; it becomes ``champion`` if it is not worse."""
+    complete_stage("promote", job, limits, reporter)
+
+
 @task(name="report", persist_result=False, cache_policy=NO_CACHE)
 def write_report(job: Job, limits: Limits, reporter: Reporter) -> None:
     """Write ``report.html``."""
