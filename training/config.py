@@ -229,8 +229,10 @@ class ExportConfig(Section):
     """Validation samples that travel with the bundle, for checks on the consumer's machine."""
     num_calibration: int = Field(256, ge=1, json_schema_extra=OUTSIDE_DIGEST)
     """Training samples that the ranges of int8 activations are measured on."""
+    int8_metric: str | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
+    """Test metric that int8 is held to; unset takes `selection.metric`."""
     int8_max_metric_change: float = Field(0.02, ge=0, json_schema_extra=OUTSIDE_DIGEST)
-    """Largest relative change of the deciding test metric that int8 may cause."""
+    """Largest relative change of that metric that int8 may cause."""
     int8_min_agreement: float = Field(0.98, ge=0, le=1, json_schema_extra=OUTSIDE_DIGEST)
     """Smallest fraction of test samples that int8 puts into the champion's class."""
     num_latency_runs: int = Field(100, ge=10, json_schema_extra=OUTSIDE_DIGEST)

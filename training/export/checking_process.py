@@ -48,7 +48,11 @@ def check_parity(request: CheckRequest, names: list[str]) -> None:
     table = formats()
     selection = request.build_config().selection
     export = request.build_config().export
-    limits = Int8Limits(selection.metric, export.int8_max_metric_change, export.int8_min_agreement)
+    limits = Int8Limits(
+        export.int8_metric or selection.metric,
+        export.int8_max_metric_change,
+        export.int8_min_agreement,
+    )
     for name in names:
         _say(f"parity of {name}")
         if name == "champion":

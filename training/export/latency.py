@@ -14,6 +14,8 @@ from training.export.specification import Inputs
 
 BATCH_SIZES = (1, 64)
 NUM_WARM_UP = 5
+MIN_RUNS = 15
+MAX_S = 4.0  # for one artifact and batch size; large models are not timed for minutes
 Runner = Callable[[Inputs], list[Tensor]]
 
 
@@ -39,8 +41,11 @@ def measure(run: Runner, eager: Runner, rows: Inputs, num_runs: int) -> dict[str
 
 def _alternate(runners: tuple[Runner, Runner], inputs: Inputs, num_runs: int) -> list[list[float]]:
     times_s: list[list[float]] = [[], []]
+    begin_s = time.monotonic()
     with torch.inference_mode():
         for number in range(num_runs + NUM_WARM_UP):
+            if number > MIN_RUNS and time.monotonic() - begin_s > MAX_S:
+                break
             for run, kept in zip(runners, times_s, strict=True):
                 start_s = time.perf_counter()
                 run(inputs)

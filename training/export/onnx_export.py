@@ -27,6 +27,7 @@ from training.export.specification import Inputs, Interface
 
 OPSET = 20  # from 23 on, ONNX Runtime fails on the CPU for models with padding masks
 MAX_BYTES = 2_000_000_000  # a protobuf file ends at 2 GB
+CHATTY_LOGGERS = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
 ORT_DTYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
@@ -88,7 +89,8 @@ class OnnxFormat:
         target.parent.mkdir(parents=True, exist_ok=True)
         program = translate(source)
         _write(program.model_proto, place.scratch / "lineage.onnx", source.interface)
-        program.optimize()
+        with _quiet():
+            program.optimize()
         _write(program.model_proto, target, source.interface)
 
     def load(self, place: Place) -> OnnxArtifact:
@@ -126,17 +128,19 @@ def open_session(path: Path, num_threads: int = 1) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide what torch.onnx says about packages that are not installed and its own deprecations."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = registration.level
-    registration.setLevel(logging.ERROR)
+    """Hide what the exporter says about missing packages, its own deprecations and every pass."""
+    loggers = [logging.getLogger(name) for name in CHATTY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        registration.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _write(model: onnx.ModelProto, path: Path, interface: Interface) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -136,3 +137,13 @@ class Sequences(Classifier):
                 "padded": sequences(5, torch.tensor([1, 8, 3, 2])),
             }
         )
+
+
+class CrashingSequences(Sequences):
+    """Its score ends the process when an ONNX session stands in the model's place."""
+
+    def score(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        run = getattr(model, "_run", None)
+        if "Onnx" in type(getattr(run, "__self__", None)).__name__:
+            os.abort()
+        return super().score(model, batch)
