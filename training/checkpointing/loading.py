@@ -1,0 +1,93 @@
+"""Reading checkpoints: every byte is verified before it is used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from training.checkpointing.manifest import (
+    MIGRATIONS,
+    STATE_NAME,
+    TENSOR_SUFFIX,
+    Folder,
+    Manifest,
+    Migration,
+    local_folder,
+    manifest_of,
+    verified_files,
+    versions_to_migrate,
+)
+from training.checkpointing.tensor_file import parse_tensors
+from training.config import Json
+from training.errors import CheckpointCorruptError
+
+MODEL_NAME = f"model{TENSOR_SUFFIX}"
+
+
+@dataclass(frozen=True)
+class RestoredCheckpoint:
+    """What a checkpoint holds, verified.
+
+    Attributes:
+        manifest: what it says of itself.
+        tensors: file stem -> name -> tensor, on the CPU. Tied ones are the same tensor. The
+            tensors of a file share one storage.
+        state: the content of ``state.json``; None in a checkpoint of weights.
+        path: where it lies.
+    """
+
+    manifest: Manifest
+    tensors: dict[str, dict[str, Tensor]]
+    state: Json
+    path: Path
+
+
+def load_checkpoint(
+    folder: Folder, manifest: Manifest, migrations: Mapping[int, Migration] = MIGRATIONS
+) -> RestoredCheckpoint:
+    """Read a checkpoint whose manifest is known.
+
+    Raises CheckpointCorruptError that names the file, what was expected and what was found.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {}
+    state: Json = None
+    for name, content in verified_files(folder, manifest):
+        path = str(folder.path / name)
+        if name == STATE_NAME:
+            state = _parse_state(content, path)
+        else:
+            tensors[name.removesuffix(TENSOR_SUFFIX)] = parse_tensors(content, path)
+    if manifest.kind == "full" and state is None:
+        raise CheckpointCorruptError(f"{folder.path} is full and lists no {STATE_NAME}")
+    for version in versions_to_migrate(manifest.format_version, str(folder.path), migrations):
+        tensors, state = migrations[version].state((tensors, state))
+    return RestoredCheckpoint(manifest, tensors, state, folder.path)
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """The model's tensors alone, verified; tied ones are the same tensor under each name.
+
+    Raises CheckpointCorruptError that names what is wrong, or StorageError.
+    """
+    found = local_folder(folder)
+    manifest = manifest_of(found)
+    if MODEL_NAME not in manifest.files:
+        raise CheckpointCorruptError(
+            f"{folder} holds no {MODEL_NAME}, only {sorted(manifest.files)}"
+        )
+    only_model = manifest.model_copy(
+        update={"kind": "weights", "files": {MODEL_NAME: manifest.files[MODEL_NAME]}}
+    )
+    return load_checkpoint(found, only_model).tensors["model"]
+
+
+def _parse_state(content: Tensor, path: str) -> Json:
+    try:
+        state: Json = json.loads(content.numpy().tobytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{path} is not JSON: {error}") from error
+    return state

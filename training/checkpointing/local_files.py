@@ -1,0 +1,165 @@
+"""Files on a local disk: written, flushed, read back and read, with digests on the way.
+
+Writing, hashing, flushing and reading back take the same bytes to four different parts of the
+machine, so they run side by side in threads; all four let go of Python's lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training.checkpointing.digests import ALGORITHM, CHUNK_BYTES, Bytes, digest_of, new_hasher
+from training.durable_json import storage_error
+from training.errors import CheckpointCorruptError, StorageError
+from training.faultpoints import reach
+
+NUM_WRITER_THREADS = 3  # one hashes, one flushes, one reads back
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file that is written and on its way to being durable and verified."""
+
+    path: Path
+    size_bytes: int
+    _digest: Future[str]
+    _flush: Future[None]
+    _read_back: Future[str]
+
+    def digest(self) -> str:
+        """The digest, once the file is durable and was read back.
+
+        Raises OSError, or StorageError if other bytes came back than were written.
+        """
+        written, _, found = self._digest.result(), self._flush.result(), self._read_back.result()
+        if written != found:
+            raise StorageError(
+                f"{self.path} was read back with digest {found}, {written} was written: the disk "
+                f"or the memory of this machine is failing"
+            )
+        return written
+
+
+class FileWriter:
+    """Writes files one after the other while a pool of threads finishes the ones before."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+
+    def write(self, path: Path, parts: Sequence[Bytes]) -> WrittenFile:
+        """Make the file with one write per part. Raises OSError; FileExistsError if it exists."""
+        reach("write.before-file")
+        digest = self._pool.submit(digest_of, parts)
+        # Mode as any program's files: the umask decides who may read it.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            size_bytes = sum(_write_all(descriptor, memoryview(part)) for part in parts)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        reach("write.after-file")
+        return WrittenFile(
+            path,
+            size_bytes,
+            digest,
+            _flush=self._pool.submit(_flush_and_close, descriptor),
+            _read_back=self._pool.submit(_read_back, path),
+        )
+
+
+def read_file(path: Path, algorithm: str, size_bytes: int | None = None) -> tuple[Tensor, str]:
+    """The content of a file, uint8, and its digest.
+
+    Args:
+        path: the file.
+        algorithm: of the digest.
+        size_bytes: how large it must be; None for any size.
+
+    Raises:
+        CheckpointCorruptError: it is missing, not a plain file, of another size, or the disk
+            cannot give it back.
+        StorageError: it cannot be read for another reason.
+    """
+    try:
+        with closing(_open_plain(path)) as file:
+            found_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes is not None and found_bytes != size_bytes:
+                raise CheckpointCorruptError(
+                    f"{path} has {found_bytes} bytes, the manifest says {size_bytes}"
+                )
+            return _read_and_digest(file, found_bytes, algorithm)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointCorruptError(f"{path} is missing") from None
+    except OSError as error:
+        if error.errno == errno.EIO:
+            raise CheckpointCorruptError(f"{path} cannot be read: {error.strerror}") from error
+        raise storage_error("read", path, error) from error
+
+
+def _read_and_digest(file: io.FileIO, num_bytes: int, algorithm: str) -> tuple[Tensor, str]:
+    content = torch.empty(num_bytes, dtype=torch.uint8)
+    memory, hasher, end = content.numpy().data, new_hasher(algorithm), 0
+    hashed = []
+    with ThreadPoolExecutor(1) as pool:  # one thread: chunks are hashed in their order
+        while num_read := file.readinto(memory[end : end + CHUNK_BYTES]):
+            hashed.append(pool.submit(hasher.update, memory[end : end + num_read]))
+            end += num_read
+    for future in hashed:
+        future.result()
+    if end != num_bytes:
+        raise CheckpointCorruptError(f"{file.name!s} ended at byte {end} of {num_bytes}")
+    return content, f"{algorithm}:{hasher.hexdigest()}"
+
+
+def _open_plain(path: Path) -> io.FileIO:
+    kind = path.lstat().st_mode
+    if not stat.S_ISREG(kind):
+        raise CheckpointCorruptError(
+            f"{path} should be a plain file and is {_kind_name(kind)}; it was not made by Holdfast"
+        )
+    return path.open("rb", buffering=0)
+
+
+def _kind_name(kind: int) -> str:
+    if stat.S_ISDIR(kind):
+        return "a folder"
+    return "a link" if stat.S_ISLNK(kind) else f"of mode {kind:o}"
+
+
+def _write_all(descriptor: int, part: memoryview) -> int:
+    reach("write.between")
+    num_written = 0
+    while num_written < len(part):  # Linux writes at most 2 GiB at once
+        num_written += os.write(descriptor, part[num_written:])
+    return num_written
+
+
+def _flush_and_close(descriptor: int) -> None:
+    try:
+        reach("flush.before")
+        os.fsync(descriptor)
+        reach("flush.after")
+    finally:
+        os.close(descriptor)
+
+
+def _read_back(path: Path) -> str:
+    # From the page cache where the system keeps it there: what any reader would be given.
+    reach("verify.before")
+    hasher, buffer = new_hasher(ALGORITHM), memoryview(bytearray(CHUNK_BYTES // 8))
+    with path.open("rb", buffering=0) as file:
+        while num_bytes := file.readinto(buffer):
+            hasher.update(buffer[:num_bytes])
+    reach("verify.after")
+    return f"{ALGORITHM}:{hasher.hexdigest()}"

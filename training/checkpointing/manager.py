@@ -1,0 +1,374 @@
+"""Save, restore and prune: the checkpoints of one run.
+
+A save is a snapshot in memory, then work in the background: write, flush, read back, publish, and
+only then prune. Whatever goes wrong there leaves the older checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from training.checkpointing.loading import RestoredCheckpoint, load_checkpoint, load_weights
+from training.checkpointing.manifest import (
+    MIGRATIONS,
+    STATE_NAME,
+    FileEntry,
+    Folder,
+    Manifest,
+    Migration,
+    manifest_of,
+)
+from training.checkpointing.policy import (
+    CheckpointInfo,
+    Retention,
+    Trigger,
+    plan_retention,
+)
+from training.checkpointing.snapshot import FileImage, SnapshotBuffers, json_image
+from training.checkpointing.storage import LocalStorage, Storage
+from training.config import Json
+from training.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    StorageError,
+)
+from training.faultpoints import reach
+from training.lease import Lease
+from training.run_directory import utc_now
+from training.run_paths import RunDirectory, parse_step
+
+__all__ = [
+    "CheckpointContents",
+    "CheckpointIdentity",
+    "CheckpointManager",
+    "Published",
+    "RestoredCheckpoint",
+    "load_weights",
+]
+
+logger = logging.getLogger(__name__)
+
+DAMAGED = ".damaged-"
+RESUME_FILES = frozenset({STATE_NAME, "state.safetensors", "optimizer.safetensors"})
+"""What slimming takes away; the weights and their averages stay."""
+
+
+@dataclass(frozen=True)
+class CheckpointIdentity:
+    """What makes the checkpoints of a segment.
+
+    Attributes:
+        config_digest: of the run's configuration.
+        versions: of the libraries that can change a result.
+        device: where the run trains.
+        segment: its number.
+        config: the values that the digest covers, for messages about a mismatch.
+    """
+
+    config_digest: str
+    versions: Mapping[str, str]
+    device: str
+    segment: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CheckpointContents:
+    """What is to be saved.
+
+    Attributes:
+        step: optimizer steps that are done.
+        epoch: epochs that are finished.
+        trigger: why now. Only ``epoch`` can be selected later.
+        metrics: validation metrics, where an epoch has ended.
+        tensors: file stem -> name -> live tensor; they are copied before ``save`` returns.
+        state: what is not a tensor; no times, so that the same state gives the same bytes.
+    """
+
+    step: int
+    epoch: int
+    trigger: Trigger
+    metrics: Mapping[str, float]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Json
+
+
+@dataclass(frozen=True)
+class Published:
+    """A save that is durable, verified and published.
+
+    Attributes:
+        step: what was saved.
+        durable_s: seconds from the start of the save until then.
+    """
+
+    step: int
+    durable_s: float
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    manifest: Manifest
+    images: Mapping[str, FileImage]
+
+
+class CheckpointManager:
+    """The checkpoints of one run, as its only writer.
+
+    Not for several threads: the training loop calls it, one background thread works for it.
+
+    Attributes:
+        snapshot_s: seconds that the last save took from the caller; None before the first.
+        durable_s: seconds from the start of the last good save until it was published.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        lease: Lease,
+        identity: CheckpointIdentity,
+        policies: Sequence[Retention],
+        *,
+        storage: Storage | None = None,
+        migrations: Mapping[int, Migration] = MIGRATIONS,
+    ) -> None:
+        self.snapshot_s: float | None = None
+        self.durable_s: float | None = None
+        self._run = run
+        self._identity = identity
+        self._policies = tuple(policies)
+        self._storage = storage or LocalStorage(run.checkpoints, lease.staging, lease.check)
+        self._migrations = migrations
+        self._buffers = SnapshotBuffers()
+        self._thread = ThreadPoolExecutor(1, "holdfast-save")
+        self._in_flight: Future[Published] | None = None
+        self._snapshot: _Snapshot | None = None
+        self._published: Published | None = None
+        self._snapshots_s: list[float] = []
+        self._durables_s: list[float] = []
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether a save is being written, or its outcome was not asked for yet."""
+        return self._in_flight is not None
+
+    def save(self, contents: CheckpointContents, *, wait: bool = False) -> None:
+        """Copy the contents now, and write them in the background.
+
+        A save that is in flight is waited for first. With ``wait``, returns once the checkpoint is
+        durable, verified and published.
+
+        Raises:
+            UnsupportedStateError: the contents are neither tensors nor JSON.
+            StorageError, LeaseError: what ``wait`` raises, for the save before or for this one.
+        """
+        self.wait()
+        start_s = time.monotonic()
+        reach("save.before-snapshot")
+        state = json_image(contents.state, "state")
+        images = {**self._buffers.take(contents.tensors), STATE_NAME: state}
+        reach("save.after-snapshot")
+        self._snapshot = _Snapshot(self._manifest(contents), images)
+        self._in_flight = self._thread.submit(self._write, self._snapshot, start_s)
+        self.snapshot_s = time.monotonic() - start_s
+        self._snapshots_s.append(self.snapshot_s)
+        if wait:
+            self.wait()
+
+    def poll(self) -> Published | None:
+        """What became of the last save, once: None if nothing new is known. Does not wait.
+
+        Raises StorageError or LeaseError if it failed; ``retry`` tries again.
+        """
+        if self._in_flight is not None and self._in_flight.done():
+            self.wait()
+        published, self._published = self._published, None
+        return published
+
+    def wait(self) -> None:
+        """Wait for the save in flight. After return it is durable, verified and published.
+
+        Raises:
+            StorageFullError: there was no room for it.
+            StorageError: it could not be written. Either way nothing of it is left, and all
+                older checkpoints are as they were.
+            LeaseLostError: another segment writes this run now.
+        """
+        future, self._in_flight = self._in_flight, None
+        if future is not None:
+            self._published = future.result()
+            self.durable_s = self._published.durable_s
+            self._durables_s.append(self.durable_s)
+
+    def retry(self) -> None:
+        """Write the last snapshot again, after its save failed. To be called before ``save``."""
+        assert self._snapshot is not None, "there was no save"
+        assert self._in_flight is None, "the last save has not failed"
+        self._in_flight = self._thread.submit(self._write, self._snapshot, time.monotonic())
+
+    def save_s(self) -> dict[str, float]:
+        """Measured cost of the saves so far, in seconds; empty before the first good one."""
+        if not self._durables_s:
+            return {}
+        return {
+            "snapshot_mean": fmean(self._snapshots_s),
+            "snapshot_max": max(self._snapshots_s),
+            "durable_mean": fmean(self._durables_s),
+            "durable_max": max(self._durables_s),
+        }
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """All committed checkpoints whose manifest can be read, by step."""
+        return sorted((manifest.info for _, _, manifest in self._readable()), key=lambda i: i.step)
+
+    def restore(self, *, should_allow_mismatch: bool = False) -> RestoredCheckpoint | None:
+        """The newest full checkpoint that verifies; None for a run without any.
+
+        Damaged ones are renamed to ``<name>.damaged-<n>``, never deleted, with a warning that
+        names the file, what was expected and what was found.
+
+        Args:
+            should_allow_mismatch: take checkpoints of another configuration, too.
+
+        Raises:
+            CheckpointMismatchError: the newest one is of another configuration; names the keys.
+            CheckpointCorruptError: there are damaged ones and no good one.
+        """
+        for name in reversed(self._committed_names()):
+            folder = self._storage.folder(name)
+            try:
+                manifest = manifest_of(folder, self._migrations)
+                if manifest.kind == "full":
+                    if not should_allow_mismatch:
+                        self._require_match(folder, manifest)
+                    restored = load_checkpoint(folder, manifest, self._migrations)
+                    self._warn_of_differences(manifest)
+                    self._finish_slimming()
+                    return restored
+            except CheckpointCorruptError as error:
+                self._set_aside(name, error)
+        self._require_undamaged()
+        return None
+
+    def _write(self, snapshot: _Snapshot, start_s: float) -> Published:
+        """Runs in the background thread."""
+        manifest = snapshot.manifest
+
+        def manifest_bytes(files: dict[str, FileEntry]) -> bytes:
+            return manifest.model_copy(update={"files": files}).to_bytes()
+
+        self._storage.commit(
+            self._run.checkpoint(manifest.step).name, snapshot.images, manifest_bytes
+        )
+        published = Published(manifest.step, time.monotonic() - start_s)
+        try:
+            self._prune()
+        except StorageError as error:
+            logger.warning(
+                "old checkpoints could not be pruned; the next save tries again: %s", error
+            )
+        return published
+
+    def _prune(self) -> None:
+        manifests = {manifest.step: (folder, manifest) for _, folder, manifest in self._readable()}
+        infos = [manifest.info for _, manifest in manifests.values()]
+        plan = plan_retention(infos, self._policies)
+        for step in plan.delete:
+            self._storage.remove(self._run.checkpoint(step).name)
+        for step in plan.slim:
+            self._slim(*manifests[step])
+
+    def _slim(self, folder: Folder, manifest: Manifest) -> None:
+        kept = {name: file for name, file in manifest.files.items() if name not in RESUME_FILES}
+        slim = manifest.model_copy(update={"kind": "weights", "files": kept})
+        self._storage.amend(folder.path.name, slim.to_bytes(), frozenset(kept))
+
+    def _finish_slimming(self) -> None:
+        """Take away what a crash left between a manifest of kind weights and the files it drops."""
+        for _, folder, manifest in self._readable():
+            if manifest.kind == "weights" and folder.files & RESUME_FILES:
+                self._slim(folder, manifest)
+
+    def _readable(self) -> Iterator[tuple[str, Folder, Manifest]]:
+        for name in self._committed_names():
+            folder = self._storage.folder(name)
+            try:
+                yield name, folder, manifest_of(folder, self._migrations)
+            except CheckpointCorruptError as error:
+                logger.warning("left alone: %s", error)
+
+    def _committed_names(self) -> list[str]:
+        steps = {parse_step(name): name for name in self._storage.names()}
+        return [steps[step] for step in sorted(step for step in steps if step is not None)]
+
+    def _manifest(self, contents: CheckpointContents) -> Manifest:
+        return Manifest(
+            step=contents.step,
+            epoch=contents.epoch,
+            trigger=contents.trigger,
+            metrics=dict(contents.metrics),
+            files={},
+            config_digest=self._identity.config_digest,
+            config=dict(self._identity.config),
+            versions=dict(self._identity.versions),
+            device=self._identity.device,
+            created_at=utc_now(),
+            segment=self._identity.segment,
+        )
+
+    def _require_match(self, folder: Folder, manifest: Manifest) -> None:
+        if manifest.config_digest == self._identity.config_digest:
+            return
+        keys = list(_differences(manifest.config, self._identity.config))
+        keys = keys or [
+            f"digest: {manifest.config_digest} there, {self._identity.config_digest} here"
+        ]
+        raise CheckpointMismatchError(
+            f"{folder.path} was made by another configuration ({'; '.join(keys)}): use that one, "
+            f"take another run id, or allow the mismatch (--allow-mismatch)"
+        )
+
+    def _warn_of_differences(self, manifest: Manifest) -> None:
+        here = {**self._identity.versions, "device": self._identity.device}
+        there = {**manifest.versions, "device": manifest.device}
+        differing = list(_differences(there, here))
+        if differing:
+            logger.warning(
+                "step %d was saved with other versions, results may differ in the last bits: %s",
+                manifest.step,
+                "; ".join(differing),
+            )
+
+    def _set_aside(self, name: str, error: CheckpointCorruptError) -> None:
+        taken = set(self._storage.names())
+        number = next(n for n in range(1, len(taken) + 2) if f"{name}{DAMAGED}{n}" not in taken)
+        kept_as = f"{name}{DAMAGED}{number}"
+        self._storage.remove(name, keep_as=kept_as)
+        logger.warning("%s; set aside as %s, an earlier checkpoint is used", error, kept_as)
+
+    def _require_undamaged(self) -> None:
+        damaged = [name for name in self._storage.names() if DAMAGED in name]
+        if damaged:
+            raise CheckpointCorruptError(
+                f"no checkpoint of this run is good any more; damaged ones were set aside, and "
+                f"nothing was deleted: {', '.join(damaged)}. Put one back from a backup, or move "
+                f"them away to begin anew"
+            )
+
+
+def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
+    """Each leaf that differs, in words, keys dotted and sorted."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for name in sorted(there.keys() | here.keys()):
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(there.get(name, "absent"), here.get(name, "absent"), inner)
+    elif there != here:
+        yield f"{key}: {there!r} there, {here!r} here"

@@ -1,0 +1,249 @@
+"""``manifest.json``: what a checkpoint holds.
+
+The manifest is written last, so a folder with one is complete. It names each file's size and
+digest, and ends with a digest of its own fields, so that a changed digit is found in it as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import Tensor
+
+from training.checkpointing.digests import ALGORITHM, digest_of
+from training.checkpointing.local_files import read_file
+from training.checkpointing.policy import CheckpointInfo, Kind, Trigger
+from training.config import Json
+from training.durable_json import json_bytes, storage_error
+from training.errors import CheckpointCorruptError
+from training.run_paths import parse_step
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+STATE_NAME = "state.json"
+TENSOR_SUFFIX = ".safetensors"
+DIGEST_KEY = "manifest_digest"
+
+StateParts = tuple[dict[str, dict[str, Tensor]], Json]
+
+
+@dataclass(frozen=True)
+class Migration:
+    """How a checkpoint of one format version becomes one of the next.
+
+    Attributes:
+        manifest: takes and returns the manifest's fields.
+        state: takes and returns (tensors by file stem and name, content of state.json).
+    """
+
+    manifest: Callable[[dict[str, Any]], dict[str, Any]]
+    state: Callable[[StateParts], StateParts]
+
+
+MIGRATIONS: dict[int, Migration] = {}
+"""By the version that they read. Version 1 is the first, so there are none yet."""
+
+
+class FileEntry(BaseModel):
+    """Size and digest of one file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size_bytes: int = Field(ge=0)
+    digest: str = Field(pattern=r"^[a-z0-9]+:[0-9a-f]+$")
+
+
+class Manifest(BaseModel):
+    """What a checkpoint holds, what made it, and how good it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    format_version: int = FORMAT_VERSION
+    """Of the files as they lie on the disk."""
+    step: int = Field(ge=0)
+    epoch: int = Field(ge=0)
+    kind: Kind = "full"
+    trigger: Trigger
+    metrics: dict[str, float] = Field(default_factory=dict)
+    files: dict[str, FileEntry]
+    config_digest: str
+    config: dict[str, Any] = Field(default_factory=dict)
+    """The values that the digest covers, so that a mismatch can be told by its keys."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    device: str
+    created_at: str
+    segment: int
+
+    @field_validator("files")
+    @classmethod
+    def _known_names(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            if not is_known_file(name) or name == MANIFEST_NAME:
+                raise ValueError(f"a checkpoint does not hold a file {name!r}")
+        return files
+
+    @property
+    def info(self) -> CheckpointInfo:
+        """What retention needs to know."""
+        return CheckpointInfo(self.step, self.epoch, self.kind, self.trigger, self.metrics)
+
+    def to_bytes(self) -> bytes:
+        """The content of ``manifest.json``."""
+        fields = _without_nan(self.model_dump(mode="python"))
+        return json_bytes({**fields, DIGEST_KEY: digest_of([json_bytes(fields)])})
+
+
+def is_known_file(name: str) -> bool:
+    """Whether a checkpoint may hold such a file: a plain name of a kind that we read."""
+    is_plain = "/" not in name and "\\" not in name and not name.startswith(".")
+    return is_plain and (
+        name in (MANIFEST_NAME, STATE_NAME)
+        or (name.endswith(TENSOR_SUFFIX) and name != TENSOR_SUFFIX)
+    )
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of files that may be a checkpoint.
+
+    Attributes:
+        path: where it is, for messages.
+        files: names of what is in it.
+        read: (file, digest algorithm, size in bytes or None) -> (content as uint8, its digest).
+            Raises CheckpointCorruptError if there is no plain file of that size, or StorageError.
+    """
+
+    path: Path
+    files: frozenset[str]
+    read: Callable[[str, str, int | None], tuple[Tensor, str]]
+
+
+def local_folder(path: Path) -> Folder:
+    """A folder on a disk. One that is missing, or a file, is a folder without files."""
+    try:
+        files = frozenset(entry.name for entry in path.iterdir())
+    except (NotADirectoryError, FileNotFoundError):
+        files = frozenset()
+    except OSError as error:
+        raise storage_error("list", path, error) from error
+    return Folder(path, files, lambda file, *expected: read_file(path / file, *expected))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint; its files are not looked at.
+
+    Raises CheckpointCorruptError that names what is wrong, or StorageError.
+    """
+    return manifest_of(local_folder(folder))
+
+
+def verify(folder: Path) -> Manifest:
+    """Read every byte of a checkpoint and compare it with the manifest, which is returned.
+
+    Raises CheckpointCorruptError that names the file, what was expected and what was found.
+    """
+    found = local_folder(folder)
+    manifest = manifest_of(found)
+    for _ in verified_files(found, manifest):
+        pass
+    return manifest
+
+
+def manifest_of(folder: Folder, migrations: Mapping[int, Migration] = MIGRATIONS) -> Manifest:
+    """As ``read_manifest``, for a folder of any storage."""
+    content, _ = folder.read(MANIFEST_NAME, ALGORITHM, None)
+    path = folder.path / MANIFEST_NAME
+    manifest = parse_manifest(content.numpy().tobytes(), str(path), migrations)
+    step = parse_step(folder.path.name)
+    if step is not None and step != manifest.step:
+        raise CheckpointCorruptError(f"{path} is of step {manifest.step}, not of {step}")
+    return manifest
+
+
+def verified_files(folder: Folder, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    """The name and the content, uint8, of each file that the manifest lists, once it is verified.
+
+    Files that a checkpoint may hold and the manifest does not list are left over from slimming.
+
+    Raises CheckpointCorruptError that names the file, what was expected and what was found.
+    """
+    for name in sorted(folder.files):
+        if not is_known_file(name) and not name.startswith("."):
+            raise CheckpointCorruptError(
+                f"{folder.path / name} is not a file of a checkpoint: move it away"
+            )
+    for name, entry in sorted(manifest.files.items()):
+        algorithm = entry.digest.partition(":")[0]
+        content, digest = folder.read(name, algorithm, entry.size_bytes)
+        if digest != entry.digest:
+            raise CheckpointCorruptError(
+                f"{folder.path / name} was changed: the manifest says its digest is "
+                f"{entry.digest}, found {digest}"
+            )
+        yield name, content
+
+
+def parse_manifest(
+    content: bytes, path: str, migrations: Mapping[int, Migration] = MIGRATIONS
+) -> Manifest:
+    """The manifest that a file holds, brought to the current format.
+
+    Args:
+        content: of ``manifest.json``.
+        path: where it lies, for messages.
+        migrations: from older formats.
+
+    Raises:
+        CheckpointCorruptError: it is not a manifest, it was changed, or its format is not known.
+    """
+    try:
+        fields = json.loads(content)
+        digest = str(fields.pop(DIGEST_KEY))
+        found = digest_of([json_bytes(fields)], digest.partition(":")[0])
+        version = int(fields["format_version"])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{path} is not a manifest: {error!r}") from error
+    if digest != found:
+        raise CheckpointCorruptError(
+            f"{path} was changed: it says its digest is {digest}, found {found}"
+        )
+    for number in versions_to_migrate(version, path, migrations):
+        fields = migrations[number].manifest(fields)
+    try:
+        return Manifest.model_validate({**fields, "format_version": version})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CheckpointCorruptError(
+            f"{path}: {place}: {first['msg']}, found {first['input']!r}"
+        ) from error
+
+
+def versions_to_migrate(
+    version: int, path: str, migrations: Mapping[int, Migration] = MIGRATIONS
+) -> range:
+    """The versions whose migrations lead to the current one, in order.
+
+    Raises CheckpointCorruptError if one is missing.
+    """
+    wanted = range(version, FORMAT_VERSION)
+    if version > FORMAT_VERSION or any(number not in migrations for number in wanted):
+        raise CheckpointCorruptError(
+            f"{path} has format version {version}, this Holdfast reads "
+            f"{sorted({*migrations, FORMAT_VERSION})}: use the Holdfast that wrote it, or a newer"
+        )
+    return wanted
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no infinity; a metric may be either. Pydantic reads the words back."""
+    if isinstance(value, float) and value - value != 0.0:
+        return repr(value)
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,113 @@
+"""Copies of live tensors in buffers that are used again and again.
+
+A buffer has the layout of the file that will be written from it, so a save costs the training loop
+one copy of the bytes and nothing else. Buffers for tensors on a GPU are pinned: the copy then runs
+at the speed of the bus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from training.checkpointing.digests import Bytes
+from training.checkpointing.tensor_file import Layout, plan_layout
+from training.config import Json
+from training.durable_json import json_bytes
+from training.errors import UnsupportedStateError
+
+
+@dataclass(frozen=True)
+class FileImage:
+    """The bytes of one file in memory, in parts that are written with one call each."""
+
+    parts: Sequence[Bytes]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file."""
+        return sum(len(part) for part in self.parts)
+
+
+def json_image(value: Json, path: str) -> FileImage:
+    """The file of a JSON value.
+
+    Raises UnsupportedStateError that names the path of what JSON would lose or change: tuples,
+    sets, keys that are not text, NaN, objects.
+    """
+    _require_json(value, path)
+    return FileImage([json_bytes(value)])
+
+
+class SnapshotBuffers:
+    """One buffer per file, kept from one snapshot to the next."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, FileImage]:
+        """Copy all tensors. The images are good until the next call.
+
+        Args:
+            tensors: file stem -> name -> live tensor.
+
+        Raises:
+            UnsupportedStateError: a tensor has no place in the format; nothing was copied.
+        """
+        layouts = {stem: plan_layout(inner, stem) for stem, inner in tensors.items()}
+        images = {}
+        for stem, layout in layouts.items():
+            data = self._buffer(stem, layout.data_bytes, _is_on_gpu(tensors[stem]))
+            _copy(tensors[stem], layout, data)
+            images[f"{stem}.safetensors"] = FileImage(_parts(layout, data))
+        if any(_is_on_gpu(inner) for inner in tensors.values()):
+            torch.cuda.synchronize()
+        return images
+
+    def _buffer(self, stem: str, num_bytes: int, is_pinned: bool) -> Tensor:
+        known = self._buffers.get(stem)
+        if known is None or known.numel() < num_bytes or known.is_pinned() != is_pinned:
+            self._buffers.pop(stem, None)  # make room before taking more
+            known = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
+            self._buffers[stem] = known
+        return known[:num_bytes]
+
+
+def _copy(tensors: Mapping[str, Tensor], layout: Layout, data: Tensor) -> None:
+    for name, slot in layout.slots.items():
+        slot.view(data).copy_(tensors[name].detach(), non_blocking=True)
+
+
+def _parts(layout: Layout, data: Tensor) -> list[Bytes]:
+    memory = data.numpy().data
+    parts: list[Bytes] = [layout.header()]
+    parts += [memory[slot.start : slot.start + slot.num_bytes] for slot in layout.slots.values()]
+    return parts
+
+
+def _is_on_gpu(tensors: Mapping[str, Tensor]) -> bool:
+    return any(tensor.is_cuda for tensor in tensors.values())
+
+
+def _require_json(value: object, path: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise UnsupportedStateError(
+                    f"{path} has the key {key!r}; JSON has text as keys only: use str(key)"
+                )
+            _require_json(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            _require_json(item, f"{path}[{number}]")
+    elif type(value) is float and not isfinite(value):
+        raise UnsupportedStateError(f"{path} is {value}, which JSON does not have: use a tensor")
+    elif value is not None and type(value) not in (bool, int, float, str):
+        raise UnsupportedStateError(
+            f"{path} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds "
+            f"tensors and JSON only: save numbers, text, lists, dicts or tensors"
+        )

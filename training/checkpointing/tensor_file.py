@@ -1,0 +1,201 @@
+"""The safetensors format: eight bytes with the header's length, a JSON header, then the tensors.
+
+https://github.com/huggingface/safetensors#format. Files load with ``safetensors.torch.load_file``.
+They are deterministic: tensors lie in the order of (item size, name), largest items first, so that
+each is aligned. A tensor that has several names (tied weights) is stored once, under the first of
+them; the header's metadata has one key, ``aliases``, with a JSON object from name to stored name.
+
+The official writer is not used: it takes all tensors as bytes at once, and we write a snapshot
+that already has the layout of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.errors import CheckpointCorruptError, UnsupportedStateError
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # what the official reader accepts
+METADATA = "__metadata__"
+ALIASES = "aliases"
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lies in the data that follow the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the tensor takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def view(self, data: Tensor) -> Tensor:
+        """The tensor within ``data``, uint8 [num_bytes of all tensors]; shares its memory."""
+        if self.num_bytes == 0:
+            return torch.empty(self.shape, dtype=self.dtype)
+        part = data[self.start : self.start + self.num_bytes]
+        return part.view(self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file holds, and where.
+
+    Attributes:
+        slots: the stored tensors by name, in the order of the file.
+        aliases: further names of stored tensors.
+    """
+
+    slots: dict[str, Slot]
+    aliases: dict[str, str]
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes after the header."""
+        return sum(slot.num_bytes for slot in self.slots.values())
+
+    def header(self) -> bytes:
+        """The file's bytes before the first tensor; a multiple of eight."""
+        entries: dict[str, Any] = {}
+        if self.aliases:
+            entries[METADATA] = {ALIASES: json.dumps(self.aliases, sort_keys=True)}
+        for name, slot in self.slots.items():
+            entries[name] = {
+                "dtype": DTYPE_NAMES[slot.dtype],
+                "shape": list(slot.shape),
+                "data_offsets": [slot.start, slot.start + slot.num_bytes],
+            }
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def plan_layout(tensors: Mapping[str, Tensor], path: str) -> Layout:
+    """The layout of a file for these tensors.
+
+    Args:
+        tensors: by name; not looked at beyond type, shape and place in memory.
+        path: what leads to them, for messages.
+
+    Raises:
+        UnsupportedStateError: something is not a tensor that the format has; names its path.
+    """
+    for name, tensor in tensors.items():
+        _require_supported(tensor, name, path)
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first_names: dict[tuple[Any, ...], str] = {}
+    for name in sorted(tensors):
+        first = first_names.setdefault(_identity(tensors[name], name), name)
+        if first == name:
+            stored[name] = tensors[name]
+        else:
+            aliases[name] = first
+    slots: dict[str, Slot] = {}
+    start = 0
+    for name in sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name)):
+        slots[name] = Slot(stored[name].dtype, tuple(stored[name].shape), start)
+        start += slots[name].num_bytes
+    return Layout(slots, aliases)
+
+
+def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
+    """All tensors of a file; they share the memory of ``content``, tied ones with each other.
+
+    Args:
+        content: the whole file, uint8.
+        file: its name, for messages.
+
+    Raises:
+        CheckpointCorruptError: it is not a safetensors file as the format describes it.
+    """
+    try:
+        header, data = _split(content)
+        aliases = json.loads(header.pop(METADATA, {}).get(ALIASES, "{}"))
+        tensors, end = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            slot = Slot(DTYPES[entry["dtype"]], tuple(entry["shape"]), end)
+            if any(type(size) is not int or size < 0 for size in slot.shape):
+                raise ValueError(f"{name} has the shape {entry['shape']}")
+            end += slot.num_bytes
+            if entry["data_offsets"] != [slot.start, end] or end > data.numel():
+                raise ValueError(
+                    f"{name} should lie in bytes {slot.start} to {end} of {data.numel()}, the "
+                    f"header says {entry['data_offsets']}"
+                )
+            tensors[name] = slot.view(data)
+        if end != data.numel():
+            raise ValueError(f"{data.numel() - end} bytes follow the last tensor")
+        return {**tensors, **{name: tensors[stored] for name, stored in aliases.items()}}
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointCorruptError(
+            f"{file} is not a safetensors file: {error!r}; nothing else is ever loaded"
+        ) from error
+
+
+def _split(content: Tensor) -> tuple[dict[str, Any], Tensor]:
+    num_bytes = int.from_bytes(bytes(content[:LENGTH_BYTES].tolist()), "little")
+    if num_bytes > min(MAX_HEADER_BYTES, content.numel() - LENGTH_BYTES):
+        raise ValueError(f"its header would have {num_bytes} bytes, the file {content.numel()}")
+    text = content[LENGTH_BYTES : LENGTH_BYTES + num_bytes].numpy().tobytes()
+    header = json.loads(text)
+    if not isinstance(header, dict):
+        raise ValueError(f"its header is a {type(header).__name__}, not an object")
+    return header, content[LENGTH_BYTES + num_bytes :]
+
+
+def _require_supported(tensor: object, name: str, path: str) -> None:
+    problem = None
+    if not isinstance(tensor, Tensor):
+        problem = f"a {type(tensor).__module__}.{type(tensor).__qualname__}"
+    elif tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+        problem = f"a tensor of layout {tensor.layout} on {tensor.device}"
+    elif tensor.dtype not in DTYPE_NAMES:
+        problem = f"a tensor of {tensor.dtype}"
+    elif name == METADATA:
+        problem = "called as the format calls its metadata"
+    if problem is not None:
+        raise UnsupportedStateError(
+            f"{path}.{name} is {problem}; a checkpoint file holds dense tensors of "
+            f"{', '.join(DTYPES)} only: convert it before it is saved"
+        )
+
+
+def _identity(tensor: Tensor, name: str) -> tuple[Any, ...]:
+    """Equal for tensors that are the same memory seen in the same way."""
+    if tensor.numel() == 0:
+        return (name,)  # no memory: nothing can be shared
+    tensor = tensor.detach()
+    place = tensor.device, tensor.data_ptr()
+    return (*place, tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())

@@ -1,0 +1,61 @@
+"""Named points of a commit at which a test can end the process.
+
+``HOLDFAST_FAULT_POINT=<name>`` or ``<name>:<count>`` makes the process send itself SIGKILL (or the
+signal named in ``HOLDFAST_FAULT_SIGNAL``) when it reaches that point for the count-th time. Without
+the variable, reaching a point is one look into the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+
+POINT_VARIABLE = "HOLDFAST_FAULT_POINT"
+SIGNAL_VARIABLE = "HOLDFAST_FAULT_SIGNAL"
+
+FAULT_POINTS = {
+    "save.before-snapshot": "the training loop asked for a save; nothing was copied",
+    "save.after-snapshot": "the snapshot is taken, the background has not begun",
+    "commit.before-stage": "the background has begun; nothing is on disk",
+    "commit.after-stage-folder": "the staging folder of the checkpoint is made",
+    "write.before-file": "before a file is made; once for each file, the manifest is the last",
+    "write.between": "before each write of a file",
+    "write.after-file": "a file is written and not flushed",
+    "flush.before": "before a file is flushed",
+    "flush.after": "a file is flushed",
+    "verify.before": "before a file is read back",
+    "verify.after": "a file was read back",
+    "commit.before-manifest": "all files are durable and verified, the manifest is missing",
+    "commit.after-manifest": "the manifest is durable, the staging folder's entries are not",
+    "commit.before-rename": "all is ready to be published",
+    "commit.after-rename": "published; the entry in the parent folder is not flushed",
+    "commit.after-flush": "published and durable",
+    "replace.after-exchange": "took the place of an earlier checkpoint of the same step",
+    "slim.before-rename": "the manifest of kind weights is durable in the staging folder",
+    "slim.after-rename": "the manifest says weights; the other files are still there",
+    "slim.between-files": "before each file that the manifest no longer names is taken away",
+    "slim.after": "a checkpoint is slimmed",
+    "prune.before-rename": "before an expired checkpoint is taken out of the run's checkpoints",
+    "prune.after-rename": "it is taken out, and not deleted",
+    "prune.after-delete": "it is deleted",
+    "restore.before-set-aside": "a damaged checkpoint was found",
+    "restore.after-set-aside": "it was renamed",
+}
+
+_num_reached: Counter[str] = Counter()
+
+
+def reach(name: str) -> None:
+    """Tell that this point is reached. Does not return if a test wants the process to end here."""
+    wanted = os.environ.get(POINT_VARIABLE)
+    if not wanted:
+        return
+    assert name in FAULT_POINTS, name
+    point, _, count = wanted.partition(":")
+    if name != point:
+        return
+    _num_reached[name] += 1
+    if _num_reached[name] == int(count or 1):
+        number = os.environ.get(SIGNAL_VARIABLE, "SIGKILL")
+        os.kill(os.getpid(), signal.Signals[number])
