@@ -292,8 +292,27 @@ def test_wrong_numbers_on_this_machine_are_refused(bundle: Path) -> None:
         consumer.verify_golden(bundle)
 
 
-def test_triton_and_mlflow_read_the_bundle(bundle: Path) -> None:
-    config = (bundle / "config.pbtxt").read_text()
-    assert 'name: "images" data_type: TYPE_FP32 dims: [ 1, 6, 6 ]' in config
-    model = json.loads((bundle / "1/MLmodel").read_text())
-    assert model["flavors"]["onnx"]["data"] == "model.onnx"
+def test_tritons_own_definition_parses_the_configuration(bundle: Path) -> None:
+    reason = "Triton's definition of config.pbtxt is in tritonclient[grpc]"
+    pytest.importorskip("tritonclient", reason=reason)
+    model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason=reason)
+    from google.protobuf import text_format
+
+    config = text_format.Parse((bundle / "config.pbtxt").read_text(), model_config.ModelConfig())
+    assert config.backend == "onnxruntime"
+    (port,) = config.input
+    assert (port.name, list(port.dims)) == ("images", [1, 6, 6])
+    assert [(port.name, list(port.dims)) for port in config.output] == [
+        ("logits", [3]),
+        ("amount", [1]),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mlflows_pyfunc_loads_the_version_folder(bundle: Path) -> None:
+    pytest.importorskip("pandas", reason="mlflow's pyfunc needs pandas")
+    pyfunc = pytest.importorskip("mlflow.pyfunc")
+    images = np.load(bundle / "golden/ordinary.input.images.npy")
+    found = pyfunc.load_model(str(bundle / "1")).predict({"images": images})
+    wanted = np.load(bundle / "golden/ordinary.output.logits.npy")
+    np.testing.assert_allclose(found["logits"], wanted, rtol=1e-4)
