@@ -1,9 +1,11 @@
 """The safetensors format: eight bytes with the header's length, a JSON header, then the tensors.
 
 https://github.com/huggingface/safetensors#format. Files load with ``safetensors.torch.load_file``.
-They are deterministic: tensors lie in the order of (item size, name), largest items first, so that
-each is aligned. A tensor that has several names (tied weights) is stored once, under the first of
-them; the header's metadata has one key, ``aliases``, with a JSON object from name to stored name.
+They are deterministic. The format allows no gaps, but torch needs aligned memory (setting a
+generator from a tensor at an odd address ends the process), so the header is padded to 64 bytes,
+tensors of a multiple of 64 bytes come first, then those with the largest items; within that by
+name. A tensor that has several names (tied weights) is stored once, under the first of them; the
+header's metadata has one key, ``aliases``, with a JSON object from name to stored name.
 
 The official writer is not used: it takes all tensors as bytes at once, and we write a snapshot
 that already has the layout of the file.
@@ -23,6 +25,7 @@ from torch import Tensor
 from training.errors import CheckpointCorruptError, UnsupportedStateError
 
 LENGTH_BYTES = 8
+ALIGNMENT_BYTES = 64
 MAX_HEADER_BYTES = 100_000_000  # what the official reader accepts
 METADATA = "__metadata__"
 ALIASES = "aliases"
@@ -86,7 +89,7 @@ class Layout:
         return sum(slot.num_bytes for slot in self.slots.values())
 
     def header(self) -> bytes:
-        """The file's bytes before the first tensor; a multiple of eight."""
+        """The file's bytes before the first tensor; a multiple of 64."""
         entries: dict[str, Any] = {}
         if self.aliases:
             entries[METADATA] = {ALIASES: json.dumps(self.aliases, sort_keys=True)}
@@ -97,7 +100,7 @@ class Layout:
                 "data_offsets": [slot.start, slot.start + slot.num_bytes],
             }
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(LENGTH_BYTES + len(text)) % ALIGNMENT_BYTES)
         return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
@@ -124,14 +127,16 @@ def plan_layout(tensors: Mapping[str, Tensor], path: str) -> Layout:
             aliases[name] = first
     slots: dict[str, Slot] = {}
     start = 0
-    for name in sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name)):
+    for name in sorted(stored, key=lambda name: _place(stored[name], name)):
         slots[name] = Slot(stored[name].dtype, tuple(stored[name].shape), start)
         start += slots[name].num_bytes
     return Layout(slots, aliases)
 
 
 def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
-    """All tensors of a file; they share the memory of ``content``, tied ones with each other.
+    """All tensors of a file. They share the memory of ``content`` where it is aligned for them.
+
+    A name of a tied tensor leads to the same tensor as its other names.
 
     Args:
         content: the whole file, uint8.
@@ -154,7 +159,7 @@ def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
                     f"{name} should lie in bytes {slot.start} to {end} of {data.numel()}, the "
                     f"header says {entry['data_offsets']}"
                 )
-            tensors[name] = slot.view(data)
+            tensors[name] = _aligned(slot.view(data))
         if end != data.numel():
             raise ValueError(f"{data.numel() - end} bytes follow the last tensor")
         return {**tensors, **{name: tensors[stored] for name, stored in aliases.items()}}
@@ -190,6 +195,16 @@ def _require_supported(tensor: object, name: str, path: str) -> None:
             f"{path}.{name} is {problem}; a checkpoint file holds dense tensors of "
             f"{', '.join(DTYPES)} only: convert it before it is saved"
         )
+
+
+def _place(tensor: Tensor, name: str) -> tuple[bool, int, str]:
+    """What tensors are ordered by within a file."""
+    is_odd = tensor.numel() * tensor.dtype.itemsize % ALIGNMENT_BYTES != 0
+    return is_odd, -tensor.dtype.itemsize, name
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % ALIGNMENT_BYTES == 0 else tensor.clone()
 
 
 def _identity(tensor: Tensor, name: str) -> tuple[Any, ...]:
