@@ -64,8 +64,7 @@ class SnapshotBuffers:
             data = self._buffer(stem, layout.data_bytes, _is_on_gpu(tensors[stem]))
             _copy(tensors[stem], layout, data)
             images[f"{stem}.safetensors"] = FileImage(_parts(layout, data))
-        if any(_is_on_gpu(inner) for inner in tensors.values()):
-            torch.cuda.synchronize()
+        _wait_for_copies(tensors)
         return images
 
     def _buffer(self, stem: str, num_bytes: int, is_pinned: bool) -> Tensor:
@@ -78,8 +77,16 @@ class SnapshotBuffers:
 
 
 def _copy(tensors: Mapping[str, Tensor], layout: Layout, data: Tensor) -> None:
+    memory = data.numpy().data
     for name, slot in layout.slots.items():
-        slot.view(data).copy_(tensors[name].detach(), non_blocking=True)
+        slot.view(memory).copy_(tensors[name].detach(), non_blocking=True)
+
+
+def _wait_for_copies(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    devices = {tensor.device for inner in tensors.values() for tensor in inner.values()}
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 def _parts(layout: Layout, data: Tensor) -> list[Bytes]:

@@ -1,11 +1,11 @@
 """The safetensors format: eight bytes with the header's length, a JSON header, then the tensors.
 
 https://github.com/huggingface/safetensors#format. Files load with ``safetensors.torch.load_file``.
-They are deterministic. The format allows no gaps, but torch needs aligned memory (setting a
-generator from a tensor at an odd address ends the process), so the header is padded to 64 bytes,
-tensors of a multiple of 64 bytes come first, then those with the largest items; within that by
-name. A tensor that has several names (tied weights) is stored once, under the first of them; the
-header's metadata has one key, ``aliases``, with a JSON object from name to stored name.
+They are deterministic. The format allows no gaps, but tensors should lie as torch's own do, at
+multiples of 64 bytes. So the header is padded to that, tensors of a multiple of 64 bytes come
+first, then those with the largest items; within that by name. A tensor that has several names
+(tied weights) is stored once, under the first of them; the header's metadata has one key,
+``aliases``, with a JSON object from name to stored name.
 
 The official writer is not used: it takes all tensors as bytes at once, and we write a snapshot
 that already has the layout of the file.
@@ -63,12 +63,17 @@ class Slot:
         """Bytes that the tensor takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def view(self, data: Tensor) -> Tensor:
-        """The tensor within ``data``, uint8 [num_bytes of all tensors]; shares its memory."""
+    def view(self, data: memoryview) -> Tensor:
+        """The tensor within ``data``, all bytes after the header; shares its memory.
+
+        Its storage begins with it: torch's ``Generator.set_state`` reads a storage from its start,
+        whatever the tensor's offset, and ends the process.
+        """
         if self.num_bytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
-        part = data[self.start : self.start + self.num_bytes]
-        return part.view(self.dtype).reshape(self.shape)
+        count = self.num_bytes // self.dtype.itemsize
+        flat = torch.frombuffer(data, dtype=self.dtype, count=count, offset=self.start)
+        return flat.reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
         CheckpointCorruptError: it is not a safetensors file as the format describes it.
     """
     try:
-        header, data = _split(content)
+        header, data = _split(content.numpy().data)
         aliases = json.loads(header.pop(METADATA, {}).get(ALIASES, "{}"))
         tensors, end = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -154,14 +159,14 @@ def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
             if any(type(size) is not int or size < 0 for size in slot.shape):
                 raise ValueError(f"{name} has the shape {entry['shape']}")
             end += slot.num_bytes
-            if entry["data_offsets"] != [slot.start, end] or end > data.numel():
+            if entry["data_offsets"] != [slot.start, end] or end > len(data):
                 raise ValueError(
-                    f"{name} should lie in bytes {slot.start} to {end} of {data.numel()}, the "
+                    f"{name} should lie in bytes {slot.start} to {end} of {len(data)}, the "
                     f"header says {entry['data_offsets']}"
                 )
             tensors[name] = _aligned(slot.view(data))
-        if end != data.numel():
-            raise ValueError(f"{data.numel() - end} bytes follow the last tensor")
+        if end != len(data):
+            raise ValueError(f"{len(data) - end} bytes follow the last tensor")
         return {**tensors, **{name: tensors[stored] for name, stored in aliases.items()}}
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise CheckpointCorruptError(
@@ -169,15 +174,14 @@ def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _split(content: Tensor) -> tuple[dict[str, Any], Tensor]:
-    num_bytes = int.from_bytes(bytes(content[:LENGTH_BYTES].tolist()), "little")
-    if num_bytes > min(MAX_HEADER_BYTES, content.numel() - LENGTH_BYTES):
-        raise ValueError(f"its header would have {num_bytes} bytes, the file {content.numel()}")
-    text = content[LENGTH_BYTES : LENGTH_BYTES + num_bytes].numpy().tobytes()
-    header = json.loads(text)
+def _split(memory: memoryview) -> tuple[dict[str, Any], memoryview]:
+    num_bytes = int.from_bytes(memory[:LENGTH_BYTES], "little")
+    if num_bytes > min(MAX_HEADER_BYTES, len(memory) - LENGTH_BYTES):
+        raise ValueError(f"its header would have {num_bytes} bytes, the file {len(memory)}")
+    header = json.loads(memory[LENGTH_BYTES : LENGTH_BYTES + num_bytes].tobytes())
     if not isinstance(header, dict):
         raise ValueError(f"its header is a {type(header).__name__}, not an object")
-    return header, content[LENGTH_BYTES + num_bytes :]
+    return header, memory[LENGTH_BYTES + num_bytes :]
 
 
 def _require_supported(tensor: object, name: str, path: str) -> None:
