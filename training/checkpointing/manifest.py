@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from training.checkpointing.digests import ALGORITHM, digest_of
+from training.checkpointing.digests import ALGORITHM, HASHERS, digest_of
 from training.checkpointing.local_files import read_file
 from training.checkpointing.policy import CheckpointInfo, Kind, Trigger
 from training.config import Json
@@ -55,7 +55,7 @@ class FileEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     size_bytes: int = Field(ge=0)
-    digest: str = Field(pattern=r"^[a-z0-9]+:[0-9a-f]+$")
+    digest: str = Field(pattern=rf"^({'|'.join(HASHERS)}):[0-9a-f]+$")
 
 
 class Manifest(BaseModel):

@@ -1,0 +1,83 @@
+"""Small checkpoints, and a manager for them, that the tests of this folder build on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.checkpointing.manager import (
+    CheckpointContents,
+    CheckpointIdentity,
+    CheckpointManager,
+)
+from training.checkpointing.policy import KeepLast, Retention, Trigger
+from training.lease import Lease
+from training.run_paths import RunDirectory
+
+IDENTITY = CheckpointIdentity(
+    config_digest="digest-1",
+    versions={"torch": "2.13.0"},
+    device="cpu x86_64",
+    segment=1,
+    config={"optimizer": {"args": {"lr": 0.1}}},
+)
+KEEP_ALL: tuple[Retention, ...] = (KeepLast(1000),)
+
+
+def tensors_at(step: int) -> dict[str, dict[str, Tensor]]:
+    """Some state that is a function of the step alone."""
+    values = torch.arange(2000, dtype=torch.float32) * step
+    return {
+        "model": {"layer.weight": values.reshape(40, 50), "layer.bias": values[:50] + 1},
+        "optimizer": {"layer.weight/exp_avg": -values.reshape(40, 50)},
+        "ema": {"decay-0.9/layer.weight": values.reshape(40, 50) / 2},
+        "state": {"torch.cpu": (torch.arange(5056) % (step + 2)).to(torch.uint8)},
+    }
+
+
+def contents_at(step: int, trigger: Trigger = "steps", **metrics: float) -> CheckpointContents:
+    return CheckpointContents(
+        step=step,
+        epoch=step // 10,
+        trigger=trigger,
+        metrics=metrics,
+        tensors=tensors_at(step),
+        state={"counters": {"step": step}, "history": [0.5, None, True, "x"]},
+    )
+
+
+@contextmanager
+def managing(
+    run: RunDirectory,
+    policies: Sequence[Retention] = KEEP_ALL,
+    **identity: Any,
+) -> Iterator[CheckpointManager]:
+    """A manager that holds the run's lease."""
+    with Lease.acquire(run, 30.0) as lease:
+        yield CheckpointManager(run, lease, replace(IDENTITY, **identity), policies)
+
+
+def save_steps(run: RunDirectory, *steps: int) -> None:
+    with managing(run) as manager:
+        for step in steps:
+            manager.save(contents_at(step), wait=True)
+
+
+def assert_holds(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
+    """The tensors are those of the step, bit by bit."""
+    expected = tensors_at(step)
+    assert tensors.keys() == expected.keys()
+    for stem, inner in expected.items():
+        assert tensors[stem].keys() == inner.keys()
+        for name, tensor in inner.items():
+            assert torch.equal(tensors[stem][name], tensor), f"{stem}.{name}"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
