@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -27,11 +28,20 @@ class Progress:
     _last_progress_s: float = field(default=float("-inf"), init=False)
 
     def emit(self, event: str, **values: Json) -> None:
-        """Tell one event now."""
+        """Tell one event now. Where the reader is gone, nothing is told from here on.
+
+        The reader may be an engine that was killed; this process still has to save.
+        """
+        try:
+            self._write(event, values)
+        except BrokenPipeError:
+            self.format = "none"
+            silence_output()
+
+    def _write(self, event: str, values: dict[str, Json]) -> None:
         if self.format == "jsonl":
-            print(
-                json.dumps({"event": event, **values}), file=self.stream or sys.stdout, flush=True
-            )
+            line = json.dumps({"event": event, **values})
+            print(line, file=self.stream or sys.stdout, flush=True)
         elif self.format == "text":
             print(_as_text(event, values), file=self.stream or sys.stderr, flush=True)
 
@@ -42,6 +52,14 @@ class Progress:
             return False
         self._last_progress_s = now_s
         return True
+
+
+def silence_output() -> None:
+    """Send what this process still prints to nowhere, so that printing it cannot fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _as_text(event: str, values: dict[str, Json]) -> str:

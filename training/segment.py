@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 
 import torch
@@ -13,6 +14,7 @@ from training.checkpointing.policy import (
     mean_time_between_preemptions_s,
 )
 from training.config import RunConfig
+from training.config_loading import digested_values
 from training.costs import Costs
 from training.data import BatchPlan, FixedSizePlan, Loader, TokenPlan
 from training.ema import MovingAverages
@@ -60,9 +62,9 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
     stage.progress.emit("started", step=start_step, segment=keeper.number)
     saver = build_saver(stage, trainer, manager)
     ended = trainer.fit(saver, on_report=keeper.advance)
-    keeper.end(ended.outcome, ended.step, ended.notice, saver.save_s())
+    keeper.end(ended.outcome, ended.step, ended.notice, manager.save_s())
     exit_code = EXIT_PREEMPTED if ended.outcome == "preempted" else 0
-    notice = ended.notice and {"source": ended.notice.source, "reason": ended.notice.reason}
+    notice = None if ended.notice is None else ended.notice.as_record(time.monotonic())
     return StageOutcome(ended.outcome, exit_code, step=ended.step, notice=notice)
 
 
@@ -128,6 +130,7 @@ def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) ->
         versions=library_versions(),
         device=device_name(trainer.state.loss_sum.device.type),
         segment=segment,
+        config=digested_values(config),
     )
     retention = build_retention(config.checkpoint, config.selection)
     return CheckpointManager(stage.run, lease, identity, retention)

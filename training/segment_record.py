@@ -58,7 +58,7 @@ class RecordKeeper:
 
     def end(self, outcome: str, step: int, notice: Notice | None, save_s: dict[str, float]) -> None:
         """Write the record for the last time."""
-        told = None if notice is None else {"source": notice.source, "reason": notice.reason}
+        told = None if notice is None else notice.as_record(time.monotonic())
         self._write(outcome=outcome, end_step=step, notice=told, save_s=save_s, ended_at=utc_now())
 
     @contextmanager
@@ -77,7 +77,7 @@ class RecordKeeper:
 
     def _write(self, **changes: Any) -> None:
         costs_s = {**self._costs_s}
-        elapsed_s = time.monotonic() - self._start_s
+        elapsed_s = time.monotonic() - self._start_s + costs_s.get("startup", 0.0)
         costs_s["useful"] = max(0.0, elapsed_s - sum(costs_s.values()))
         self._record = self._record.model_copy(update={**changes, "costs_s": costs_s})
         self._lease.check()

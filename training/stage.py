@@ -31,7 +31,8 @@ from training.experiment_loading import (
     settings_class,
 )
 from training.lease import Lease
-from training.preemption import PreemptionMonitor, build_sources
+from training.preemption import PreemptionMonitor
+from training.preemption_sources import build_sources
 from training.progress import Progress, ProgressFormat
 from training.reproducibility import set_up_torch
 from training.run_directory import (

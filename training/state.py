@@ -91,7 +91,7 @@ class TrainState:
             "history": [asdict(record) for record in self.history],
             "loss_sum": self.loss_sum,
             "ema": self.averages.state(),
-            "experiment": self.experiment.state_dict() if self._has_experiment_state else {},
+            "experiment": self._experiment_state(),
             "model": model_extra,
         }
         state = {name: encode(value, name, state_tensors) for name, value in components.items()}
@@ -125,14 +125,12 @@ class TrainState:
         self.history = [EpochRecord(**record) for record in parts["history"]]
         self.loss_sum.copy_(parts["loss_sum"])
         self.averages.restore(tensors.get("ema", {}), parts["ema"])
-        if self._has_experiment_state:
-            assert isinstance(self.experiment, Stateful)
+        if isinstance(self.experiment, Stateful):
             self.experiment.load_state_dict(parts["experiment"])
         restore_generators(tensors["state"])
 
-    @property
-    def _has_experiment_state(self) -> bool:
-        return isinstance(self.experiment, Stateful)
+    def _experiment_state(self) -> Mapping[str, Any]:
+        return self.experiment.state_dict() if isinstance(self.experiment, Stateful) else {}
 
 
 def load_model(model: nn.Module, weights: Mapping[str, Any]) -> None:

@@ -114,7 +114,7 @@ class TrainStep:
         self.guard.observe(loss.detach(), self._state.counters.step + 1, microbatch.step_in_epoch)
         if microbatch.num_in_step > 1:
             loss = loss * microbatch.weight
-        self._state.gradient_scaler.scale(loss).backward()
+        self._state.gradient_scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -86,7 +86,12 @@ def test_a_missing_or_malformed_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["data.folder=/elsewhere", "data.num_workers=4", "logging.level=debug", "checkpoint.keep_last=9"],
+    [
+        "data.folder=/elsewhere",
+        "data.num_workers=4",
+        "logging.level=debug",
+        "checkpoint.keep_last=9",
+    ],
 )
 def test_digest_leaves_out_what_does_not_change_the_result(override: str) -> None:
     assert config_digest(resolve(override)) == config_digest(resolve())
