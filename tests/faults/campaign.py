@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from training.checkpointing.manifest import read_manifest, verify
+from training.checkpointing.policy import KeepTopK
 from training.experiment_loading import experiment_name
 from training.reproducibility import child_environment
 from training.run_paths import RunDirectory, parse_step
@@ -162,11 +163,13 @@ def final_state(run: RunDirectory) -> dict[str, bytes]:
     state = {
         path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"
     }
-    for step in committed:
-        manifest = read_manifest(run.checkpoint(step))
-        if manifest.trigger == "epoch":
-            told = [manifest.metrics, manifest.files["model.safetensors"].digest]
-            state[f"selectable {step}"] = json.dumps(told, sort_keys=True).encode()
+    manifests = {step: read_manifest(run.checkpoint(step)) for step in committed}
+    # How many others are still on disk depends on when they were written; what can be among the
+    # best three does not.
+    best = KeepTopK(3, "accuracy", "max").keep([manifest.info for manifest in manifests.values()])
+    for step in best:
+        told = [manifests[step].metrics, manifests[step].files["model.safetensors"].digest]
+        state[f"selectable {step}"] = json.dumps(told, sort_keys=True).encode()
     return state
 
 

@@ -1,0 +1,78 @@
+"""``make chaos KILLS=1000``: kill trainings at random moments, in parallel, and compare bytes.
+
+Every campaign has a seed; a failure prints the command that repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.faults.campaign import (
+    Training,
+    complete,
+    differences,
+    final_state,
+    kill_at_fault_point,
+    kill_until_complete,
+)
+from training.faultpoints import FAULT_POINTS
+
+KILLS_PER_RUN = 8
+
+
+def campaign(seed: int, folder: Path, num_kills: int, calm: dict[str, bytes]) -> tuple[int, str]:
+    """Kill one run; returns how many kills it got, and what went wrong or nothing."""
+    rng = random.Random(seed)
+    overrides = (f"checkpoint.every_steps={rng.randint(2, 9)}",)
+    overrides += (f"data.num_workers={rng.choice([0, 2])}",)
+    training = Training(folder, f"seed-{seed}", overrides=overrides)
+    try:
+        num_done = sum(
+            kill_at_fault_point(training, rng.choice(sorted(FAULT_POINTS)), rng.randint(1, 4))
+            for _ in range(num_kills // 2)
+        )
+        num_done += len(kill_until_complete(training, rng, num_kills - num_kills // 2, 1.5))
+    except AssertionError as error:
+        return 0, str(error)
+    wrong = differences(calm, final_state(training.run))
+    return num_done, f"differs in {', '.join(wrong)}" if wrong else ""
+
+
+def main() -> int:
+    """Run as many campaigns as the kills need. Returns 1 if one of them failed."""
+    parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
+    parser.add_argument("--kills", type=int, default=50, help="kills in all")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first campaign")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+    num_runs = -(-arguments.kills // KILLS_PER_RUN)
+    num_failed = num_kills = 0
+    start_s = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="holdfast-chaos-") as name:
+        folder = Path(name)
+        calm_training = Training(folder, "calm")
+        complete(calm_training)
+        calm = final_state(calm_training.run)
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            seeds = range(arguments.seed, arguments.seed + num_runs)
+            results = pool.map(lambda seed: campaign(seed, folder, KILLS_PER_RUN, calm), seeds)
+            for seed, (num_done, problem) in zip(seeds, results, strict=True):
+                num_kills += num_done
+                if problem:
+                    num_failed += 1
+                    repeat = f"python -m tests.faults.chaos --kills {KILLS_PER_RUN} --seed {seed}"
+                    print(f"FAILED seed {seed}: {problem}; repeat with: {repeat}", flush=True)
+    elapsed_s = time.monotonic() - start_s
+    print(f"{num_runs} runs, {num_kills} kills, {num_failed} failed, {elapsed_s:.0f} s")
+    return 1 if num_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

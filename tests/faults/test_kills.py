@@ -1,0 +1,67 @@
+"""Real processes, real signals: a killed run ends with the bytes of a calm one."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faults.campaign import (
+    Training,
+    complete,
+    differences,
+    final_state,
+    kill_at_fault_point,
+    kill_until_complete,
+)
+from training.faultpoints import FAULT_POINTS
+
+OFTEN = ("checkpoint.every_steps=5",)
+COMMIT_POINTS = [name for name in FAULT_POINTS if not name.startswith(("restore.", "replace."))]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    training = Training(tmp_path_factory.mktemp("calm"), "calm")
+    complete(training)
+    return final_state(training.run)
+
+
+@pytest.mark.parametrize(("seed", "num_workers"), [(1, 0), (2, 2)])
+def test_random_kills_do_not_change_a_byte(
+    tmp_path: Path, calm: dict[str, bytes], seed: int, num_workers: int
+) -> None:
+    training = Training(tmp_path, "killed", overrides=(*OFTEN, f"data.num_workers={num_workers}"))
+    deeds = kill_until_complete(training, random.Random(seed), 4, longest_life_s=1.5)
+    assert len(deeds) > 1, "the run completed before anything was killed"
+    assert differences(calm, final_state(training.run)) == []
+
+
+def test_kills_within_commits_do_not_change_a_byte(tmp_path: Path, calm: dict[str, bytes]) -> None:
+    training = Training(tmp_path, "killed", overrides=OFTEN)
+    points = ["write.between", "commit.after-manifest", "commit.after-rename", "prune.after-rename"]
+    reached = [kill_at_fault_point(training, point, 2) for point in points]
+    assert all(reached)
+    complete(training)
+    assert differences(calm, final_state(training.run)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", COMMIT_POINTS)
+def test_a_kill_at_any_point_of_a_commit_does_not_change_a_byte(
+    tmp_path: Path, calm: dict[str, bytes], point: str
+) -> None:
+    training = Training(tmp_path, "killed", overrides=OFTEN)
+    num_reached = sum(kill_at_fault_point(training, point, count) for count in (1, 2, 3))
+    assert num_reached > 0
+    complete(training)
+    assert differences(calm, final_state(training.run)) == []
+
+
+def test_finishing_again_changes_nothing(tmp_path: Path) -> None:
+    training = Training(tmp_path, "again", overrides=("train.num_epochs=2",))
+    complete(training)
+    before = final_state(training.run)
+    complete(training)
+    assert differences(before, final_state(training.run)) == []

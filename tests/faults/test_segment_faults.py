@@ -1,0 +1,70 @@
+"""What a segment does with bad input and with a loss that is not a number."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+from tests.faults.campaign import Training, check_latest_is_good, complete
+
+
+def run_to_failure(training: Training) -> tuple[int, str]:
+    segment = training.start()
+    code = segment.finish()
+    return code, "".join(segment.errors)
+
+
+def test_a_nan_loss_names_step_and_batch_and_saves_nothing(tmp_path: Path) -> None:
+    # Three microbatches a step: the 40th call belongs to step 14, three steps into the epoch.
+    training = Training(tmp_path, "nan", overrides=("experiment.nan_at_call=40",))
+    code, errors = run_to_failure(training)
+    assert code == 1
+    assert "the loss of step 14 (batch 2 of its epoch) is nan" in errors
+    assert [path.name for path in training.run.checkpoints.iterdir()] == ["step-00000011"]
+    record = json.loads(training.run.segment(1).read_text())
+    assert record["outcome"] == "failed"
+    assert record["error"]["type"] == "NonFiniteLossError"
+
+
+def test_bad_values_end_with_2_before_anything_is_written(tmp_path: Path) -> None:
+    for override, part in [
+        ("train.num_epoch=1", "did you mean 'num_epochs'"),
+        ("optimizer.name=AdamX", "optimizer.name"),
+        ("selection.metric=f1", "selection.metric = 'f1' is not a metric"),
+        ("train.device=cuda", "GPU"),
+    ]:
+        training = Training(tmp_path / "store", "bad", overrides=(override,))
+        code, errors = run_to_failure(training)
+        assert (code, part in errors) == (2, True), errors
+        assert "Traceback" not in errors
+        assert not (tmp_path / "store").exists()
+
+
+def test_another_configuration_on_the_same_run_id_is_refused(tmp_path: Path) -> None:
+    complete(Training(tmp_path, "one", overrides=("train.num_epochs=1",)))
+    code, errors = run_to_failure(Training(tmp_path, "one", overrides=("train.num_epochs=2",)))
+    assert code == 2
+    assert "train.num_epochs: 1 there, 2 here" in errors
+
+
+def test_a_second_segment_is_refused_while_the_first_one_lives(tmp_path: Path) -> None:
+    training = Training(tmp_path, "held", overrides=("train.num_epochs=200",))
+    first = training.start()
+    first.wait_for("started")
+    code, errors = run_to_failure(training)
+    assert code == 1
+    assert "lease" in errors
+    first.kill(signal.SIGTERM)
+    assert first.finish() == 75
+    check_latest_is_good(training.run)
+
+
+def test_a_notice_before_the_first_step_is_answered(tmp_path: Path) -> None:
+    training = Training(tmp_path, "early")
+    segment = training.start()
+    segment.wait_for("started")
+    segment.kill(signal.SIGTERM)
+    assert segment.finish() == 75
+    outcome = segment.events[-1]
+    assert outcome["outcome"] == "preempted"
