@@ -102,7 +102,9 @@ class LocalStorage(LocalReader):
     """Writes by renaming out of, or into, a staging folder that vanishes with the lease.
 
     A writer that was replaced gets ENOENT from every rename, see ``training.lease``; therefore
-    nothing here makes the staging folder itself.
+    nothing here makes the staging folder itself. The one exception is setting a damaged folder
+    aside: what lies in the staging folder may be deleted, so it never goes through there. The
+    lease is checked just before, and it happens at the start of a segment only.
     """
 
     def __init__(self, root: Path, staging: Path, check_lease: Callable[[], None]) -> None:
@@ -246,4 +248,5 @@ def _exchange(staged: Path, target: Path) -> None:
     replaced = staged.with_name(f"{staged.name}-replaced")
     target.rename(replaced)
     staged.rename(target)
+    sync_folder(target.parent)
     shutil.rmtree(replaced)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -81,3 +84,23 @@ def assert_holds(tensors: dict[str, dict[str, Tensor]], step: int) -> None:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def in_child(action: Callable[[], None]) -> int:
+    """Run it in a forked process; returns the exit code, negative for the signal that ended it."""
+    with warnings.catch_warnings():
+        # From Python 3.12 on: "may lead to deadlocks". The child starts threads of its own only.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        except BaseException:  # noqa: BLE001  # told here; the parent sees the exit code
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

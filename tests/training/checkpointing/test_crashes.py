@@ -12,13 +12,18 @@ import random
 import shutil
 import signal
 import tempfile
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.training.checkpointing.checkpoints import assert_holds, contents_at, managing, names
+from tests.training.checkpointing.checkpoints import (
+    assert_holds,
+    contents_at,
+    in_child,
+    managing,
+    names,
+)
 from training.checkpointing.manifest import Manifest, verify
 from training.checkpointing.policy import KeepLast, KeepTopK, Retention
 from training.faultpoints import FAULT_POINTS, POINT_VARIABLE
@@ -72,19 +77,13 @@ def damage(run: RunDirectory, step: int) -> None:
 
 def run_process(run: RunDirectory, point: str | None = None) -> int:
     """``train`` in a process of its own, killed at a point. Returns the exit code."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            if point is not None:
-                os.environ[POINT_VARIABLE] = point
-            train(run)
-            code = 0
-        except BaseException:  # noqa: BLE001  # told here; the parent sees the exit code
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def child() -> None:
+        if point is not None:
+            os.environ[POINT_VARIABLE] = point
+        train(run)
+
+    return in_child(child)
 
 
 def committed(run: RunDirectory) -> dict[int, Manifest]:

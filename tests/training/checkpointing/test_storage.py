@@ -6,13 +6,18 @@ import contextlib
 import ctypes
 import os
 import stat
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from tests.training.checkpointing.checkpoints import contents_at, managing, names, save_steps
+from tests.training.checkpointing.checkpoints import (
+    contents_at,
+    in_child,
+    managing,
+    names,
+    save_steps,
+)
 from training.checkpointing import storage as storage_module
 from training.checkpointing.digests import Bytes
 from training.checkpointing.manifest import FileEntry, verify
@@ -34,23 +39,6 @@ def no_manifest(entries: Mapping[str, FileEntry]) -> bytes:
 def make_storage(folder: Path) -> LocalStorage:
     (folder / "staging").mkdir(parents=True)
     return LocalStorage(folder / "checkpoints", folder / "staging", lambda: None)
-
-
-def in_child(action: Callable[[], None]) -> int:
-    """Run it in a forked process; returns the exit code."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            action()
-            code = 0
-        except SystemExit as left:
-            code = int(left.code or 0)
-        except BaseException:  # noqa: BLE001  # told here; the parent sees the exit code
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def mount_small_disk(folder: Path) -> None:
