@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from training.checkpointing.manager import CheckpointContents, CheckpointManager
 from training.checkpointing.policy import SaveMoment, SaveSchedule, Trigger
 from training.config import PreemptionConfig
 from training.costs import Costs
-from training.errors import StorageError
+from training.errors import HoldfastError, StorageError
 from training.preemption import Notice, PreemptionMonitor, grace_warning, stop_decision
 from training.progress import Progress
 from training.state import TrainState
@@ -72,6 +73,18 @@ class Saver:
         """Wait until the last save is durable."""
         with self._costs.measured("saving"):
             self._wait()
+
+    @contextmanager
+    def settled_on_error(self) -> Iterator[None]:
+        """Where the block fails, let the save in flight end first: it is of a good step."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self._manager.wait()
+            except HoldfastError as error:
+                logger.warning("the last save failed, too: %s", error)
+            raise
 
     def stop(self, notice: Notice) -> None:
         """Save before the machine goes away, if there is time for it."""

@@ -61,7 +61,8 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
     keeper.begin(start_step)
     stage.progress.emit("started", step=start_step, segment=keeper.number)
     saver = build_saver(stage, trainer, manager)
-    ended = trainer.fit(saver, on_report=keeper.advance)
+    with saver.settled_on_error():
+        ended = trainer.fit(saver, on_report=keeper.advance)
     keeper.end(ended.outcome, ended.step, ended.notice, manager.save_s())
     exit_code = EXIT_PREEMPTED if ended.outcome == "preempted" else 0
     notice = None if ended.notice is None else ended.notice.as_record(time.monotonic())

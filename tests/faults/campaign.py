@@ -90,8 +90,12 @@ class Segment:
     def finish(self) -> int:
         """Wait for the end; returns the exit code."""
         code = self.process.wait(timeout=SEGMENT_TIMEOUT_S)
-        for thread in self._threads:
+        for thread, stream in zip(
+            self._threads, (self.process.stdout, self.process.stderr), strict=True
+        ):
             thread.join()
+            assert stream is not None
+            stream.close()
         return code
 
     def _read_events(self) -> None:
