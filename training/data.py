@@ -11,6 +11,7 @@ outside of the project is found by its file.
 from __future__ import annotations
 
 import atexit
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -189,7 +190,7 @@ class _WorkerPool:
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                if all(process.is_alive() for process in self._iterator._workers):
+                if not self._is_a_process_dead():
                     raise
                 raise LoaderError(
                     f"a loader process died while {self._pending[0]} was awaited ({error}); often "
@@ -199,6 +200,14 @@ class _WorkerPool:
             if isinstance(batch, Failure):
                 raise batch.error()
             yield self._pending.popleft(), batch
+
+    def _is_a_process_dead(self) -> bool:
+        """Its connection may be seen to break a moment before the process is seen to be dead."""
+        for _ in range(20):
+            if not all(process.is_alive() for process in self._iterator._workers):
+                return True
+            time.sleep(0.05)
+        return False
 
     def close(self) -> None:
         """End the processes; those that don't leave by themselves are killed."""
