@@ -22,7 +22,7 @@ run: setup
 	$(BIN)/holdfast run digits --store runs
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff format --check .

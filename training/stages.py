@@ -32,7 +32,11 @@ def run_stage(name: str, options: dict[str, Any]) -> StageOutcome:
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 the process boundary
         outcome = failed_outcome(error)
         _tell(error, outcome)
-    Progress(arguments.progress_format).emit("outcome", **_summary(outcome))
+    # People have read the error already, on a line of its own.
+    is_for_programs = arguments.progress_format == "jsonl"
+    Progress(arguments.progress_format).emit(
+        "outcome", **_summary(outcome, has_error=is_for_programs)
+    )
     return outcome
 
 
@@ -49,8 +53,10 @@ def _tell(error: BaseException, outcome: StageOutcome) -> None:
     print(f"error: {outcome.error['message'] or outcome.error['type']}", file=sys.stderr)
 
 
-def _summary(outcome: StageOutcome) -> dict[str, Any]:
-    error = outcome.error and {name: outcome.error[name] for name in ("type", "message")}
+def _summary(outcome: StageOutcome, has_error: bool) -> dict[str, Any]:
+    error = None
+    if outcome.error is not None and has_error:
+        error = {name: outcome.error[name] for name in ("type", "message")}
     return {
         "outcome": outcome.outcome,
         "step": outcome.step,
