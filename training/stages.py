@@ -41,6 +41,8 @@ def run_stage(name: str, options: dict[str, Any]) -> StageOutcome:
 
 
 def _stage_function(name: str) -> Callable[[Stage], StageOutcome]:
+    if name not in STAGES:
+        raise HoldfastError(f"this version of Holdfast has no stage {name}; it has {[*STAGES]}")
     module, _, function = STAGES[name].partition(":")
     found: Callable[[Stage], StageOutcome] = getattr(importlib.import_module(module), function)
     return found
