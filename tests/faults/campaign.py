@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -120,23 +120,35 @@ def complete(training: Training) -> Segment:
 
 
 def kill_until_complete(
-    training: Training, rng: random.Random, num_kills: int, longest_life_s: float
+    training: Training,
+    rng: random.Random,
+    num_kills: int,
+    longest_life_s: float,
+    fault_points: Sequence[str] = (),
 ) -> list[str]:
     """Kill the first segments at random moments, then let the run complete.
 
     Half of the moments lie within the first part of a segment's training, where the next
-    checkpoint may not have come yet. Returns what was done, one entry per segment.
+    checkpoint may not have come yet. With ``fault_points``, half of the kills happen at one of
+    these. Returns the kills that found the segment alive.
     """
-    deeds = []
-    for number in range(MAX_SEGMENTS):
-        segment = training.start()
-        if number < num_kills:
-            deeds.append(_kill_once(segment, rng, longest_life_s))
+    deeds: list[str] = []
+    for _ in range(MAX_SEGMENTS):
+        deed = ""
+        if len(deeds) >= num_kills:
+            segment = training.start()
+        elif fault_points and rng.random() < 0.5:
+            deed = f"{rng.choice(fault_points)}:{rng.randint(1, 2)}"
+            segment = training.start({"HOLDFAST_FAULT_POINT": deed})
+        else:
+            segment = training.start()
+            deed = _kill_once(segment, rng, longest_life_s)
         code = segment.finish()
         check_latest_is_good(training.run)
         if code == 0:
             return deeds
         assert code in (75, -signal.SIGKILL, -signal.SIGTERM), "".join(segment.errors)
+        deeds.append(deed)
     raise AssertionError(f"not complete after {MAX_SEGMENTS} segments: {deeds}")
 
 
