@@ -71,7 +71,7 @@ class Trainer:
         pace = _Pace(self.state.counters.step)
         if self._is_at_epoch_end() and not self._end_epoch(saver):
             return self._stop(saver)
-        steps = self._steps()
+        steps = self.steps()
         while not self.is_finished():
             if self._is_preempted():
                 return self._stop(saver)
@@ -97,7 +97,8 @@ class Trainer:
             or self.state.early_stopping.should_stop(self.config.early_stopping)
         )
 
-    def _steps(self) -> Iterator[list[Microbatch]]:
+    def steps(self) -> Iterator[list[Microbatch]]:
+        """The microbatches of each step from where the state stands, without an end."""
         counters = self.state.counters
         microbatches = self.loader.steps(counters.epoch, counters.step_in_epoch)
         for _, group in itertools.groupby(microbatches, key=lambda m: (m.epoch, m.step_in_epoch)):

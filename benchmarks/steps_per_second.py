@@ -1,0 +1,116 @@
+"""Steps per second of the trainer against a bare PyTorch loop that does the same work.
+
+Both fetch, augment, compute, update the weights and one moving average. The trainer also keeps
+its promises: seeded draws per microbatch, a look at the loss, the notice and the save schedule at
+every step.
+
+    python benchmarks/steps_per_second.py [--experiment NAME] [--set KEY=VALUE]... [--steps N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from interleaving import interleaved, markdown_table, median_ratio
+
+from training.checkpointing.manager import CheckpointManager
+from training.costs import Costs
+from training.evaluation import move
+from training.lease import Lease
+from training.optimization import build_optimizer
+from training.segment import build_manager, build_saver, build_trainer
+from training.stage import Stage, StageArguments, prepared_stage
+from training.trainer import Trainer
+
+
+def bare_loop(stage: Stage, num_steps: int) -> Callable[[], None]:
+    """What one would write by hand."""
+    config, experiment = stage.config, stage.experiment
+    dataset = experiment.dataset("train")
+    model = experiment.model().train()
+    optimizer = build_optimizer(config.optimizer, model)
+    fetch = getattr(dataset, "fetch")  # noqa: B009  # optional in the protocol
+    live = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    averages = [tensor.clone() for tensor in live]
+
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            order = torch.randperm(len(dataset))
+            yield from order.split(config.data.batch_size)
+
+    stream = batches()
+
+    def run() -> None:
+        for _ in range(num_steps):
+            batch = move(fetch(next(stream).tolist()), torch.device("cpu"))
+            optimizer.zero_grad(set_to_none=True)
+            loss = experiment.loss(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if config.train.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
+            optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, live, 0.001)
+
+    return run
+
+
+def trainer_loop(
+    stage: Stage, trainer: Trainer, manager: CheckpointManager, num_steps: int
+) -> Callable[[], None]:
+    """The trainer's steps, with everything that it does between two of them."""
+    saver = build_saver(stage, trainer, manager)
+    steps = trainer.steps()
+
+    def run() -> None:
+        for _ in range(num_steps):
+            assert not stage.should_stop()
+            trainer.train_step(next(steps))
+            saver.after_step()
+
+    return run
+
+
+def compare(stage: Stage, lease: Lease, num_steps: int, repetitions: int) -> list[str]:
+    """One row of the table."""
+    trainer = build_trainer(stage, Costs())
+    manager = build_manager(stage, trainer, lease, segment=1)
+    cases = {
+        "holdfast": trainer_loop(stage, trainer, manager, num_steps),
+        "bare": bare_loop(stage, num_steps),
+    }
+    seconds = interleaved(cases, repetitions)
+    ratio = median_ratio(seconds["bare"], seconds["holdfast"])
+    rates = [f"{num_steps / sorted(times)[len(times) // 2]:.1f}" for times in seconds.values()]
+    return [stage.arguments.experiment, *rates, f"{ratio:.3f}"]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--experiment", default="digits")
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--steps", type=int, default=60, help="steps of one repetition")
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--num-threads", type=int, default=1)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as store:
+        stage_arguments = StageArguments(
+            experiment=arguments.experiment,
+            store=Path(store),
+            run_id="benchmark",
+            num_threads=arguments.num_threads,
+            overrides=tuple(arguments.overrides),
+            progress_format="none",
+        )
+        with prepared_stage(stage_arguments) as stage, stage.writing() as lease:
+            row = compare(stage, lease, arguments.steps, arguments.repetitions)
+    print(markdown_table(["experiment", "holdfast, steps/s", "bare, steps/s", "ratio"], [row]))
+
+
+if __name__ == "__main__":
+    main()
