@@ -1,7 +1,7 @@
 # make setup   build .venv from pinned dependencies
 # make run     set up and train the digits example to its bundle
 # make test    lint, types, tests
-# make bench   all benchmarks; each prints ratios measured in one run
+# make bench   the benchmarks that take minutes; DATA=folder with real data
 # make chaos KILLS=1000   kill training that many times and compare bytes
 
 PYTHON ?= python3
@@ -22,7 +22,7 @@ run: setup
 	$(BIN)/holdfast run digits --store runs
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -30,7 +30,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup
-	for program in benchmarks/*.py; do $(BIN)/python $$program || exit 1; done
+	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA))
 
 chaos: setup
 	$(BIN)/python -m tests.faults.chaos --kills $(KILLS)

@@ -1,7 +1,7 @@
 """The command line of ``python -m training``.
 
-Nothing that is slow to import is imported before signals are held back and the environment is
-right: a notice that arrives while Python starts is kept, and answered once training can save.
+``__main__`` holds signals back before it imports this: a notice that arrives while Python starts
+is kept, and answered once training can save. Torch is imported once the environment is right.
 """
 
 from __future__ import annotations
@@ -9,15 +9,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from training.checkpoint_commands import checkpoints
 from training.config_loading import read_toml
+from training.config_option import CONFIG_OPTION
+from training.configuration_page import configuration
 from training.durable_json import write_json_durably
-from training.errors import HoldfastError
+from training.errors import HoldfastError, InputError, StorageError
 from training.reproducibility import available_cores, child_environment, is_environment_ready
-from training.signals import exec_held, hold_signals, install_signal_flag
+from training.signals import exec_held, hold_signals, install_signal_flag, release_signals
+
+if TYPE_CHECKING:
+    from training.stage import StageOutcome
 
 STAGE_HELP = {
     "segment": "Train: restore the newest checkpoint and go on until the end or a notice.",
@@ -30,7 +36,8 @@ STAGE_HELP = {
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Train exactly, and look into what training left.
 
     \b
@@ -40,8 +47,10 @@ def main() -> None:
       python -m training checkpoints list runs/digits/first
 
     Exit codes: 0 completed, 75 preempted (saved; run the same command again), 2 bad input, 1
-    failed.
+    failed, 130 stopped at once by a second Ctrl-C.
     """
+    if context.invoked_subcommand not in STAGE_HELP:
+        release_signals()
 
 
 def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -55,13 +64,14 @@ def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--store", required=True, type=path, help="Folder that holds all runs."),
         click.option("--run-id", required=True, help="Name of the run; its folder in the store."),
-        click.option("--config", "config_file", type=path, help="TOML file."),
+        CONFIG_OPTION,
         click.option(
             "--set",
             "overrides",
             multiple=True,
             metavar="SECTION.KEY=VALUE",
-            help="Override one configuration value; may be repeated.",
+            help="Override one value of the configuration; may be repeated. All keys: "
+            "docs/configuration.md.",
         ),
         click.option(
             "--resume", "is_resume", is_flag=True, help="Take the configuration from run.json."
@@ -70,7 +80,8 @@ def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
             "--allow-mismatch",
             "should_allow_mismatch",
             is_flag=True,
-            help="Restore checkpoints of another configuration, too.",
+            help="Go on from checkpoints of another configuration that were copied into this run's "
+            "folder; a run that has begun keeps its own configuration.",
         ),
         click.option(
             "--progress",
@@ -96,6 +107,8 @@ def _add_stage(name: str, help_text: str) -> None:
 
 for _name, _help in STAGE_HELP.items():
     _add_stage(_name, _help)
+main.add_command(checkpoints)
+main.add_command(configuration)
 
 
 def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, Any]) -> int:
@@ -105,19 +118,49 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
     """
     hold_signals()
     try:
+        if not _can_be_written(outcome_file):
+            path, outcome_file = outcome_file, None
+            raise InputError(
+                f"--outcome-file {path} cannot be written: name a file in a folder that is there"
+            )
         num_threads = _num_threads(options)
     except HoldfastError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _early_failure(error, outcome_file, options)
     if not is_environment_ready(num_threads):
         exec_held(["-m", "training", *sys.argv[1:]], child_environment(num_threads))
     install_signal_flag()
     from training.stages import run_stage
 
     outcome = run_stage(name, {**options, "num_threads": num_threads})
-    if outcome_file is not None:
-        write_json_durably(outcome_file, outcome.as_json())
+    _write_outcome(outcome_file, outcome)
     return outcome.exit_code
+
+
+def _can_be_written(path: Path | None) -> bool:
+    return path is None or (not path.is_dir() and path.absolute().parent.is_dir())
+
+
+def _early_failure(error: HoldfastError, outcome_file: Path | None, options: dict[str, Any]) -> int:
+    """Tell programs what ``run_stage`` tells them. Returns the exit code."""
+    if outcome_file is not None or options["progress_format"] == "jsonl":
+        from training.stage import failed_outcome
+        from training.stages import emit_outcome
+
+        outcome = failed_outcome(error)
+        emit_outcome(outcome, options["progress_format"])
+        _write_outcome(outcome_file, outcome)
+    return error.exit_code
+
+
+def _write_outcome(path: Path | None, outcome: StageOutcome) -> None:
+    """What became of the stage stands in the exit code, too; a full disk does not change it."""
+    if path is None:
+        return
+    try:
+        write_json_durably(path, outcome.as_json())
+    except StorageError as error:
+        print(f"error: the outcome is lost: {error}", file=sys.stderr)
 
 
 def _num_threads(options: dict[str, Any]) -> int:
@@ -127,7 +170,8 @@ def _num_threads(options: dict[str, Any]) -> int:
         if key.strip() == "train.num_threads" and value.strip().isdecimal():
             return max(1, int(value))
     if options["config_file"] is not None:
-        configured = read_toml(options["config_file"]).get("train", {}).get("num_threads")
+        train = read_toml(options["config_file"]).get("train")
+        configured = train.get("num_threads") if isinstance(train, dict) else None
         if isinstance(configured, int) and configured > 0:
             return configured
     return _recorded_num_threads(options) or available_cores()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 OUTSIDE_DIGEST: dict[str, Any] = {"digest": False}
 
@@ -25,7 +25,13 @@ Split = Literal["train", "validation", "test"]
 class Section(BaseModel):
     """One table of the configuration file. Experiments derive their settings from it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
 
 class DataConfig(Section):
@@ -125,18 +131,42 @@ class EmaConfig(Section):
     """Exponents of power-function tracks (Karras et al. 2024); 16.97 and 6.94 are usual."""
     posthoc_snapshot_epochs: int = Field(1, ge=1)
     """A snapshot of the power-function tracks is kept every so many epochs."""
+    posthoc_widths: tuple[float, ...] = (0.05, 0.1, 0.15)
+    """Averages to reconstruct after training, each by its standard deviation as a fraction of the
+    training's length, in (0, 0.28]."""
+    posthoc_max_error: float = Field(0.1, gt=0, lt=1)
+    """Largest distance of a reconstructed profile from the wanted one, relative to that one."""
 
-    @model_validator(mode="after")
-    def _decays_in_range(self) -> Self:
-        for decay in self.decays:
+    @field_validator("decays", "posthoc_gammas", "posthoc_widths")
+    @classmethod
+    def _differ(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError("the values must differ from each other")
+        return values
+
+    @field_validator("decays")
+    @classmethod
+    def _decays_in_range(cls, decays: tuple[float, ...]) -> tuple[float, ...]:
+        for decay in decays:
             if not 0.0 <= decay < 1.0:
-                raise ValueError(f"decays must lie in [0, 1), found {decay}")
-        if len(set(self.decays)) != len(self.decays):
-            raise ValueError(f"decays must differ from each other, found {list(self.decays)}")
-        for gamma in self.posthoc_gammas:
+                raise ValueError(f"each must lie in [0, 1), found {decay}")
+        return decays
+
+    @field_validator("posthoc_gammas")
+    @classmethod
+    def _gammas_in_range(cls, gammas: tuple[float, ...]) -> tuple[float, ...]:
+        for gamma in gammas:
             if not gamma > 0:
-                raise ValueError(f"posthoc_gammas must be above 0, found {gamma}")
-        return self
+                raise ValueError(f"each must be above 0, found {gamma}")
+        return gammas
+
+    @field_validator("posthoc_widths")
+    @classmethod
+    def _widths_in_range(cls, widths: tuple[float, ...]) -> tuple[float, ...]:
+        for width in widths:
+            if not 0.0 < width <= 0.28:
+                raise ValueError(f"each must lie in (0, 0.28], found {width}")
+        return widths
 
 
 class CheckpointConfig(Section):
@@ -174,10 +204,22 @@ class SelectionConfig(Section):
     """Whether small or large values of it are good."""
     top_k: int = Field(5, ge=1)
     """Best checkpoints to keep as weights for averaging."""
+    candidates: tuple[Literal["ema", "posthoc", "average", "weighted", "soup"], ...] = (
+        "ema",
+        "posthoc",
+        "average",
+        "weighted",
+        "soup",
+    )
+    """Averages to make besides the best and the last checkpoint."""
     should_recompute_batch_norm: bool = True
     """Measure averaged candidates also with batch norm statistics recomputed on training data."""
+    batch_norm_steps: int = Field(200, ge=1)
+    """Steps' worth of training data to recompute them on, of one epoch at most."""
     num_bootstrap: int = Field(2000, ge=100)
     """Resamples of the test set for the interval of the metric."""
+    save_every_s: float = Field(5.0, ge=0, json_schema_extra=OUTSIDE_DIGEST)
+    """What was measured is saved after so many seconds, less often where saving takes long."""
 
 
 class PreemptionConfig(Section):
@@ -267,6 +309,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     """Root of every random number."""
     experiment: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the experiment; its own class `Settings` names and documents them."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -287,5 +330,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"train.num_microbatches={self.train.num_microbatches} is more than "
                 f"data.batch_size={self.data.batch_size}; a microbatch needs at least one sample"
+            )
+        snapshot_epochs, every_epochs = (
+            self.ema.posthoc_snapshot_epochs,
+            self.checkpoint.every_epochs,
+        )
+        if self.ema.posthoc_gammas and snapshot_epochs % every_epochs != 0:
+            raise ValueError(
+                f"ema.posthoc_snapshot_epochs={snapshot_epochs} must be a multiple of "
+                f"checkpoint.every_epochs={every_epochs}: snapshots are kept in checkpoints"
             )
         return self

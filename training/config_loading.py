@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
+import itertools
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -11,11 +11,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from training.config import RunConfig, Section
+from training.config_errors import Table, explanation, nearest, parse_value, require_tables
 from training.errors import ConfigError
 
-Table = dict[str, Any]
+__all__ = [
+    "config_digest",
+    "config_from_record",
+    "digested_values",
+    "experiment_settings",
+    "is_digested",
+    "nearest",
+    "read_toml",
+    "resolve_config",
+    "validated",
+]
+
 S = TypeVar("S", bound=BaseModel)
 NAMED_SECTIONS = ("optimizer", "scheduler")  # a new name there makes the old args meaningless
 
@@ -39,24 +52,26 @@ def resolve_config(
         ConfigError: a key is unknown, a value is not allowed, or the file cannot be read.
     """
     table: Table = {}
-    _merge(table, defaults or {})
+    sources = [dict(defaults or {})]
     if file is not None:
-        _merge(table, read_toml(file))
-    for override in overrides:
-        _merge(table, _parse_override(override))
-    config = _validate(RunConfig, table, prefix="")
-    settings = _validate(settings_class, config.experiment, prefix="experiment.")
+        sources.append(read_toml(file))
+    for source in itertools.chain(sources, map(_parse_override, overrides)):
+        require_tables(RunConfig, source)
+        require_tables(settings_class, source.get("experiment", {}), "experiment.")
+        _merge(table, source)
+    config = validated(RunConfig, table, prefix="")
+    settings = validated(settings_class, config.experiment, prefix="experiment.")
     return config.model_copy(update={"experiment": settings.model_dump(mode="json")})
 
 
 def experiment_settings(settings_class: type[S], config: RunConfig) -> S:
     """The ``[experiment]`` table as an instance of the experiment's own class."""
-    return _validate(settings_class, config.experiment, prefix="experiment.")
+    return validated(settings_class, config.experiment, prefix="experiment.")
 
 
 def config_from_record(resolved: Mapping[str, Any]) -> RunConfig:
     """The configuration that ``run.json`` holds."""
-    return _validate(RunConfig, dict(resolved), prefix="")
+    return validated(RunConfig, dict(resolved), prefix="")
 
 
 def config_digest(config: RunConfig) -> str:
@@ -70,12 +85,34 @@ def digested_values(section: BaseModel) -> Table:
     values: Table = {}
     dumped = section.model_dump(mode="json")
     for name, info in type(section).model_fields.items():
-        extra = info.json_schema_extra
-        if isinstance(extra, dict) and extra.get("digest") is False:
+        if not is_digested(info):
             continue
         value = getattr(section, name)
         values[name] = digested_values(value) if isinstance(value, BaseModel) else dumped[name]
     return {name: value for name, value in values.items() if value != {} or name == "experiment"}
+
+
+def validated(model: type[S], table: Mapping[str, Any], *, prefix: str) -> S:
+    """A table as an instance of a model; ``prefix`` comes before its keys in errors.
+
+    Read as JSON, which has lists and texts in place of tuples and paths: strict, and yet whole.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is not allowed.
+    """
+    try:
+        text = json.dumps(table, default=str, ensure_ascii=False).encode()
+        return model.model_validate_json(text)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the configuration holds {error.object!r}: not UTF-8 text") from None
+    except ValidationError as error:
+        raise ConfigError(explanation(error, model, table, prefix)) from None
+
+
+def is_digested(info: FieldInfo) -> bool:
+    """Whether a field changes the result."""
+    extra = info.json_schema_extra
+    return not (isinstance(extra, dict) and extra.get("digest") is False)
 
 
 def read_toml(file: Path) -> Table:
@@ -90,30 +127,15 @@ def read_toml(file: Path) -> Table:
         raise ConfigError(f"configuration file {file} is not valid TOML: {error}") from error
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """A hint that names the nearest allowed name, then all of them."""
-    choices = sorted(allowed)
-    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}allowed: {', '.join(choices)}"
-
-
 def _parse_override(override: str) -> Table:
     key, separator, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not separator or not all(parts):
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    value: Any = _parse_value(text.strip())
+    value: Any = parse_value(text.strip())
     for part in reversed(parts):
         value = {part: value}
     return dict(value)
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def _merge(target: Table, source: Mapping[str, Any]) -> None:
@@ -132,37 +154,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copied(item) for key, item in value.items()}
     return value
-
-
-def _validate(model: type[S], table: Any, *, prefix: str) -> S:
-    try:
-        return model.model_validate(table)
-    except ValidationError as error:
-        lines = [_explain(model, dict(item), prefix) for item in error.errors()]
-        raise ConfigError("; ".join(lines)) from None
-
-
-def _explain(model: type[BaseModel], item: Table, prefix: str) -> str:
-    """One line that names the key, what was found and what is allowed."""
-    location = [str(part) for part in item["loc"]]
-    key = prefix + ".".join(location)
-    if item["type"] == "extra_forbidden":
-        owner = _section_at(model, location[:-1])
-        names = list(owner.model_fields) if owner else []
-        return f"unknown key {key}; {nearest(location[-1], names)}"
-    message = str(item["msg"]).removeprefix("Value error, ")
-    if not location:
-        return message
-    return f"{key} = {item['input']!r}: {message}"
-
-
-def _section_at(model: type[BaseModel], location: list[str]) -> type[BaseModel] | None:
-    current: Any = model
-    for part in location:
-        info = current.model_fields.get(part)
-        if info is None or not isinstance(info.annotation, type):
-            return None
-        if not issubclass(info.annotation, BaseModel):
-            return None
-        current = info.annotation
-    return current if isinstance(current, type) else None

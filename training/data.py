@@ -222,13 +222,14 @@ class _WorkerPool:
                 process.join(_KILL_TIMEOUT_S)
 
 
-def evaluation_batches(dataset: Dataset, batch_size: int) -> Iterator[Any]:
+def evaluation_batches(dataset: Dataset, batch_size: int, first: int = 0) -> Iterator[Any]:
     """All samples in the order of the data set, in batches; the last one may be smaller.
 
-    What items draw depends on their position alone. Raises LoaderError.
+    What items draw depends on their position alone; ``first`` batches are left out. Raises
+    LoaderError.
     """
     fetcher = Fetcher(dataset, derive_seed(0, "evaluation"))
-    for place in sequential_places(len(dataset), batch_size):
+    for place in sequential_places(len(dataset), batch_size)[first:]:
         yield fetcher.fetch_isolated(place)
 
 

@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.errors import DataFormatError, StorageError, StorageFullError
 
@@ -29,6 +29,20 @@ def json_bytes(value: Json) -> bytes:
     """
     text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
+
+
+def without_nan(value: Any) -> Any:
+    """The value with words for its NaN and infinite numbers: ``"nan"``, ``"inf"``, ``"-inf"``.
+
+    JSON has none of them; a metric may be any. ``float`` and pydantic read the words back.
+    """
+    if isinstance(value, float) and value - value != 0.0:
+        return repr(value)
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return value
 
 
 def write_json_durably(path: Path, value: Json) -> None:

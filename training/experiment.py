@@ -69,9 +69,11 @@ class Context:
 class Experiment(Protocol):
     """Model, data, loss and metrics of one task.
 
-    Two optional class attributes: ``Settings``, a ``training.config.Section`` that validates the
-    ``[experiment]`` table, and ``defaults``, a nested mapping of configuration values that this
-    experiment prefers to the general defaults.
+    Three optional class attributes: ``Settings``, a ``training.config.Section`` that validates the
+    ``[experiment]`` table; ``defaults``, a nested mapping of configuration values that this
+    experiment prefers to the general defaults; and ``resampling_unit``, the name of a record, such
+    as an engine's number, whose equal values mark samples that are not independent of each other:
+    intervals are then found by drawing engines, not samples.
     """
 
     def dataset(self, split: Split) -> Dataset:

@@ -7,6 +7,7 @@ A reference is a row of the table in ``training.experiments``, ``package.module:
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -77,6 +78,24 @@ def build_experiment(experiment_class: type[Experiment], context: Context) -> Ex
     build: Any = experiment_class
     experiment: Experiment = build(context)
     return experiment
+
+
+def source_file(experiment_class: type[Experiment]) -> Path | None:
+    """The file that the experiment's class is written in; None where there is none."""
+    try:
+        found = inspect.getsourcefile(experiment_class)
+    except (TypeError, OSError):
+        return None
+    return None if found is None else Path(found)
+
+
+def source_digest(experiment_class: type[Experiment]) -> str | None:
+    """``sha256:...`` of that file, so that other code is noticed; None where it can't be read."""
+    path = source_file(experiment_class)
+    try:
+        return None if path is None else f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    except OSError:
+        return None
 
 
 def _copied(value: Any) -> Any:

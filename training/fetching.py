@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from training.error_places import described
 from training.errors import HoldfastError, InputError, LoaderError
 from training.experiment import Dataset, collate
 from training.permutation import Int64Array
@@ -117,10 +118,10 @@ class Fetcher:
 
 
 def _failure(what: str, place: Place, error: Exception) -> str:
-    return (
-        f"{what} could not be loaded ({place}): {type(error).__name__}: {error}; "
-        "the data set must return every index from 0 to its length"
-    )
+    message = f"{what} could not be loaded ({place}): {described(error)}"
+    if isinstance(error, IndexError):
+        message += "; the data set must return every index from 0 to its length"
+    return message
 
 
 def pinned(batch: Any) -> Any:

@@ -72,8 +72,12 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class _Life:
-    """One segment on the time axis (Unix seconds), with its costs."""
+class Life:
+    """One segment on the time axis (Unix seconds), with its costs.
+
+    Attributes:
+        num_repeated: steps that an earlier segment had done.
+    """
 
     begin_s: float
     end_s: float
@@ -84,31 +88,34 @@ class _Life:
 
     @property
     def working_s(self) -> float:
+        """Time that went into steps and validation."""
         return max(0.0, self.end_s - self.begin_s - self.starting_s - self.saving_s)
 
     @property
     def recomputed_s(self) -> float:
+        """The part of it that steps took which had been done before."""
         return self.working_s * self.num_repeated / self.num_steps if self.num_steps else 0.0
 
 
 def ledger(records: Sequence[SegmentRecord]) -> Ledger:
     """The ledger of a run. Records in order of their numbers, as ``read_segments`` gives them."""
-    lives = list(_lives(records))
-    gaps = (after.begin_s - before.end_s for before, after in pairwise(lives))
-    recomputed_s = sum(life.recomputed_s for life in lives)
+    every = list(lives(records))
+    gaps = (after.begin_s - before.end_s for before, after in pairwise(every))
+    recomputed_s = sum(life.recomputed_s for life in every)
     return Ledger(
-        useful_s=sum(life.working_s for life in lives) - recomputed_s,
+        useful_s=sum(life.working_s for life in every) - recomputed_s,
         recomputed_s=recomputed_s,
-        saving_s=sum(life.saving_s for life in lives),
-        starting_s=sum(life.starting_s for life in lives[:1]),
-        restarting_s=sum(life.starting_s for life in lives[1:]),
+        saving_s=sum(life.saving_s for life in every),
+        starting_s=sum(life.starting_s for life in every[:1]),
+        restarting_s=sum(life.starting_s for life in every[1:]),
         waiting_s=sum(max(0.0, gap) for gap in gaps),
-        num_segments=len(lives),
-        num_recomputed_steps=sum(life.num_repeated for life in lives),
+        num_segments=len(every),
+        num_recomputed_steps=sum(life.num_repeated for life in every),
     )
 
 
-def _lives(records: Iterable[SegmentRecord]) -> Iterable[_Life]:
+def lives(records: Iterable[SegmentRecord]) -> Iterable[Life]:
+    """Each segment's life. Records in order of their numbers."""
     furthest = 0
     for record in records:
         costs_s = record.costs_s
@@ -118,7 +125,7 @@ def _lives(records: Iterable[SegmentRecord]) -> Iterable[_Life]:
         end_s = max(begin_s, _unix_s(record.ended_at) if record.ended_at else known_s)
         num_repeated = max(0, min(record.end_step, furthest) - record.start_step)
         furthest = max(furthest, record.end_step)
-        yield _Life(
+        yield Life(
             begin_s=begin_s,
             end_s=end_s,
             starting_s=sum(costs_s.get(name, 0.0) for name in STARTING),

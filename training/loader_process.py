@@ -51,12 +51,14 @@ class WorkerSetup:
 
     default_type: torch.dtype
     deterministic_mode: int
+    num_threads: int
     then: Callable[[int], None] | None
 
     @classmethod
     def here(cls, then: Callable[[int], None] | None = None) -> WorkerSetup:
         """The settings of this process; ``then`` is called last, with the worker's number."""
-        return cls(torch.get_default_dtype(), torch.get_deterministic_debug_mode(), then)
+        mode = torch.get_deterministic_debug_mode()
+        return cls(torch.get_default_dtype(), mode, torch.get_num_threads(), then)
 
     def __call__(self, worker: int) -> None:
         """Set up this process."""
@@ -64,7 +66,10 @@ class WorkerSetup:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE_SIGNALS)
         threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
-        torch.set_num_threads(1)
+        # As in the training process, for a long sum rounds differently with other threads. One
+        # thread for each fetch there would cost more than the fetch: torch forgets its prepared
+        # kernels whenever the number of threads is set.
+        torch.set_num_threads(self.num_threads)
         torch.set_default_dtype(self.default_type)
         # use_deterministic_algorithms would do the same after importing the compiler for a second.
         torch.set_deterministic_debug_mode(self.deterministic_mode)

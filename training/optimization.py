@@ -12,10 +12,20 @@ from torch.optim import Optimizer, lr_scheduler
 
 from training.config import Json, OptimizerConfig, SchedulerConfig, WarmupConfig
 from training.config_loading import nearest
-from training.errors import CheckpointMismatchError, ConfigError
+from training.constructor_arguments import check_arguments
+from training.errors import CheckpointMismatchError, ConfigError, ExperimentError
 from training.json_state import Tensors, decode, encode
 
-UNSUPPORTED_OPTIMIZERS = {"LBFGS", "Optimizer"}
+# What needs a closure, sparse gradients, other schedulers or functions is not configurable.
+UNSUPPORTED_OPTIMIZERS = {"LBFGS", "SparseAdam", "Optimizer"}
+UNSUPPORTED_SCHEDULERS = {
+    "LRScheduler",
+    "_LRScheduler",
+    "ChainedScheduler",
+    "SequentialLR",
+    "LambdaLR",
+    "MultiplicativeLR",
+}
 
 
 class InverseSquareRoot(lr_scheduler.LRScheduler):
@@ -40,6 +50,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
 
     Raises:
         ConfigError: there is no such optimizer, or it does not take these arguments.
+        ExperimentError: the model has nothing to train.
     """
     classes = _subclasses_in(torch.optim, Optimizer, exclude=UNSUPPORTED_OPTIMIZERS)
     if config.name not in classes:
@@ -47,6 +58,11 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
             f"optimizer.name = {config.name!r} is not supported; {nearest(config.name, classes)}"
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ExperimentError(
+            f"the model {type(model).__name__} has no parameters that require gradients: there is "
+            "nothing to train; check what the experiment's model() returns"
+        )
     optimizer: Optimizer = _construct("optimizer", classes[config.name], parameters, config.args)
     return optimizer
 
@@ -84,7 +100,7 @@ class Schedule:
         if self._num_steps <= self._num_warmup_steps:
             self._apply_warmup()
         elif self._config.interval == "step" and not self._is_plateau and self._scheduler:
-            self._scheduler.step()
+            self._move(self._scheduler)
 
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
         """Move on by one epoch, whose validation metrics are given."""
@@ -93,7 +109,26 @@ class Schedule:
         if isinstance(self._scheduler, lr_scheduler.ReduceLROnPlateau):
             self._scheduler.step(named_metric(metrics, self._config.metric, "scheduler.metric"))
         elif self._config.interval == "epoch" and self._scheduler:
-            self._scheduler.step()
+            self._move(self._scheduler)
+
+    def require_length(self, num_steps: int, num_steps_per_epoch: int) -> None:
+        """Make sure that a scheduler which has an end does not reach it before training does.
+
+        Raises:
+            ConfigError: OneCycleLR has fewer steps than it will take.
+        """
+        total_steps = getattr(self._scheduler, "total_steps", None)
+        if self._config.interval == "step":
+            num_taken = num_steps - self._num_warmup_steps
+        else:
+            num_epochs = math.ceil(num_steps / num_steps_per_epoch)
+            num_taken = num_epochs - self._num_warmup_steps // num_steps_per_epoch
+        if total_steps is not None and total_steps < num_taken:
+            raise ConfigError(
+                f"scheduler.args give {self._config.name} {total_steps} steps, and with "
+                f"scheduler.interval = {self._config.interval!r} training takes {num_taken}; "
+                f"write scheduler.args.total_steps={num_taken}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Steps taken and the scheduler's own state."""
@@ -110,6 +145,15 @@ class Schedule:
     def _is_plateau(self) -> bool:
         return isinstance(self._scheduler, lr_scheduler.ReduceLROnPlateau)
 
+    def _move(self, scheduler: lr_scheduler.LRScheduler) -> None:
+        try:
+            scheduler.step()
+        except (ValueError, ArithmeticError) as error:
+            raise ConfigError(
+                f"scheduler {self._config.name} with scheduler.args = {self._config.args} cannot "
+                f"take its next step: {error}; correct scheduler.args under another run id"
+            ) from error
+
     def _apply_warmup(self) -> None:
         if not self._num_warmup_steps:
             return
@@ -125,7 +169,7 @@ def build_scheduler(
     """The configured scheduler, or None for a constant rate."""
     if config.name is None:
         return None
-    classes = _subclasses_in(lr_scheduler, lr_scheduler.LRScheduler, exclude={"LRScheduler"})
+    classes = _subclasses_in(lr_scheduler, lr_scheduler.LRScheduler, exclude=UNSUPPORTED_SCHEDULERS)
     classes["InverseSquareRoot"] = InverseSquareRoot
     if config.name not in classes:
         raise ConfigError(
@@ -180,6 +224,13 @@ def restore_optimizer(
         raise CheckpointMismatchError(
             f"the optimizer of the checkpoint has parameters {saved_names}, this one {own_names}"
         )
+    for own, group in zip(optimizer.param_groups, groups, strict=True):
+        differing = sorted((own.keys() - {"params"}) ^ group["options"].keys())
+        if differing:
+            raise CheckpointMismatchError(
+                f"the checkpoint is of another optimizer than {type(optimizer).__name__}: only one "
+                f"of them has {', '.join(differing)}; use the optimizer of the checkpoint"
+            )
     index = {name: i for i, name in enumerate(name for group in own_names for name in group)}
     packed_groups, start = [], 0
     for group in groups:
@@ -199,7 +250,8 @@ def _subclasses_in(module: Any, base: type, exclude: set[str]) -> dict[str, Any]
 
 
 def _construct(section: str, factory: Any, subject: Any, args: Mapping[str, Any]) -> Any:
+    check_arguments(f"{section}.args", factory, args)
     try:
         return factory(subject, **args)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
         raise ConfigError(f"{section}.args = {dict(args)} do not fit: {error}") from error

@@ -84,6 +84,23 @@ def coefficients(snapshots: Sequence[Profile], target: Profile) -> dict[Profile,
     return dict(zip(usable, (solution * scale).tolist(), strict=True))
 
 
+def reconstruct(
+    snapshots: Sequence[Profile], target: Profile, max_error: float
+) -> dict[Profile, float]:
+    """As ``coefficients``; SelectionError also where ``reconstruction_error`` is too large."""
+    found = coefficients(snapshots, target)
+    error = reconstruction_error(snapshots, target)
+    if error > max_error:
+        raise SelectionError(
+            f"an average of relative width {relative_width(target.gamma):.3g} up to step "
+            f"{target.step} cannot be had from the {len(snapshots)} snapshots of steps "
+            f"{sorted({profile.step for profile in snapshots})}: its profile would be off by "
+            f"{error:.2g} of its size, at most {max_error:.2g} is allowed; keep snapshots more "
+            "often, or take other widths or gammas"
+        )
+    return found
+
+
 def reconstruction_error(snapshots: Sequence[Profile], target: Profile) -> float:
     """Distance of the reconstructed profile from the target's, relative to the target's norm."""
     found = coefficients(snapshots, target)

@@ -6,25 +6,29 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TextIO
 
 from training.config import Json
+from training.durable_json import without_nan
 
 ProgressFormat = Literal["text", "jsonl", "none"]
 
 
 @dataclass
 class Progress:
-    """Emits events. Text goes to stderr, JSON lines go to stdout.
+    """Emits events. Text goes to stderr, JSON lines go to stdout, with "nan" for what is NaN.
 
     Attributes:
         every_s: at most one ``progress`` event in so many seconds; other events always come.
+        listeners: are called with every event and its values, whatever the format.
     """
 
     format: ProgressFormat = "text"
     every_s: float = 5.0
     stream: TextIO | None = None
+    listeners: list[Callable[[str, Mapping[str, Json]], None]] = field(default_factory=list)
     _last_progress_s: float = field(default=float("-inf"), init=False)
 
     def emit(self, event: str, **values: Json) -> None:
@@ -32,6 +36,8 @@ class Progress:
 
         The reader may be an engine that was killed; this process still has to save.
         """
+        for listener in self.listeners:
+            listener(event, values)
         try:
             self._write(event, values)
         except BrokenPipeError:
@@ -40,7 +46,7 @@ class Progress:
 
     def _write(self, event: str, values: dict[str, Json]) -> None:
         if self.format == "jsonl":
-            line = json.dumps({"event": event, **values})
+            line = json.dumps(without_nan({"event": event, **values}), allow_nan=False)
             print(line, file=self.stream or sys.stdout, flush=True)
         elif self.format == "text":
             print(_as_text(event, values), file=self.stream or sys.stderr, flush=True)

@@ -7,6 +7,7 @@ what that means. All of it is readable without torch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
@@ -31,6 +32,7 @@ __all__ = [
     "read_json",
     "read_run_record",
     "read_segments",
+    "run_identity",
     "segment_duration_s",
     "utc_now",
     "validate_run_id",
@@ -38,6 +40,8 @@ __all__ = [
     "write_run_record_once",
     "write_segment",
 ]
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MAX_DIFFERENCES_SHOWN = 10
@@ -66,6 +70,8 @@ class RunRecord(Record):
     config_digest: str
     seeds: dict[str, int] = Field(default_factory=dict)
     data_fingerprint: str | None = None
+    experiment_digest: str | None = None
+    """Of the source file of the experiment's class; None where it has none."""
     versions: dict[str, str] = Field(default_factory=dict)
     num_threads: int | None = None
     created_at: str
@@ -137,6 +143,11 @@ def read_run_record(run: RunDirectory) -> RunRecord:
     return _read_record(run, run.run_json.name, RunRecord)
 
 
+def run_identity(record: RunRecord) -> str:
+    """What tells a run from all others, also after its folder was renamed or copied."""
+    return f"{record.experiment}/{record.run_id} of {record.created_at}"
+
+
 def next_segment_number(run: RunDirectory) -> int:
     """One more than the highest number of a segment record; 1 for a new run."""
     return max(_segment_numbers(run), default=0) + 1
@@ -154,10 +165,16 @@ def write_segment(run: RunDirectory, record: SegmentRecord) -> None:
 def read_segments(run: RunDirectory) -> list[SegmentRecord]:
     """The records of all segments, by number. Empty for a new run.
 
-    Raises StorageError, or DataFormatError that names the file and the wrong field.
+    One that is damaged is left out with a warning: it says how a segment went, and nothing that a
+    run needs. Raises StorageError.
     """
-    names = (f"segments/{run.segment(number).name}" for number in _segment_numbers(run))
-    return [_read_record(run, name, SegmentRecord) for name in names]
+    records = []
+    for number in _segment_numbers(run):
+        try:
+            records.append(_read_record(run, f"segments/{run.segment(number).name}", SegmentRecord))
+        except DataFormatError as error:
+            logger.warning("left out of the run's history: %s", error)
+    return records
 
 
 def ledger_outcome(record: SegmentRecord, *, is_alive: bool) -> LedgerOutcome:

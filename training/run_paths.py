@@ -59,6 +59,11 @@ class RunDirectory:
         return self.path / "bundle"
 
     @property
+    def tensorboard(self) -> Path:
+        """Folder with one TensorBoard event file per segment, where they are asked for."""
+        return self.path / "tensorboard"
+
+    @property
     def lease(self) -> Path:
         """Folder with one lease file per generation of writers."""
         return self.path / "lease"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from training.checkpointing.manager import CheckpointContents, CheckpointManager
+from training.checkpointing.manager import CheckpointContents, CheckpointManager, Published
 from training.checkpointing.policy import SaveMoment, SaveSchedule, Trigger
 from training.config import PreemptionConfig
 from training.costs import Costs
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Saves a TrainState at the moments that the schedule names.
 
-    One failed save is told and tried again from the same snapshot while training goes on; a
-    second failure in a row is raised. So a disk that was full for a moment costs nothing, not
-    even a checkpoint that selection may want.
+    A save that failed is told, and training goes on; it is tried again from its snapshot when the
+    next one is due, so that a disk that was full for a while costs nothing, not even a checkpoint
+    that selection may want. A second failure in a row is raised.
     """
 
     def __init__(  # noqa: PLR0913  # the parts of a segment that saving needs
@@ -50,7 +50,7 @@ class Saver:
         self._preemption = preemption
         self._progress = progress
         self._costs = costs
-        self._num_failures = 0
+        self._has_failed = False
         self._last_save_s = time.monotonic()
         self._last_save_step = state.counters.step
         self._has_advance_notice = False
@@ -59,7 +59,13 @@ class Saver:
     def after_step(self) -> None:
         """Save if it is due. Raises StorageError where two saves in a row failed."""
         self._collect()
-        self._has_advance_notice |= self._monitor.take_advance() is not None
+        if (advance := self._monitor.take_advance()) is not None:
+            self._has_advance_notice = True
+            logger.info(
+                "%s: %s; the next save is brought forward, and training goes on",
+                advance.source,
+                advance.reason,
+            )
         if trigger := self._due(is_epoch_end=False):
             self._save(trigger, {})
 
@@ -93,10 +99,11 @@ class Saver:
             notice, now_s=time.monotonic(), step_s=0.0, save_s=self._manager.durable_s
         )
         if decision == "trust_last_checkpoint":
+            save_s = self._manager.durable_s
             logger.warning(
-                "the notice leaves %.1f s, a save takes %.1f s: stopping without one",
+                "the notice leaves %.1f s, %s: stopping without a save",
                 notice.remaining_s(time.monotonic()),
-                self._manager.durable_s,
+                "too little" if save_s is None else f"a save takes {save_s:.1f} s",
             )
             return
         if step != self._last_save_step:
@@ -120,8 +127,7 @@ class Saver:
     def _save(self, trigger: Trigger, metrics: Mapping[str, float]) -> None:
         self._guard.check()
         with self._costs.measured("saving"):
-            if self._manager.is_in_flight:
-                self._wait()
+            self._wait()
             tensors, state = self._state.capture()
             counters = self._state.counters
             self._manager.save(
@@ -142,28 +148,38 @@ class Saver:
         try:
             published = self._manager.poll()
         except StorageError as error:
-            self._try_again(error)
+            self._tell_failure(error)
             return
         if published is not None:
-            self._num_failures = 0
-            self._progress.emit("saved", step=published.step, duration_s=published.durable_s)
-            self._check_grace(published.durable_s)
+            self._tell_success(published)
 
     def _wait(self) -> None:
-        while self._manager.is_in_flight:
-            try:
-                self._manager.wait()
-            except StorageError as error:
-                self._try_again(error)
-            else:
-                self._num_failures = 0
+        """Wait for the save in flight; one that failed is tried again."""
+        if self._has_failed:
+            self._manager.retry()
+        try:
+            self._manager.wait()
+        except StorageError as error:
+            self._tell_failure(error)
+            self._wait()
+        else:
+            self._collect()
 
-    def _try_again(self, error: StorageError) -> None:
-        self._num_failures += 1
-        if self._num_failures > 1:
+    def _tell_success(self, published: Published) -> None:
+        self._has_failed = False
+        self._progress.emit("saved", step=published.step, duration_s=published.durable_s)
+        self._check_grace(published.durable_s)
+
+    def _tell_failure(self, error: StorageError) -> None:
+        if self._has_failed:
             raise error
-        logger.warning("a save failed and is tried again, older checkpoints are good: %s", error)
-        self._manager.retry()
+        self._has_failed = True
+        logger.warning(
+            "the save of step %d failed and is tried again when the next one is due; older "
+            "checkpoints are good: %s",
+            self._last_save_step,
+            error,
+        )
 
     def _check_grace(self, save_s: float) -> None:
         if self._is_grace_checked:

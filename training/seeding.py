@@ -148,21 +148,14 @@ class IsolatedGenerators:
         self._words_after = b""
 
     def run(self, seed: int, function: Callable[[Argument], Result], argument: Argument) -> Result:
-        """``function(argument)`` with ``random``, NumPy and torch (CPU) seeded from ``seed``.
-
-        torch uses one thread meanwhile, as it does in a loader process: the number of threads
-        changes the rounding of long sums.
-        """
-        num_threads = torch.get_num_threads()
+        """``function(argument)`` with ``random``, NumPy and torch (CPU) seeded from ``seed``."""
         python_state = random.getstate()
         torch_state = torch.default_generator.get_state()
         held_back = self._swap_numpy()
         try:
-            torch.set_num_threads(1)
             seed_fetch(seed)
             return function(argument)
         finally:
-            torch.set_num_threads(num_threads)
             random.setstate(python_state)
             torch.default_generator.set_state(torch_state)
             self._swap_numpy_back(held_back)

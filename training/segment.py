@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 
 import torch
 
@@ -19,12 +19,13 @@ from training.costs import Costs
 from training.data import BatchPlan, FixedSizePlan, Loader, TokenPlan
 from training.ema import MovingAverages
 from training.errors import ConfigError
-from training.evaluation import evaluate_first_batch
+from training.evaluation import evaluate_first_batch, metrics_of
+from training.event_log import check_event_log, event_file, told_to_event_file
 from training.experiment import Dataset
 from training.lease import Lease
 from training.optimization import Schedule, build_optimizer, named_metric
 from training.reproducibility import compile_statically
-from training.run_directory import read_segments
+from training.run_directory import read_segments, run_identity
 from training.saving import Saver
 from training.seeding import seed_generators
 from training.segment_record import RecordKeeper
@@ -41,11 +42,14 @@ def run_segment(stage: Stage) -> StageOutcome:
     A run that is finished is left as it is. Raises what ``Trainer.fit`` raises, after the error
     was written to the segment's record.
     """
+    check_event_log(stage.config.logging)
     costs = Costs()
     with costs.measured("startup"):
         trainer = build_trainer(stage, costs)
         if not stage.run.run_json.exists():
             check_metrics(stage, trainer)
+            num_steps_per_epoch = trainer.plan.num_steps(0)
+            trainer.state.schedule.require_length(trainer.num_steps(), num_steps_per_epoch)
     with stage.writing() as lease:
         keeper = RecordKeeper(stage.run, lease, costs.seconds)
         with keeper.failure_recorded(), closing(trainer.loader):
@@ -61,12 +65,19 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
     keeper.begin(start_step)
     stage.progress.emit("started", step=start_step, segment=keeper.number)
     saver = build_saver(stage, trainer, manager)
-    with saver.settled_on_error():
+    with saver.settled_on_error(), _event_log(stage, keeper.number, start_step):
         ended = trainer.fit(saver, on_report=keeper.advance)
     keeper.end(ended.outcome, ended.step, ended.notice, manager.save_s())
     exit_code = EXIT_PREEMPTED if ended.outcome == "preempted" else 0
     notice = None if ended.notice is None else ended.notice.as_record(time.monotonic())
     return StageOutcome(ended.outcome, exit_code, step=ended.step, notice=notice)
+
+
+def _event_log(stage: Stage, segment: int, start_step: int) -> AbstractContextManager[None]:
+    if not stage.config.logging.tensorboard:
+        return nullcontext()
+    path = event_file(stage.run.tensorboard, segment)
+    return told_to_event_file(stage.progress, path, start_step)
 
 
 def build_trainer(stage: Stage, costs: Costs) -> Trainer:
@@ -132,8 +143,9 @@ def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) ->
         device=device_name(trainer.state.loss_sum.device.type),
         segment=segment,
         config=digested_values(config),
+        run=run_identity(stage.record),
     )
-    retention = build_retention(config.checkpoint, config.selection)
+    retention = build_retention(config.checkpoint, config.selection, config.ema)
     return CheckpointManager(stage.run, lease, identity, retention)
 
 
@@ -171,7 +183,7 @@ def batch_plan(dataset: Dataset, config: RunConfig, seed: int) -> BatchPlan:
 
 
 def check_metrics(stage: Stage, trainer: Trainer) -> None:
-    """Make sure that the metrics which the configuration names exist, before hours are spent."""
+    """Make sure that scoring works and gives the configured metrics, before hours are spent."""
     config = stage.config
     records = evaluate_first_batch(
         stage.experiment,
@@ -179,10 +191,13 @@ def check_metrics(stage: Stage, trainer: Trainer) -> None:
         trainer.validation,
         batch_size=config.data.evaluation_batch_size,
     )
-    metrics = stage.experiment.metrics(records)
+    metrics = metrics_of(stage.experiment, records)
     named_metric(metrics, config.selection.metric, "selection.metric")
     if config.scheduler.name == "ReduceLROnPlateau":
         named_metric(metrics, config.scheduler.metric, "scheduler.metric")
+    for key in ("keep_above", "keep_below"):
+        for name in getattr(config.checkpoint, key):
+            named_metric(metrics, name, f"checkpoint.{key}")
 
 
 def restore(stage: Stage, manager: CheckpointManager, state: TrainState) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from training.errors import LeaseLostError
+from training.errors import LeaseLostError, StorageError
 from training.lease import Lease
 from training.preemption import Notice
 from training.run_directory import (
@@ -23,11 +24,14 @@ from training.run_directory import (
 from training.stage import failed_outcome
 from training.versions import library_versions
 
+logger = logging.getLogger(__name__)
+
 
 class RecordKeeper:
     """Writes ``segments/<number>.json``: at the start, while training, and at the end.
 
-    A segment that lost its lease writes nothing any more.
+    A segment that lost its lease writes nothing any more. A record that cannot be written once
+    training has begun costs the record alone: it is told, and training goes on.
     """
 
     def __init__(self, run: RunDirectory, lease: Lease, costs_s: dict[str, float]) -> None:
@@ -35,6 +39,7 @@ class RecordKeeper:
         self._lease = lease
         self._costs_s = costs_s
         self._start_s = time.monotonic()
+        self._is_failing = False
         self._record = SegmentRecord(
             number=next_segment_number(run),
             started_at=utc_now(),
@@ -49,17 +54,20 @@ class RecordKeeper:
         return self._record.number
 
     def begin(self, start_step: int) -> None:
-        """Write the record for the first time."""
-        self._write(start_step=start_step, end_step=start_step)
+        """Write the record for the first time. Raises StorageError."""
+        self._change(start_step=start_step, end_step=start_step)
+        self._write()
 
     def advance(self, step: int) -> None:
         """Note how far training has come."""
-        self._write(end_step=step)
+        self._rewrite(end_step=step)
 
     def end(self, outcome: str, step: int, notice: Notice | None, save_s: dict[str, float]) -> None:
         """Write the record for the last time."""
         told = None if notice is None else notice.as_record(time.monotonic())
-        self._write(outcome=outcome, end_step=step, notice=told, save_s=save_s, ended_at=utc_now())
+        self._rewrite(
+            outcome=outcome, end_step=step, notice=told, save_s=save_s, ended_at=utc_now()
+        )
 
     @contextmanager
     def failure_recorded(self) -> Iterator[None]:
@@ -72,13 +80,26 @@ class RecordKeeper:
             outcome = failed_outcome(error)
             assert outcome.error is not None
             described: Any = {**outcome.error, "exit_code": outcome.exit_code}
-            self._write(outcome="failed", error=SegmentError(**described), ended_at=utc_now())
+            self._rewrite(outcome="failed", error=SegmentError(**described), ended_at=utc_now())
             raise
 
-    def _write(self, **changes: Any) -> None:
+    def _rewrite(self, **changes: Any) -> None:
+        self._change(**changes)
+        try:
+            self._write()
+        except StorageError as error:
+            if not self._is_failing:
+                logger.warning("this segment's record is out of date, training goes on: %s", error)
+            self._is_failing = True
+        else:
+            self._is_failing = False
+
+    def _change(self, **changes: Any) -> None:
         costs_s = {**self._costs_s}
         elapsed_s = time.monotonic() - self._start_s + costs_s.get("startup", 0.0)
         costs_s["useful"] = max(0.0, elapsed_s - sum(costs_s.values()))
         self._record = self._record.model_copy(update={**changes, "costs_s": costs_s})
+
+    def _write(self) -> None:
         self._lease.check()
         write_segment(self._run, self._record)

@@ -9,7 +9,6 @@ came in between waits in the kernel.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import sys
@@ -145,6 +144,11 @@ def hold_signals() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, NOTICE_SIGNALS)
 
 
+def release_signals() -> None:
+    """Let notice signals through again, to what they do by default: a program without a flag."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE_SIGNALS)
+
+
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
     """Hold notice signals back in this thread, as around the start of loader processes.
@@ -182,18 +186,22 @@ def ignore_in_worker() -> None:
     once that process is gone. A handler cannot see the sender, therefore a thread waits for the
     signal and looks. Main thread only.
     """
+    parent = os.getppid()  # at once, for it may be gone in a moment
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     # Blocked in this thread and in all that it starts, so that only the thread below gets it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGUSR1})
-    threading.Thread(target=_end_on_owners_sigterm, name="holdfast-sigterm", daemon=True).start()
+    threading.Thread(
+        target=_end_on_owners_sigterm, args=(parent,), name="holdfast-sigterm", daemon=True
+    ).start()
 
 
-def _end_on_owners_sigterm() -> None:
+def _end_on_owners_sigterm(parent: int) -> None:
     # With a fork server the parent is the server; multiprocessing still knows who asked for us.
+    import multiprocessing  # not needed at the start, where every millisecond counts
+
     owner = multiprocessing.parent_process()
-    parent = os.getppid()
     while True:
         sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
         is_orphan = os.getppid() != parent if owner is None else not owner.is_alive()

@@ -7,6 +7,7 @@ or a notice comes, and ends with a ``StageOutcome``.
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from training.experiment_loading import (
     experiment_name,
     load_experiment,
     settings_class,
+    source_digest,
+    source_file,
 )
 from training.lease import Lease
 from training.preemption import PreemptionMonitor
@@ -45,6 +48,8 @@ from training.run_directory import (
 )
 from training.seeding import derive_seed
 from training.versions import library_versions
+
+logger = logging.getLogger(__name__)
 
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
@@ -157,7 +162,8 @@ def prepared_stage(arguments: StageArguments) -> Iterator[Stage]:
     )
     record = _run_record(arguments, config, experiment)
     if run.run_json.exists():
-        record = write_run_record_once(run, record)
+        record, here = write_run_record_once(run, record), record
+        _warn_of_other_code(record, here, experiment_class)
     monitor = PreemptionMonitor(build_sources(config.preemption))
     progress = Progress(arguments.progress_format, config.logging.every_s)
     monitor.start()
@@ -219,7 +225,26 @@ def _run_record(arguments: StageArguments, config: RunConfig, experiment: Experi
         config_digest=config_digest(config),
         seeds={purpose: derive_seed(config.seed, purpose) for purpose in SEED_PURPOSES},
         data_fingerprint=data_fingerprint(experiment),
+        experiment_digest=source_digest(type(experiment)),
         versions=library_versions(),
         num_threads=arguments.num_threads,
         created_at=utc_now(),
+    )
+
+
+def _warn_of_other_code(
+    there: RunRecord, here: RunRecord, experiment_class: type[Experiment]
+) -> None:
+    digests = (there.experiment_digest, here.experiment_digest)
+    if None in digests or digests[0] == digests[1]:
+        return
+    logger.warning(
+        "the run %s was begun with other code: the file of %s had the digest %s, and %s has %s; "
+        "its result will not be that of a run without interruptions. Go on if you mean to, as "
+        "after fixing a bug; else go back to that file, or take another run id",
+        here.run_id,
+        experiment_class.__name__,
+        digests[0],
+        source_file(experiment_class),
+        digests[1],
     )

@@ -6,16 +6,22 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from training.errors import HoldfastError
-from training.progress import Progress
+from training.error_places import described
+from training.errors import HoldfastError, LoaderError
+from training.progress import Progress, ProgressFormat
+from training.run_directory import RunDirectory, read_segments
 from training.stage import Stage, StageArguments, StageOutcome, failed_outcome, prepared_stage
 
 STAGES = {
     "segment": "training.segment:run_segment",
+    "candidates": "training.candidates:run_candidates",
+    "evaluate": "training.selection:run_evaluation",
     "export": "training.export.stage:run_export",
     "promote": "training.export.promotion:run_promotion",
+    "report": "training.report:run_report",
 }
 
 
@@ -31,13 +37,15 @@ def run_stage(name: str, options: dict[str, Any]) -> StageOutcome:
             outcome = _stage_function(name)(stage)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 the process boundary
         outcome = failed_outcome(error)
-        _tell(error, outcome)
-    # People have read the error already, on a line of its own.
-    is_for_programs = arguments.progress_format == "jsonl"
-    Progress(arguments.progress_format).emit(
-        "outcome", **_summary(outcome, has_error=is_for_programs)
-    )
+        _tell(error, outcome, arguments)
+    emit_outcome(outcome, arguments.progress_format)
     return outcome
+
+
+def emit_outcome(outcome: StageOutcome, progress_format: ProgressFormat) -> None:
+    """The last event of a stage. People have read its error already, on a line of its own."""
+    summary = _summary(outcome, has_error=progress_format == "jsonl")
+    Progress(progress_format).emit("outcome", **summary)
 
 
 def _stage_function(name: str) -> Callable[[Stage], StageOutcome]:
@@ -48,11 +56,26 @@ def _stage_function(name: str) -> Callable[[Stage], StageOutcome]:
     return found
 
 
-def _tell(error: BaseException, outcome: StageOutcome) -> None:
+def _tell(error: BaseException, outcome: StageOutcome, arguments: StageArguments) -> None:
+    """The last line says it all. A traceback comes first, or the line says where it is."""
     assert outcome.error is not None
-    if not isinstance(error, HoldfastError):
+    line = str(error) if isinstance(error, HoldfastError) else described(error)
+    record = _record_of(error, arguments.run) if isinstance(error, LoaderError) else None
+    if record is not None:
+        line += f"; the traceback is in {record}"
+    elif isinstance(error, LoaderError) or not isinstance(error, HoldfastError):
         print(outcome.error["traceback"], file=sys.stderr, end="")
-    print(f"error: {outcome.error['message'] or outcome.error['type']}", file=sys.stderr)
+    print(f"error: {' '.join(line.splitlines())}", file=sys.stderr)
+
+
+def _record_of(error: LoaderError, run: RunDirectory) -> Path | None:
+    """The segment's record that keeps this error with its traceback, if one does."""
+    try:
+        newest = read_segments(run)[-1]
+    except (HoldfastError, IndexError):
+        return None
+    is_kept = newest.error is not None and newest.error.message == str(error)
+    return run.segment(newest.number) if is_kept else None
 
 
 def _summary(outcome: StageOutcome, has_error: bool) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,8 @@ from training.errors import CheckpointMismatchError
 from training.json_state import Tensors, decode, encode
 from training.optimization import Schedule, capture_optimizer, restore_optimizer
 from training.seeding import capture_generators, restore_generators
+
+MAX_DIFFERENCES_SHOWN = 3
 
 
 @runtime_checkable
@@ -138,9 +140,25 @@ def load_model(model: nn.Module, weights: Mapping[str, Any]) -> None:
     try:
         model.load_state_dict(dict(weights))
     except RuntimeError as error:
+        found = list(_differences(weights, model.state_dict()))
+        shown = found[:MAX_DIFFERENCES_SHOWN] or [" ".join(str(error).split())]
+        if len(found) > MAX_DIFFERENCES_SHOWN:
+            shown.append(f"and {len(found) - MAX_DIFFERENCES_SHOWN} more")
         raise CheckpointMismatchError(
-            f"these weights are not of a {type(model).__name__} as it is configured: {error}"
+            f"these weights are not of a {type(model).__name__} as it is configured: "
+            f"{'; '.join(shown)}: use the settings and the code that made them, or another run id"
         ) from error
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """Each name whose shapes differ, in words."""
+    for name in dict.fromkeys([*here, *there]):
+        shapes = [
+            str(list(entry.shape)) if isinstance(entry := part.get(name), Tensor) else "absent"
+            for part in (there, here)
+        ]
+        if shapes[0] != shapes[1]:
+            yield f"{name} is {shapes[0]} there, {shapes[1]} here"
 
 
 def _split_tensors(state: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:

@@ -105,17 +105,27 @@ class TrainStep:
         batch = move(microbatch.batch, self._device)
         with self._autocast():
             loss = self._experiment.loss(self._state.model, batch)
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ExperimentError(
-                f"{type(self._experiment).__name__}.loss must return a scalar tensor, the mean "
-                f"over the batch; it returned {shape}"
-            )
+        self._check(loss)
         self.guard.observe(loss.detach(), self._state.counters.step + 1, microbatch.step_in_epoch)
         if microbatch.num_in_step > 1:
             loss = loss * microbatch.weight
         self._state.gradient_scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _check(self, loss: object) -> None:
+        method = f"{type(self._experiment).__name__}.loss"
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ExperimentError(
+                f"{method} must return a scalar tensor, the mean over the batch; "
+                f"it returned {shape}"
+            )
+        if not loss.requires_grad:
+            raise ExperimentError(
+                f"{method} must return a loss that has a gradient; it returned one that is cut "
+                f"off from the model's parameters: leave out .detach(), .item(), torch.no_grad() "
+                f"and new tensors made of numbers, and let some parameters require gradients"
+            )
 
     def _autocast(self) -> AbstractContextManager[object]:
         dtype = AUTOCAST_TYPES.get(self._config.precision)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from training.config import RunConfig
 from training.costs import Costs
 from training.data import BatchPlan, Loader, Microbatch
 from training.early_stopping import EarlyStopping
-from training.evaluation import evaluate
+from training.evaluation import evaluate, metrics_of
 from training.experiment import Dataset, Experiment
 from training.optimization import named_metric
 from training.preemption import Notice, PreemptionMonitor
@@ -20,6 +22,8 @@ from training.progress import Progress
 from training.saving import Saver
 from training.state import Counters, EpochRecord, TrainState
 from training.train_step import TrainStep
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,12 @@ class Trainer:
             or self.state.early_stopping.should_stop(self.config.early_stopping)
         )
 
+    def num_steps(self) -> int:
+        """Steps of the whole run, if nothing stops it early."""
+        train = self.config.train
+        num_steps = train.num_epochs * self.plan.num_steps(0)
+        return num_steps if train.max_steps is None else min(num_steps, train.max_steps)
+
     def steps(self) -> Iterator[list[Microbatch]]:
         """The microbatches of each step from where the state stands, without an end."""
         counters = self.state.counters
@@ -128,7 +138,7 @@ class Trainer:
             )
         if records is None:
             return False
-        metrics = {name: float(v) for name, v in self.experiment.metrics(records).items()}
+        metrics = metrics_of(self.experiment, records)
         self._record_epoch(metrics)
         saver.after_epoch(metrics, is_last=self.is_finished())
         return True
@@ -152,12 +162,20 @@ class Trainer:
             epoch=record.epoch,
             step=record.step,
             train_loss=record.train_loss,
+            learning_rate=record.learning_rate,
             metrics={**metrics},
         )
 
     def _early_stopping_after(self, metrics: dict[str, float]) -> EarlyStopping:
         selection = self.config.selection
         value = named_metric(metrics, selection.metric, "selection.metric")
+        if math.isnan(value):
+            logger.warning(
+                "selection.metric = %r is NaN after step %d: that checkpoint cannot win, and its "
+                "epoch counts as one without an improvement; look at the model and at the metric",
+                selection.metric,
+                self.state.counters.step,
+            )
         return self.state.early_stopping.after(value, self.config.early_stopping, selection.mode)
 
     def _stop(self, saver: Saver) -> SegmentOutcome:
@@ -172,14 +190,8 @@ class Trainer:
         self.progress.emit(
             "progress",
             step=counters.step,
-            num_steps=self._num_steps(),
+            num_steps=self.num_steps(),
             epoch=counters.epoch,
             loss=self.train_step.last_loss.item(),
             steps_per_s=pace.steps_per_s(counters.step),
         )
-
-    def _num_steps(self) -> int:
-        """Steps of the whole run, if nothing stops it early."""
-        train = self.config.train
-        num_steps = train.num_epochs * self.plan.num_steps(0)
-        return num_steps if train.max_steps is None else min(num_steps, train.max_steps)

@@ -39,11 +39,16 @@ class Training:
     def run(self) -> RunDirectory:
         return RunDirectory(self.store / experiment_name(self.experiment) / self.run_id)
 
-    def start(self, environment: Mapping[str, str] | None = None) -> Segment:
-        """Start a segment as a process in a group of its own."""
-        command = [sys.executable, "-m", "training", "segment", "--progress", "jsonl"]
+    def start(
+        self,
+        environment: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
+        stage: str = "segment",
+    ) -> Segment:
+        """Start a stage as a process in a group of its own."""
+        command = [sys.executable, "-m", "training", stage, "--progress", "jsonl"]
         command += ["--experiment", self.experiment, "--store", str(self.store)]
-        command += ["--run-id", self.run_id]
+        command += ["--run-id", self.run_id, *arguments]
         for override in self.overrides:
             command += ["--set", override]
         return Segment(

@@ -7,7 +7,9 @@ state of its own, and one item in the data set is a Python object with a NumPy a
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,6 +58,10 @@ class HardSettings(Section):
     """Units of the hidden layers."""
     nan_at_call: int | None = None
     """The loss is NaN at this call."""
+    pauses: tuple[int, ...] = ()
+    """At these calls of the loss ``<call>.reached`` is made, and ``<call>.go`` waited for."""
+    pause_folder: Path | None = None
+    """Where."""
 
 
 class Hard:
@@ -102,12 +108,21 @@ class Hard:
         features, classes = batch
         loss = functional.cross_entropy(model(features), classes)
         self._num_calls += 1
+        if self._num_calls in self._settings.pauses:
+            self._pause()
         if self._num_calls == self._settings.nan_at_call:
             return loss * float("nan")
         # A loss normalizer that learns: state outside of model and optimizer.
         self._loss_scale = 0.99 * self._loss_scale + 0.01 * loss.item()
         noise = 1.0 + 0.001 * random.random() + 0.001 * float(np.random.rand())
         return loss * noise / max(self._loss_scale, 0.1)
+
+    def _pause(self) -> None:
+        assert self._settings.pause_folder is not None
+        place = self._settings.pause_folder / str(self._num_calls)
+        place.with_suffix(".reached").touch()
+        while not place.with_suffix(".go").exists():
+            time.sleep(0.01)
 
     def score(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         features, classes = batch

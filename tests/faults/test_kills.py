@@ -59,6 +59,27 @@ def test_a_kill_at_any_point_of_a_commit_does_not_change_a_byte(
     assert differences(calm, final_state(training.run)) == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(("train.precision=bf16",), id="bf16"),
+        # It compiles for a minute, and again after each kill.
+        pytest.param(("train.should_compile=true",), id="compile"),
+    ],
+)
+def test_kills_of_other_arithmetic_do_not_change_a_byte(
+    tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    overrides = (*overrides, "train.num_epochs=3")
+    calm = Training(tmp_path, "calm", overrides=overrides)
+    complete(calm)
+    killed = Training(tmp_path, "killed", overrides=(*OFTEN, *overrides))
+    assert kill_at_fault_point(killed, "commit.after-rename", 2)
+    complete(killed)
+    assert differences(final_state(calm.run), final_state(killed.run)) == []
+
+
 def test_finishing_again_changes_nothing(tmp_path: Path) -> None:
     training = Training(tmp_path, "again", overrides=("train.num_epochs=2",))
     complete(training)

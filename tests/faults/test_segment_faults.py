@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 
 from tests.faults.campaign import Training, check_latest_is_good, complete
@@ -68,3 +69,37 @@ def test_a_notice_before_the_first_step_is_answered(tmp_path: Path) -> None:
     assert segment.finish() == 75
     outcome = segment.events[-1]
     assert outcome["outcome"] == "preempted"
+
+
+def test_a_damaged_segment_record_does_not_stop_the_run(tmp_path: Path) -> None:
+    training = Training(tmp_path, "record", overrides=("train.num_epochs=1",))
+    training.run.segments.mkdir(parents=True)
+    training.run.segment(1).write_text("{")
+    segment = complete(training)
+    assert "segments/0001.json is not JSON" in "".join(segment.errors)
+
+
+def test_a_notice_without_time_left_is_told_in_one_line(tmp_path: Path) -> None:
+    training = Training(tmp_path, "late")
+    segment = training.start({"SLURM_JOB_END_TIME": str(int(time.time()) - 5)})
+    assert segment.finish() == 75
+    told = "".join(segment.errors)
+    assert "too little: stopping without a save" in told
+    assert "Traceback" not in told
+
+
+def test_an_outcome_file_that_cannot_be_written_is_refused_first(tmp_path: Path) -> None:
+    training = Training(tmp_path / "store", "outcome")
+    segment = training.start(arguments=["--outcome-file", str(tmp_path / "no" / "o.json")])
+    assert segment.finish() == 2
+    assert "--outcome-file" in segment.errors[-1]
+    assert segment.events[-1]["exit_code"] == 2
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_outcome_file_tells_input_errors_of_all_kinds(tmp_path: Path) -> None:
+    path = tmp_path / "outcome.json"
+    arguments = ["--outcome-file", str(path), "--config", "nowhere.toml"]
+    segment = Training(tmp_path / "store", "outcome").start(arguments=arguments)
+    assert segment.finish() == 2
+    assert json.loads(path.read_text())["exit_code"] == 2

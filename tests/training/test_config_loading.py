@@ -1,18 +1,28 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from training.config import RunConfig, Section
-from training.config_loading import config_digest, config_from_record, resolve_config
+from training.config_loading import (
+    config_digest,
+    config_from_record,
+    experiment_settings,
+    nearest,
+    resolve_config,
+)
 from training.errors import ConfigError
 from training.experiment import NoSettings
 
 
 class Settings(Section):
     width: int = Field(4, ge=1)
+    rate: float = 0.5
+    pauses: tuple[int, ...] = ()
+    folder: Path | None = None
 
 
 def resolve(*overrides: str, file: Path | None = None) -> RunConfig:
@@ -61,6 +71,29 @@ def test_another_optimizer_drops_the_arguments_of_the_first() -> None:
         ("experiment.widht=1", ["experiment.widht", "did you mean 'width'?"]),
         ("train.num_microbatches=100", ["train.num_microbatches=100", "data.batch_size=64"]),
         ("num_epochs", ["'num_epochs'", "section.key=value"]),
+        ("train.num_epochs='3'", ["= '3': expected an integer", "found text", "num_epochs=3"]),
+        ("train.num_epochs=3.0", ["= 3.0: expected an integer", "write train.num_epochs=3"]),
+        ("train.num_epochs=true", ["= true: expected an integer, found a boolean"]),
+        ("train.num_epochs.x=3", ["= {'x': 3}: expected an integer, found a table"]),
+        ("train.clip_norm='1.5'", ["expected a number, found text; write train.clip_norm=1.5"]),
+        ("train.clip_norm=inf", ["train.clip_norm = inf", "finite"]),
+        ("data.should_drop_last=yes", ["'yes'", "write data.should_drop_last=true or"]),
+        ("logging.tensorboard=1", ["= 1: expected true or false, found an integer"]),
+        ("data.folder=3", ["= 3: expected text", """--set 'data.folder="3"'"""]),
+        ("seed=2024-01-01", ["seed = 2024-01-01: expected an integer, found a date or time"]),
+        ("experiment.width=2.0", ["experiment.width = 2.0: expected an integer"]),
+        ("experiment.pauses=3", ["experiment.pauses=[3]"]),
+        ("ema.decays=0.9", ["a list, found a number", "--set 'ema.decays=[0.9]'"]),
+        ("ema.decays=0.9,0.99", ["write ema.decays=[0.9, 0.99]"]),
+        ("ema.decays=['a']", ["ema.decays[0] = 'a': expected a number, found text"]),
+        ("ema.decays=[1.0]", ["ema.decays = [1.0]"]),
+        ("ema.posthoc_widths=[0.1, 0.1]", ["ema.posthoc_widths = [0.1, 0.1]", "differ"]),
+        ("preemption.sources=signal", ["""--set 'preemption.sources=["signal"]'"""]),
+        ("preemption.sources=[signal]", ["""write preemption.sources=["signal"]"""]),
+        ("preemption.sources=['signl']", ["preemption.sources[0] = 'signl'", "'slurm'"]),
+        ("train=3", ["train = 3: expected a table", "write train.KEY=VALUE", "num_epochs"]),
+        ("checkpoint.keep_above=0.9", ["checkpoint.keep_above = 0.9: expected a table"]),
+        ("data.folder=\udcff", ["UTF-8"]),
     ],
 )
 def test_bad_input_is_one_line_that_names_key_value_and_what_is_allowed(
@@ -72,6 +105,42 @@ def test_bad_input_is_one_line_that_names_key_value_and_what_is_allowed(
     assert "\n" not in message
     assert all(part in message for part in parts), message
     assert caught.value.exit_code == 2
+
+
+def test_a_value_in_place_of_a_table_does_not_hide_the_defaults_below_it(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    for text, key in [("train = 3", "train"), ("[optimizer]\nargs = 3", "optimizer.args")]:
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=rf"^{key} = 3: expected a table, found an integer"):
+            resolve_config(
+                settings_class=Settings,
+                defaults={"train": {"num_epochs": 7}},
+                file=file,
+                overrides=[f"{key}.num_threads=2"],
+            )
+
+
+def test_lists_paths_and_integers_stand_for_tuples_paths_and_floats(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(
+        'data.folder = "/d"\ntrain.clip_norm = 1\nema.decays = [0, 0.5]\n'
+        'experiment = {rate = 2, pauses = [3, 4], folder = "/f"}\n'
+    )
+    config = resolve(file=file)
+    assert (config.data.folder, config.train.clip_norm) == (Path("/d"), 1.0)
+    assert config.ema.decays == (0.0, 0.5)
+    settings = experiment_settings(Settings, config)
+    assert settings == Settings(rate=2.0, pauses=(3, 4), folder=Path("/f"))
+
+
+def test_settings_of_experiments_are_strict() -> None:
+    with pytest.raises(ValidationError):
+        Settings.model_validate({"width": "4"})
+
+
+@pytest.mark.parametrize("name", ["Adamw", "adamw", "ADAMW"])
+def test_the_nearest_name_does_not_depend_on_case(name: str) -> None:
+    assert nearest(name, ["Adam", "AdamW", "SGD"]).startswith("did you mean 'AdamW'?")
 
 
 def test_a_missing_or_malformed_file_is_named(tmp_path: Path) -> None:
@@ -105,7 +174,15 @@ def test_digest_covers_what_changes_the_result(override: str) -> None:
 
 
 def test_a_recorded_configuration_comes_back_with_the_same_digest() -> None:
-    config = resolve("data.folder=/x", "ema.decays=[0.5]")
-    again = config_from_record(config.model_dump(mode="json"))
+    config = resolve(
+        "data.folder=/x",
+        "ema.decays=[0.5, 0.1]",
+        "train.clip_norm=1",
+        "optimizer.args={lr = 0.1234567890123456789, betas = [0.9, 1e-300]}",
+        "experiment.pauses=[1, 2]",
+        "experiment.folder=/x",
+    )
+    again = config_from_record(json.loads(json.dumps(config.model_dump(mode="json"))))
     assert again == config
+    assert experiment_settings(Settings, again) == experiment_settings(Settings, config)
     assert config_digest(again) == config_digest(config)

@@ -163,8 +163,11 @@ def test_a_token_plan_is_followed() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_failing_sample_is_named(num_workers: int) -> None:
-    expected = r"sample 13 could not be loaded \(epoch 0, step \d of .*: pixel out of range"
+def test_a_failing_sample_is_named_with_the_line_that_failed(num_workers: int) -> None:
+    expected = (
+        r"^sample 13 could not be loaded \(epoch 0, step \d of .*\): ValueError: "
+        r"pixel out of range \(.*loader_datasets\.py:\d+ in __getitem__\)(\n|$)"
+    )
     with closing(loader_of(Failing("value"), 4, num_workers=num_workers)) as loader:
         with pytest.raises(LoaderError, match=expected) as caught:
             list(islice(loader.steps(0, 0), 15))
@@ -181,6 +184,15 @@ def test_a_malformed_file_stays_an_input_error(num_workers: int) -> None:
         list(islice(loader.steps(0, 0), 15))
     assert caught.value.exit_code == 2
     assert num_workers or isinstance(caught.value, DataFormatError)
+
+
+def test_an_index_that_a_data_set_does_not_have_comes_with_a_hint() -> None:
+    class Short(Augmented):
+        def __getitem__(self, index: int) -> Any:
+            return [0][index + 1]
+
+    with pytest.raises(LoaderError, match=r"IndexError.* in __getitem__\); the data set must retu"):
+        next(loader_of(Short(), num_microbatches=1).steps(0, 0))
 
 
 def test_a_batch_that_cannot_be_collated_is_named() -> None:
@@ -267,12 +279,12 @@ def test_an_iterator_from_before_a_new_start_ends() -> None:
         assert next(old, None) is None
 
 
-def test_loader_processes_ignore_the_signals_of_a_notice_and_use_one_thread() -> None:
+def test_loader_processes_ignore_the_signals_of_a_notice_and_use_as_many_threads() -> None:
     with closing(loader_of(Environment(), 4, num_workers=2)) as loader:
         microbatches: Iterator[Microbatch] = loader.steps(0, 0)
         is_deaf, num_threads, process = next(microbatches).batch[1]
         assert is_deaf.all()
-        assert num_threads.tolist() == [1] * len(num_threads)
+        assert num_threads.tolist() == [torch.get_num_threads()] * len(num_threads)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             os.kill(int(process[0]), number)
         assert len(list(islice(microbatches, 20))) == 20

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from training.config import OptimizerConfig, SchedulerConfig, WarmupConfig
-from training.errors import CheckpointMismatchError, ConfigError
+from training.errors import CheckpointMismatchError, ConfigError, ExperimentError
 from training.json_state import Tensors
 from training.optimization import (
+    UNSUPPORTED_SCHEDULERS,
     InverseSquareRoot,
     Schedule,
     build_optimizer,
@@ -95,6 +96,11 @@ def test_the_state_of_another_model_is_refused() -> None:
         (OptimizerConfig(name="LBFGS"), "not supported"),
         (OptimizerConfig(args={"learning_rate": 1}), "learning_rate"),
         (OptimizerConfig(args={"lr": -1.0}), "Invalid learning rate"),
+        (OptimizerConfig(name="Adamw"), "did you mean 'AdamW'"),
+        (OptimizerConfig(name="SparseAdam"), "not supported"),
+        (OptimizerConfig(args={"lr": "high"}), r"optimizer\.args\.lr = 'high': expected a number"),
+        (OptimizerConfig(args={"betas": 0.9}), r"optimizer\.args\.betas = 0\.9: expected a list"),
+        (OptimizerConfig(args={"fused": True, "foreach": True}), "fused.*foreach"),
     ],
 )
 def test_a_bad_optimizer_is_named(config: OptimizerConfig, message: str) -> None:
@@ -108,6 +114,62 @@ def test_a_bad_scheduler_is_named() -> None:
         schedule_of(optimizer, {"name": "CosineAnealingLR"})
     with pytest.raises(ConfigError, match=r"scheduler\.args"):
         schedule_of(optimizer, {"name": "StepLR"})
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED_SCHEDULERS))
+def test_a_scheduler_that_no_file_can_describe_is_not_offered(name: str) -> None:
+    with pytest.raises(ConfigError, match="not supported") as caught:
+        schedule_of(optimizer_of(small_model()), {"name": name})
+    assert name not in str(caught.value).partition("allowed: ")[2].split(", ")
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("StepLR", {"step_size": "x"}, r"scheduler\.args\.step_size = 'x': expected an integer"),
+        ("StepLR", {"step_size": 1, "last_epoch": 3}, r"unknown key scheduler\.args\.last_epoch"),
+        ("MultiStepLR", {"milestones": 3}, r"write scheduler\.args\.milestones=\[3\]"),
+        ("ReduceLROnPlateau", {"mode": "maxi"}, r"scheduler\.args\.mode = 'maxi': must be 'min'"),
+        ("InverseSquareRoot", {"timescale_steps": 0}, "division by zero"),
+    ],
+)
+def test_a_bad_argument_of_a_scheduler_is_named(
+    name: str, args: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        schedule_of(optimizer_of(small_model()), {"name": name, "args": args})
+
+
+def test_a_model_without_parameters_is_named() -> None:
+    with pytest.raises(ExperimentError, match="the model ReLU has no parameters"):
+        build_optimizer(OptimizerConfig(), nn.ReLU())
+
+
+@pytest.mark.parametrize(("interval", "num_taken"), [("step", 35), ("epoch", 4)])
+def test_a_scheduler_that_ends_before_training_does_is_refused(
+    interval: str, num_taken: int
+) -> None:
+    def one_cycle(total_steps: int) -> tuple[Schedule, torch.optim.Optimizer]:
+        args = {"max_lr": 0.1, "total_steps": total_steps}
+        scheduler = {"name": "OneCycleLR", "args": args, "interval": interval}
+        optimizer = optimizer_of(small_model())
+        return schedule_of(optimizer, scheduler, {"num_steps": 10}), optimizer
+
+    def train_45_steps(schedule: Schedule, optimizer: torch.optim.Optimizer) -> None:
+        for step in range(1, 46):
+            optimizer.step()
+            schedule.after_step()
+            if step % 10 == 0 or step == 45:
+                schedule.after_epoch({})
+
+    schedule, optimizer = one_cycle(num_taken)
+    schedule.require_length(45, 10)
+    train_45_steps(schedule, optimizer)
+    short, optimizer = one_cycle(num_taken - 1)
+    with pytest.raises(ConfigError, match=rf"write scheduler\.args\.total_steps={num_taken}$"):
+        short.require_length(45, 10)
+    with pytest.raises(ConfigError, match="cannot take its next step"):
+        train_45_steps(short, optimizer)
 
 
 def test_warm_up_is_linear_and_ends_at_the_exact_rate() -> None:
@@ -193,3 +255,10 @@ def test_a_restored_schedule_goes_on_with_the_same_rates(scheduler: dict[str, An
     restore_optimizer(other_optimizer, model, {}, saved)
     other.load_state_dict(state)
     assert advance(other, other_optimizer, 12) == advance(schedule, optimizer, 12)
+
+
+def test_the_state_of_another_optimizer_is_refused_in_words() -> None:
+    model = small_model()
+    tensors, state = capture_optimizer(optimizer_of(model, "SGD"), model)
+    with pytest.raises(CheckpointMismatchError, match=r"of another optimizer than AdamW: .*betas"):
+        restore_optimizer(optimizer_of(model, "AdamW"), model, tensors, state)

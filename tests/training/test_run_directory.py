@@ -99,12 +99,21 @@ def test_a_run_record_of_a_newer_format_is_refused(run: RunDirectory) -> None:
 
 
 def test_a_wrong_field_is_named(run: RunDirectory) -> None:
-    write_segment(run, segment_record())
-    write_json_durably(
-        run.segment(1), {**segment_record().model_dump(mode="json"), "end_step": "many"}
-    )
-    with pytest.raises(DataFormatError, match=r"0001\.json: end_step: .*found 'many'"):
-        read_segments(run)
+    write_run_record_once(run, run_record())
+    write_json_durably(run.run_json, {**json.loads(run.run_json.read_text()), "seeds": "many"})
+    with pytest.raises(DataFormatError, match=r"run\.json: seeds: .*found 'many'"):
+        read_run_record(run)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format_version": 1, "end_step": "many"}'])
+def test_a_damaged_segment_record_is_told_and_left_out(
+    run: RunDirectory, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (1, 2):
+        write_segment(run, segment_record(number))
+    run.segment(1).write_text(content)
+    assert read_segments(run) == [segment_record(2)]
+    assert "0001.json" in caplog.text
 
 
 def test_a_new_run_has_no_segments(run: RunDirectory) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -55,17 +56,27 @@ def load_checkpoint(
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     state: Json = None
-    for name, content in verified_files(folder, manifest):
-        path = str(folder.path / name)
+    for name, parsed in parsed_files(folder, manifest):
         if name == STATE_NAME:
-            state = _parse_state(content, path)
+            state = parsed
         else:
-            tensors[name.removesuffix(TENSOR_SUFFIX)] = parse_tensors(content, path)
-    if manifest.kind == "full" and state is None:
-        raise CheckpointCorruptError(f"{folder.path} is full and lists no {STATE_NAME}")
+            tensors[name.removesuffix(TENSOR_SUFFIX)] = parsed
     for version in versions_to_migrate(manifest.format_version, str(folder.path), migrations):
         tensors, state = migrations[version].state((tensors, state))
     return RestoredCheckpoint(manifest, tensors, state, folder.path)
+
+
+def parsed_files(folder: Folder, manifest: Manifest) -> Iterator[tuple[str, Any]]:
+    """The name and the content of each listed file, once verified: tensors by name, or JSON.
+
+    Raises CheckpointCorruptError that names the file, what was expected and what was found.
+    """
+    if manifest.kind == "full" and STATE_NAME not in manifest.files:
+        raise CheckpointCorruptError(f"{folder.path} is full and lists no {STATE_NAME}")
+    for name, content in verified_files(folder, manifest):
+        path = str(folder.path / name)
+        is_state = name == STATE_NAME
+        yield name, _parse_state(content, path) if is_state else parse_tensors(content, path)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,27 +79,43 @@ class FileWriter:
         )
 
 
-def read_file(path: Path, algorithm: str, size_bytes: int | None = None) -> tuple[Tensor, str]:
+def read_file(
+    path: Path,
+    algorithm: str,
+    size_bytes: int | None = None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[Tensor, str]:
     """The content of a file, uint8, and its digest.
 
     Args:
         path: the file.
         algorithm: of the digest.
         size_bytes: how large it must be; None for any size.
+        on_bytes: told the size of each chunk that was read. With it the content is mapped rather
+            than held in memory, which stays small however large the file is.
 
     Raises:
         CheckpointCorruptError: it is missing, not a plain file, of another size, or the disk
             cannot give it back.
         StorageError: it cannot be read for another reason.
     """
+    with _typed_errors(path), closing(_open_plain(path, size_bytes)) as file:
+        found_bytes = os.fstat(file.fileno()).st_size
+        if on_bytes is not None:
+            return _digest_and_map(file, found_bytes, algorithm, on_bytes)
+        return _read_and_digest(file, found_bytes, algorithm)
+
+
+def require_plain_file(path: Path, size_bytes: int) -> None:
+    """Raise what ``read_file`` raises unless there is a plain file of this size."""
+    with _typed_errors(path), closing(_open_plain(path, size_bytes)):
+        pass
+
+
+@contextmanager
+def _typed_errors(path: Path) -> Iterator[None]:
     try:
-        with closing(_open_plain(path)) as file:
-            found_bytes = os.fstat(file.fileno()).st_size
-            if size_bytes is not None and found_bytes != size_bytes:
-                raise CheckpointCorruptError(
-                    f"{path} has {found_bytes} bytes, the manifest says {size_bytes}"
-                )
-            return _read_and_digest(file, found_bytes, algorithm)
+        yield
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointCorruptError(f"{path} is missing") from None
     except OSError as error:
@@ -122,13 +139,38 @@ def _read_and_digest(file: io.FileIO, num_bytes: int, algorithm: str) -> tuple[T
     return content, f"{algorithm}:{hasher.hexdigest()}"
 
 
-def _open_plain(path: Path) -> io.FileIO:
+def _digest_and_map(
+    file: io.FileIO, num_bytes: int, algorithm: str, on_bytes: Callable[[int], None]
+) -> tuple[Tensor, str]:
+    # Read, not mapped, for the digest: a disk that fails is an error then, and not a signal.
+    hasher, buffer, end = new_hasher(algorithm), memoryview(bytearray(CHUNK_BYTES)), 0
+    while num_read := file.readinto(buffer):
+        hasher.update(buffer[:num_read])
+        on_bytes(num_read)
+        end += num_read
+    if end != num_bytes:
+        raise CheckpointCorruptError(f"{file.name!s} ended at byte {end} of {num_bytes}")
+    content = torch.empty(0, dtype=torch.uint8)
+    if num_bytes:
+        mapped = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_COPY)
+        content = torch.frombuffer(mapped, dtype=torch.uint8)
+    return content, f"{algorithm}:{hasher.hexdigest()}"
+
+
+def _open_plain(path: Path, size_bytes: int | None) -> io.FileIO:
     kind = path.lstat().st_mode
     if not stat.S_ISREG(kind):
         raise CheckpointCorruptError(
             f"{path} should be a plain file and is {_kind_name(kind)}; it was not made by Holdfast"
         )
-    return path.open("rb", buffering=0)
+    file = path.open("rb", buffering=0)
+    found_bytes = os.fstat(file.fileno()).st_size
+    if size_bytes is not None and found_bytes != size_bytes:
+        file.close()
+        raise CheckpointCorruptError(
+            f"{path} has {found_bytes} bytes, the manifest says {size_bytes}"
+        )
+    return file
 
 
 def _kind_name(kind: int) -> str:

@@ -71,6 +71,7 @@ class CheckpointIdentity:
         device: where the run trains.
         segment: its number.
         config: the values that the digest covers, for messages about a mismatch.
+        run: the run, for good; see ``run_identity``.
     """
 
     config_digest: str
@@ -78,6 +79,7 @@ class CheckpointIdentity:
     device: str
     segment: int
     config: Mapping[str, Any] = field(default_factory=dict)
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -247,8 +249,7 @@ class CheckpointManager:
             try:
                 manifest = manifest_of(folder, self._migrations)
                 if manifest.kind == "full":
-                    if not should_allow_mismatch:
-                        self._require_match(folder, manifest)
+                    self._check_match(folder, manifest, should_allow_mismatch)
                     restored = load_checkpoint(folder, manifest, self._migrations)
                     self._warn_of_differences(manifest)
                     self._finish_slimming()
@@ -318,19 +319,27 @@ class CheckpointManager:
             files={},
             config_digest=self._identity.config_digest,
             config=dict(self._identity.config),
+            run=self._identity.run,
             versions=dict(self._identity.versions),
             device=self._identity.device,
             created_at=utc_now(),
             segment=self._identity.segment,
         )
 
-    def _require_match(self, folder: Folder, manifest: Manifest) -> None:
+    def _check_match(self, folder: Folder, manifest: Manifest, is_mismatch_allowed: bool) -> None:
         if manifest.config_digest == self._identity.config_digest:
             return
         keys = list(_differences(manifest.config, self._identity.config))
         keys = keys or [
             f"digest: {manifest.config_digest} there, {self._identity.config_digest} here"
         ]
+        if is_mismatch_allowed:
+            logger.warning(
+                "going on from a checkpoint of another configuration (%s); the state of optimizer "
+                "and scheduler, learning rate included, is the checkpoint's",
+                "; ".join(keys),
+            )
+            return
         raise CheckpointMismatchError(
             f"{folder.path} was made by another configuration ({'; '.join(keys)}): use that one, "
             f"take another run id, or allow the mismatch (--allow-mismatch)"
@@ -352,7 +361,9 @@ class CheckpointManager:
         number = next(n for n in range(1, len(taken) + 2) if f"{name}{DAMAGED}{n}" not in taken)
         kept_as = f"{name}{DAMAGED}{number}"
         self._storage.remove(name, keep_as=kept_as)
-        logger.warning("%s; set aside as %s, an earlier checkpoint is used", error, kept_as)
+        is_any_left = bool(self._committed_names())
+        hope = ", the checkpoint before it is tried" if is_any_left else ", none is left"
+        logger.warning("%s; set aside as %s%s", error, kept_as, hope)
 
     def _require_undamaged(self) -> None:
         damaged = [name for name in self._storage.names() if DAMAGED in name]

@@ -19,7 +19,7 @@ from training.checkpointing.digests import ALGORITHM, HASHERS, digest_of
 from training.checkpointing.local_files import read_file
 from training.checkpointing.policy import CheckpointInfo, Kind, Trigger
 from training.config import Json
-from training.durable_json import json_bytes, storage_error
+from training.durable_json import json_bytes, storage_error, without_nan
 from training.errors import CheckpointCorruptError
 from training.run_paths import parse_step
 
@@ -74,6 +74,8 @@ class Manifest(BaseModel):
     config_digest: str
     config: dict[str, Any] = Field(default_factory=dict)
     """The values that the digest covers, so that a mismatch can be told by its keys."""
+    run: str = ""
+    """The run that it belongs to, wherever it is copied to."""
     versions: dict[str, str] = Field(default_factory=dict)
     device: str
     created_at: str
@@ -94,7 +96,7 @@ class Manifest(BaseModel):
 
     def to_bytes(self) -> bytes:
         """The content of ``manifest.json``."""
-        fields = _without_nan(self.model_dump(mode="python"))
+        fields = without_nan(self.model_dump(mode="python"))
         return json_bytes({**fields, DIGEST_KEY: digest_of([json_bytes(fields)])})
 
 
@@ -172,11 +174,7 @@ def verified_files(folder: Folder, manifest: Manifest) -> Iterator[tuple[str, Te
 
     Raises CheckpointCorruptError that names the file, what was expected and what was found.
     """
-    for name in sorted(folder.files):
-        if not is_known_file(name) and not name.startswith("."):
-            raise CheckpointCorruptError(
-                f"{folder.path / name} is not a file of a checkpoint: move it away"
-            )
+    check_names(folder)
     for name, entry in sorted(manifest.files.items()):
         algorithm = entry.digest.partition(":")[0]
         content, digest = folder.read(name, algorithm, entry.size_bytes)
@@ -186,6 +184,15 @@ def verified_files(folder: Folder, manifest: Manifest) -> Iterator[tuple[str, Te
                 f"{entry.digest}, found {digest}"
             )
         yield name, content
+
+
+def check_names(folder: Folder) -> None:
+    """Raise CheckpointCorruptError that names a file which is no checkpoint's; none is opened."""
+    for name in sorted(folder.files):
+        if not is_known_file(name) and not name.startswith("."):
+            raise CheckpointCorruptError(
+                f"{folder.path / name} is not a file of a checkpoint: move it away"
+            )
 
 
 def parse_manifest(
@@ -238,12 +245,3 @@ def versions_to_migrate(
             f"{sorted({*migrations, FORMAT_VERSION})}: use the Holdfast that wrote it, or a newer"
         )
     return wanted
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity; a metric may be either. Pydantic reads the words back."""
-    if isinstance(value, float) and value - value != 0.0:
-        return repr(value)
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return value

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
-from training.config import CheckpointConfig, SelectionConfig
+from training.config import CheckpointConfig, EmaConfig, SelectionConfig
 from training.run_directory import SegmentRecord, ledger_outcome, segment_duration_s
 
 Trigger = Literal["epoch", "steps", "time", "notice", "end"]
@@ -114,6 +114,24 @@ class KeepBest:
 
 
 @dataclass(frozen=True)
+class KeepSnapshots:
+    """The selectable checkpoints of every ``num_epochs``-th epoch, whatever their metrics.
+
+    Post-hoc averages are made from the moving averages in them.
+    """
+
+    num_epochs: int
+    needs: ClassVar[Kind] = "weights"
+
+    def __post_init__(self) -> None:
+        _require_positive("KeepSnapshots.num_epochs", self.num_epochs)
+
+    def keep(self, infos: Sequence[CheckpointInfo]) -> set[int]:
+        """Decided by the epoch alone, so that interruptions do not change it."""
+        return {i.step for i in infos if i.is_selectable and i.epoch % self.num_epochs == 0}
+
+
+@dataclass(frozen=True)
 class KeepEvery:
     """Each checkpoint whose step is a multiple of ``num_steps``, in full, for the archive."""
 
@@ -206,13 +224,15 @@ def newest_full(infos: Sequence[CheckpointInfo]) -> set[int]:
 
 
 def build_retention(
-    checkpoint: CheckpointConfig, selection: SelectionConfig
+    checkpoint: CheckpointConfig, selection: SelectionConfig, ema: EmaConfig
 ) -> tuple[Retention, ...]:
     """The policies that a configuration asks for."""
     policies: list[Retention] = [
         KeepLast(checkpoint.keep_last),
         KeepTopK(selection.top_k, selection.metric, selection.mode),
     ]
+    if ema.posthoc_gammas:
+        policies.append(KeepSnapshots(ema.posthoc_snapshot_epochs))
     if checkpoint.keep_every_steps is not None:
         policies.append(KeepEvery(checkpoint.keep_every_steps))
     for metric, threshold in sorted(checkpoint.keep_above.items()):

@@ -196,7 +196,7 @@ class LocalStorage(LocalReader):
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            _exchange(staged, target)
+            exchange(staged, target)
             reach("replace.after-exchange")
         reach("commit.after-rename")
         sync_folder(self._root)
@@ -231,7 +231,7 @@ def _write_one(path: Path, content: bytes) -> None:
         FileWriter(pool).write(path, [content]).digest()
 
 
-def _exchange(staged: Path, target: Path) -> None:
+def exchange(staged: Path, target: Path) -> None:
     """Swap two folders, at one stroke where the system can.
 
     Where it cannot (NFS, systems other than Linux), a crash between the two renames leaves

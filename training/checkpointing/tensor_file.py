@@ -150,10 +150,29 @@ def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
     Raises:
         CheckpointCorruptError: it is not a safetensors file as the format describes it.
     """
+    layout, data = parse_layout(content.numpy().data, file)
     try:
-        header, data = _split(content.numpy().data)
+        tensors = {name: _aligned(slot.view(data)) for name, slot in layout.slots.items()}
+        return {**tensors, **{name: tensors[stored] for name, stored in layout.aliases.items()}}
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise _not_safetensors(file, error) from error
+
+
+def parse_layout(memory: memoryview, file: str) -> tuple[Layout, memoryview]:
+    """What a file holds, and the bytes of its tensors, which are not looked at.
+
+    Args:
+        memory: the whole file.
+        file: its name, for messages.
+
+    Raises:
+        CheckpointCorruptError: it is not a safetensors file as the format describes it.
+    """
+    try:
+        header, data = _split(memory)
         aliases = json.loads(header.pop(METADATA, {}).get(ALIASES, "{}"))
-        tensors, end = {}, 0
+        slots: dict[str, Slot] = {}
+        end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             slot = Slot(DTYPES[entry["dtype"]], tuple(entry["shape"]), end)
             if any(type(size) is not int or size < 0 for size in slot.shape):
@@ -164,14 +183,20 @@ def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
                     f"{name} should lie in bytes {slot.start} to {end} of {len(data)}, the "
                     f"header says {entry['data_offsets']}"
                 )
-            tensors[name] = _aligned(slot.view(data))
+            slots[name] = slot
         if end != len(data):
             raise ValueError(f"{len(data) - end} bytes follow the last tensor")
-        return {**tensors, **{name: tensors[stored] for name, stored in aliases.items()}}
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointCorruptError(
-            f"{file} is not a safetensors file: {error!r}; nothing else is ever loaded"
-        ) from error
+        if missing := sorted({str(stored) for stored in aliases.values()} - slots.keys()):
+            raise ValueError(f"there is no {missing[0]}, which other names lead to")
+        return Layout(slots, aliases), data
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _not_safetensors(file, error) from error
+
+
+def _not_safetensors(file: str, error: Exception) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        f"{file} is not a safetensors file: {error!r}; nothing else is ever loaded"
+    )
 
 
 def _split(memory: memoryview) -> tuple[dict[str, Any], memoryview]:

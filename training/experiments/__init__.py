@@ -8,4 +8,5 @@ from __future__ import annotations
 EXPERIMENTS: dict[str, str] = {
     "digits": "training.experiments.digits:Digits",
     "turbofan": "training.experiments.turbofan:Turbofan",
+    "translation": "training.experiments.translation:Translation",
 }

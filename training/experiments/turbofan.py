@@ -28,10 +28,12 @@ from training.experiments.turbofan_data import (
 )
 from training.experiments.turbofan_model import TurbofanModel, fit_scaler
 from training.export.specification import ExportSpec
+from training.figures import Measure, Panel, Series
 
 HEALTHY_ABOVE = 80.0
 CRITICAL_UP_TO = 30.0
 HEALTH_CLASSES = ("healthy", "degrading", "critical")
+NUM_SHOWN_ENGINES = 6
 GOLDEN_RATIO = 0.6180339887498949
 FIRST_CUT = 0.25
 """Least fraction of a life after which validation cuts it off. Test histories have about 0.63 of
@@ -121,6 +123,7 @@ class Turbofan:
         "ema": {"decays": [0.999]},
         "selection": {"metric": "rmse", "mode": "min"},
     }
+    resampling_unit: ClassVar[str] = "engine"
 
     def __init__(self, context: Context) -> None:
         self._settings: TurbofanSettings = context.settings
@@ -209,6 +212,27 @@ class Turbofan:
             "loss": float(records["loss"].mean(dtype=np.float64)),
         }
 
+    def figures(self, measure: Measure) -> tuple[Series]:
+        """RUL over the whole lives of some validation engines, from the shortest to the longest."""
+        settings, engines = self._settings, self._engines[1]
+        num_shown = min(NUM_SHOWN_ENGINES, len(engines.ids))
+        by_length = np.argsort(engines.lengths, kind="stable")
+        chosen = by_length[np.linspace(0, len(by_length) - 1, num_shown).round().astype(np.int64)]
+        lengths = engines.lengths[chosen]
+        numbers = np.repeat(chosen, lengths)
+        cycles = np.concatenate([np.arange(1, length + 1) for length in lengths])
+        spread = np.ones_like(cycles)
+        records = measure(TurbofanDataset(engines, numbers, cycles, settings.window, spread))
+        return (
+            Series(
+                title=f"Remaining useful life over cycles, capped at {settings.rul_cap:g}",
+                data=f"{num_shown} of {len(engines.ids)} validation engines, by length of life",
+                x_label="cycle",
+                y_label="remaining useful life (cycles)",
+                panels=tuple(_panel(records, one, settings.rul_cap) for one in engines.ids[chosen]),
+            ),
+        )
+
     def export_spec(self) -> ExportSpec:
         """Names of what goes in and comes out, and windows that have to be padded."""
         (windows,) = example_inputs(self, num_samples=8)
@@ -235,6 +259,18 @@ class Turbofan:
         squared = weight * (outputs[0].float().squeeze(1) - target).square()
         entropy = functional.cross_entropy(outputs[1].float(), health_class(rul), reduction="none")
         return squared, entropy
+
+
+def _panel(records: Records, engine: int, rul_cap: float) -> Panel:
+    """One engine's RUL in cycles over its cycles; the truth is capped as training caps it."""
+    own = records["engine"] == engine
+    cycles = records["cycle"][own].tolist()
+    truth = np.minimum(records["target"][own], rul_cap).tolist()
+    return Panel(
+        title=f"engine {engine}",
+        truth=tuple(zip(cycles, truth, strict=True)),
+        prediction=tuple(zip(cycles, records["prediction"][own].tolist(), strict=True)),
+    )
 
 
 def _padded(windows: Tensor, num_cycles: int) -> Tensor:

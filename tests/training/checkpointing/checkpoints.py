@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import traceback
 import warnings
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -30,6 +32,10 @@ IDENTITY = CheckpointIdentity(
     segment=1,
     config={"optimizer": {"args": {"lr": 0.1}}},
 )
+CLONE_NEWNS = 0x20000
+CLONE_NEWUSER = 0x10000000
+DISK_BYTES = 8 * 2**20
+SKIPPED = 77
 KEEP_ALL: tuple[Retention, ...] = (KeepLast(1000),)
 
 
@@ -104,3 +110,28 @@ def in_child(action: Callable[[], None]) -> int:
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def mount_small_disk(folder: Path) -> None:
+    """A tmpfs that only this process sees."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = CLONE_NEWNS if os.geteuid() == 0 else CLONE_NEWNS | CLONE_NEWUSER
+    private = 1 << 18 | 1 << 14  # MS_PRIVATE | MS_REC
+    if libc.unshare(flags) or libc.mount(None, b"/", None, private, None):
+        raise SystemExit(SKIPPED)
+    options = f"size={DISK_BYTES}".encode()
+    if libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, options):
+        raise SystemExit(SKIPPED)
+
+
+def on_a_small_disk(folder: Path, action: Callable[[Path], None]) -> None:
+    """Run it in a process that has a disk of its own mounted there; skip where it must not."""
+
+    def act() -> None:
+        mount_small_disk(folder)
+        action(folder)
+
+    code = in_child(act)
+    if code == SKIPPED:
+        pytest.skip("this system does not let us mount a small disk")
+    assert code == 0

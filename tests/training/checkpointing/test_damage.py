@@ -182,11 +182,15 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
     [record] = caplog.records
     assert record.levelname == "WARNING"
     assert re.search(DAMAGES[damage], record.getMessage())
-    assert "set aside as step-00000020.damaged-1" in record.getMessage()
+    assert record.getMessage().endswith(
+        "set aside as step-00000020.damaged-1, the checkpoint before it is tried"
+    )
     assert not (run.path / "exploited").exists()
 
 
-def test_with_none_left_nothing_is_deleted_and_each_start_says_so(run: RunDirectory) -> None:
+def test_with_none_left_nothing_is_deleted_and_each_start_says_so(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
     flip_bit(run.checkpoint(10))
     truncate(run.checkpoint(20))
     for _ in range(2):
@@ -196,6 +200,11 @@ def test_with_none_left_nothing_is_deleted_and_each_start_says_so(run: RunDirect
         ):
             manager.restore()
         assert names(run.checkpoints) == ["step-00000010.damaged-1", "step-00000020.damaged-1"]
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.rpartition(", ")[2] for text in told] == [
+        "the checkpoint before it is tried",
+        "none is left",
+    ]
 
 
 def test_a_step_can_be_damaged_again(run: RunDirectory) -> None:

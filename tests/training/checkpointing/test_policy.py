@@ -13,6 +13,7 @@ from training.checkpointing.policy import (
     KeepCrossing,
     KeepEvery,
     KeepLast,
+    KeepSnapshots,
     KeepTopK,
     Kind,
     Retention,
@@ -28,7 +29,7 @@ from training.checkpointing.policy import (
     to_slim,
     young_daly_interval_s,
 )
-from training.config import CheckpointConfig, SelectionConfig
+from training.config import CheckpointConfig, EmaConfig, SelectionConfig
 from training.run_directory import SegmentRecord
 
 METRICS = ("loss", "accuracy")
@@ -210,19 +211,34 @@ def test_without_a_policy_the_newest_stays() -> None:
     assert plan_retention([], []).delete == ()
 
 
-@pytest.mark.parametrize("build", [KeepLast, KeepEvery, lambda k: KeepTopK(k, "loss", "min")])
+@pytest.mark.parametrize(
+    "build", [KeepLast, KeepEvery, KeepSnapshots, lambda k: KeepTopK(k, "loss", "min")]
+)
 def test_keeping_none_is_refused_instead_of_meaning_all(build: Any) -> None:
     with pytest.raises(ValueError, match="at least 1, found 0"):
         build(0)
+
+
+def test_snapshots_are_kept_by_epoch_whatever_their_metrics() -> None:
+    infos = [
+        CheckpointInfo(10, 1, metrics={"loss": 0.1}),
+        CheckpointInfo(20, 2, metrics={"loss": 9.0}),
+        CheckpointInfo(25, 2, trigger="time"),
+        CheckpointInfo(30, 3, metrics={"loss": 0.2}),
+        CheckpointInfo(40, 4, kind="weights"),
+    ]
+    assert KeepSnapshots(2).keep(infos) == {20, 40}
 
 
 def test_the_configuration_builds_every_kind_of_policy() -> None:
     checkpoint = CheckpointConfig(
         keep_last=3, keep_every_steps=100, keep_above={"accuracy": 0.9}, keep_below={"loss": 0.1}
     )
-    assert build_retention(checkpoint, SelectionConfig(metric="loss", top_k=2)) == (
+    ema = EmaConfig(posthoc_gammas=(6.94,), posthoc_snapshot_epochs=4)
+    assert build_retention(checkpoint, SelectionConfig(metric="loss", top_k=2), ema) == (
         KeepLast(3),
         KeepTopK(2, "loss", "min"),
+        KeepSnapshots(4),
         KeepEvery(100),
         KeepCrossing("accuracy", 0.9, "above"),
         KeepCrossing("loss", 0.1, "below"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -13,9 +12,9 @@ import pytest
 
 from tests.training.checkpointing.checkpoints import (
     contents_at,
-    in_child,
     managing,
     names,
+    on_a_small_disk,
     save_steps,
 )
 from training.checkpointing import storage as storage_module
@@ -26,11 +25,6 @@ from training.checkpointing.storage import LocalStorage
 from training.errors import CheckpointCorruptError, StorageError, StorageFullError
 from training.run_paths import RunDirectory
 
-CLONE_NEWNS = 0x00020000
-CLONE_NEWUSER = 0x10000000
-DISK_BYTES = 8 * 2**20
-SKIPPED = 77
-
 
 def no_manifest(entries: Mapping[str, FileEntry]) -> bytes:
     return b"{}"
@@ -39,18 +33,6 @@ def no_manifest(entries: Mapping[str, FileEntry]) -> bytes:
 def make_storage(folder: Path) -> LocalStorage:
     (folder / "staging").mkdir(parents=True)
     return LocalStorage(folder / "checkpoints", folder / "staging", lambda: None)
-
-
-def mount_small_disk(folder: Path) -> None:
-    """A tmpfs that only this process sees."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    flags = CLONE_NEWNS if os.geteuid() == 0 else CLONE_NEWNS | CLONE_NEWUSER
-    private = 1 << 18 | 1 << 14  # MS_PRIVATE | MS_REC
-    if libc.unshare(flags) or libc.mount(None, b"/", None, private, None):
-        raise SystemExit(SKIPPED)
-    options = f"size={DISK_BYTES}".encode()
-    if libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, options):
-        raise SystemExit(SKIPPED)
 
 
 class FourMebibytes(FileImage):
@@ -83,7 +65,6 @@ class FillingParts(list[Bytes]):
 
 
 def run_out_of_space(folder: Path) -> None:
-    mount_small_disk(folder)
     storage = make_storage(folder)
     storage.commit("a", {"one.json": FileImage([b"good"])}, no_manifest)
     parts = FillingParts([bytes(2**20)] * 4, folder)
@@ -100,14 +81,10 @@ def run_out_of_space(folder: Path) -> None:
 
 
 def test_a_disk_that_fills_up_in_the_middle_leaves_the_old_checkpoints(tmp_path: Path) -> None:
-    code = in_child(lambda: run_out_of_space(tmp_path))
-    if code == SKIPPED:
-        pytest.skip("this system does not let us mount a small disk")
-    assert code == 0
+    on_a_small_disk(tmp_path, run_out_of_space)
 
 
 def retry_on_a_full_disk(folder: Path) -> None:
-    mount_small_disk(folder)
     run = RunDirectory(folder / "e" / "a")
     with managing(run) as manager:
         manager.save(contents_at(1), wait=True)
@@ -126,10 +103,7 @@ def retry_on_a_full_disk(folder: Path) -> None:
 
 
 def test_a_save_that_found_the_disk_full_can_be_tried_again(tmp_path: Path) -> None:
-    code = in_child(lambda: retry_on_a_full_disk(tmp_path))
-    if code == SKIPPED:
-        pytest.skip("this system does not let us mount a small disk")
-    assert code == 0
+    on_a_small_disk(tmp_path, retry_on_a_full_disk)
 
 
 def test_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
