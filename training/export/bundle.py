@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
+from training.checkpointing.storage import exchange
 from training.config import Json
 from training.durable_json import json_bytes, sync_folder
 from training.errors import BundleError
@@ -83,18 +84,13 @@ def verified(folder: Path) -> dict[str, Any]:
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Move a complete bundle into place in one atomic step, replacing an older one.
-
-    Where there is an older one it is moved away first and deleted last; in between there may be
-    none, but never a mixture.
-    """
-    retired = staging.with_name(f"{staging.name}.retired")
-    shutil.rmtree(retired, ignore_errors=True)
+    """Move a complete bundle into place at one stroke. An older one is deleted afterwards."""
     if target.exists():
-        target.rename(retired)
-    staging.rename(target)
+        exchange(staging, target)
+    else:
+        staging.rename(target)
     sync_folder(target.parent)
-    shutil.rmtree(retired, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def without_paths(value: Any) -> Any:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.data import evaluation_batches
@@ -17,7 +16,7 @@ from training.export.guard import GuardedModel
 from training.export.numbers import Reference, double_copy, make_reference
 from training.export.probes import BATCH_SIZES, make_probes
 from training.export.specification import Inputs, Interface, derive_interface, export_spec
-from training.export.weights import load_champion, tied_names
+from training.export.weights import load_champion, read_tensors, tied_names
 
 Runner = Callable[[Inputs], list[Tensor]]
 
@@ -96,7 +95,7 @@ class Champion:
             experiment=experiment,
             interface=interface,
             eager=eager,
-            tensors=load_file(path),
+            tensors=read_tensors(path),
             names=names,
             references=references,
             test=tuple(test),

@@ -40,6 +40,7 @@ class CheckRequest:
         champion: the safetensors file that is the truth.
         bundle, scratch: where the artifacts are; the child writes its reports and the golden
             samples below ``scratch``.
+        parts: checks of the parts of a model that is served as several graphs; see ``assembly.py``.
     """
 
     experiment: str
@@ -49,6 +50,7 @@ class CheckRequest:
     scratch: str
     formats: tuple[str, ...]
     num_threads: int = 1
+    parts: tuple[str, ...] = ()
 
     def build_config(self) -> RunConfig:
         """The configuration as a value."""
@@ -80,7 +82,8 @@ class CheckOutcome:
 def read_request(path: Path) -> CheckRequest:
     """The request that a parent wrote."""
     values = json.loads(path.read_text())
-    return CheckRequest(**{**values, "formats": tuple(values["formats"])})
+    lists = {name: tuple(values[name]) for name in ("formats", "parts")}
+    return CheckRequest(**{**values, **lists})
 
 
 def check_in_fresh_process(
@@ -93,7 +96,9 @@ def check_in_fresh_process(
     A child that dies gives the artifact that it was at a ``runtime`` finding with its exit code
     or signal. Raises ExportError if it dies, or takes too long, before it reached an artifact.
     """
-    names = ("champion", *request.formats) if action == "parity" else request.formats
+    names = request.formats
+    if action == "parity":
+        names = ("champion", *names, *request.parts)
     reports: dict[str, Any] = {}
     for name in names:
         request.report_path(action, name).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from training.durable_json import write_json_durably
 from training.experiment import example_inputs
+from training.export.assembly import PartChecks
 from training.export.champion import Champion
 from training.export.checking import CheckRequest, read_request
 from training.export.formats import Place, formats
@@ -43,6 +44,8 @@ def check_parity(request: CheckRequest, names: list[str]) -> None:
     """Write a report for each name; ``champion`` stands for the comparison itself."""
     experiment = request.build_experiment()
     batch_size = request.build_config().data.evaluation_batch_size
+    folders = Path(request.bundle), Path(request.scratch)
+    parts = PartChecks(experiment, Path(request.champion), folders, batch_size)
     champion = Champion.load(experiment, Path(request.champion), batch_size, _say)
     place = Place(Path(request.bundle), Path(request.scratch), experiment.model, champion.interface)
     table = formats()
@@ -55,7 +58,9 @@ def check_parity(request: CheckRequest, names: list[str]) -> None:
     )
     for name in names:
         _say(f"parity of {name}")
-        if name == "champion":
+        if name in request.parts:
+            report = parts.check(name)
+        elif name == "champion":
             report = check_comparison(champion)
             write_golden(Path(request.scratch) / "golden", champion, export.num_golden)
         else:

@@ -17,6 +17,7 @@ from training.errors import BundleError, HoldfastError, InputError
 from training.export import consumer
 from training.export.pull import pull
 from training.export.registry import BundleReference, Registry
+from training.export.sources import BundleSource, FolderSource
 
 COMMANDS = ("pull", "verify", "predict", "bundles")
 DEFAULT_STORE = Path("runs")
@@ -81,23 +82,46 @@ def _add_pull(commands: Any) -> None:
         "reference", metavar="NAME[@VERSION|@ALIAS]", help="default alias champion"
     )
     pulling.add_argument("--to", type=Path, required=True, metavar="DIR", help="must not exist yet")
-    pulling.add_argument("--store", type=Path, default=DEFAULT_STORE, help="default: runs")
+    pulling.add_argument(
+        "--store", default=DEFAULT_STORE, help="folder, or http://host/path of one; default: runs"
+    )
     pulling.add_argument(
         "--only", action="append", default=[], metavar="FORMAT", help="leave other formats out"
     )
 
 
 def _run_pull(options: argparse.Namespace) -> None:
-    registry = Registry(options.store)
-    reference = BundleReference.parse(options.reference)
-    version = registry.resolve(reference)
+    version, source = _locate(str(options.store), BundleReference.parse(options.reference))
     manifest = pull(
-        registry.bundle(reference.name, version),
+        source,
         options.to,
         tuple(options.only),
         lambda name, size: print(f"  {size:>12,}  {name}", file=sys.stderr),
     )
     print(f"{manifest['name']}@{version} is in {options.to}; every digest is right")
+
+
+def _locate(store: str, reference: BundleReference) -> tuple[int, BundleSource]:
+    """The version that a reference means, and where it is pulled from: a folder or a URL."""
+    if not is_url(store):
+        registry = Registry(Path(store))
+        version = registry.resolve(reference)
+        return version, FolderSource(registry.bundle(reference.name, version))
+    try:
+        from training.export.http_store import HttpStore
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"pulling from {store} needs the package {error.name}: pip install {error.name}; a "
+            "store that is mounted as a folder needs nothing"
+        ) from error
+    remote = HttpStore(store)
+    version = remote.resolve(reference)
+    return version, remote.source(reference.name, version)
+
+
+def is_url(store: str) -> bool:
+    """Whether a store is behind HTTP, and not a folder."""
+    return store.startswith(("http://", "https://"))
 
 
 def _run_verify(options: argparse.Namespace) -> None:

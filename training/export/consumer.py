@@ -16,6 +16,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import os
 import stat
 import sys
@@ -26,6 +27,7 @@ from typing import Any
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PULLED = "pulled.json"  # written by a partial pull: which formats were asked for
+OWN_FILES = (MANIFEST, PULLED)  # which no manifest may name
 MODEL = "1/model.onnx"
 INT8_MODEL = "onnx_int8/model.onnx"
 CHUNK_BYTES = 1 << 20
@@ -87,8 +89,16 @@ def parse_manifest(content: bytes) -> dict[str, Any]:
             f"{MANIFEST} has format version {manifest.get('format_version')}; this program reads "
             f"{FORMAT_VERSION}: take a newer one"
         )
-    for name in manifest["files"]:
-        check_name(name)
+    try:
+        for name, entry in manifest["files"].items():
+            check_name(name)
+            if type(entry["size_bytes"]) is not int or len(bytes.fromhex(entry["sha256"])) != 32:
+                raise ValueError(f"{name} has {entry}")
+        paths = {entry["path"] for entry in manifest["formats"].values()}
+        if missing := sorted(paths - set(manifest["files"])):
+            raise ValueError(f"there is no {missing[0]}")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise RefusedBundleError(f"{MANIFEST} does not describe a bundle: {error!r}") from error
     return dict(manifest)
 
 
@@ -96,7 +106,7 @@ def check_name(name: str) -> None:
     """Raises RefusedBundleError for a path that could leave the folder, or is not portable."""
     parts = PurePosixPath(name).parts
     is_plain = name == "/".join(parts) and bool(parts) and not name.startswith("/")
-    if not is_plain or ".." in parts or any(c in name for c in "\\:\0") or name == MANIFEST:
+    if not is_plain or ".." in parts or any(c in name for c in "\\:\0") or name in OWN_FILES:
         raise RefusedBundleError(f"{MANIFEST} names {name!r}, which is not a path in the bundle")
 
 
@@ -118,9 +128,7 @@ def wanted_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def chosen_files(manifest: Mapping[str, Any], only: list[str]) -> dict[str, Any]:
     """The files of some formats, and everything that belongs to no format."""
-    unwanted = {
-        entry["path"] for name, entry in manifest["formats"].items() if name not in only
-    }  # fmt: skip
+    unwanted = {e["path"] for name, e in manifest["formats"].items() if name not in only}
     return {name: entry for name, entry in manifest["files"].items() if name not in unwanted}
 
 
@@ -135,7 +143,7 @@ def file_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
             found[name] = path
         elif not stat.S_ISDIR(mode):
             yield f"{name} is a symlink or special file; a bundle has regular files alone"
-    for name in sorted(set(found) - set(wanted) - {MANIFEST, PULLED}):
+    for name in sorted(set(found) - set(wanted) - {*OWN_FILES}):
         yield f"{name} is not in the manifest; it was added"
     for name, entry in sorted(wanted.items()):
         if name not in found:
@@ -166,20 +174,14 @@ def verify_golden(folder: Path) -> int:
     manifest = read_manifest(folder)
     golden = json.loads((folder / "golden/golden.json").read_bytes())
     num_compared = 0
-    for path in (MODEL, INT8_MODEL):
-        if not (folder / path).is_file():
-            continue
+    names = [port["name"] for port in manifest["interface"]["inputs"]]
+    for path in [path for path in (MODEL, INT8_MODEL) if (folder / path).is_file()]:
         session = open_session(folder / path)
         for case in golden["cases"]:
-            inputs = {
-                port["name"]: _load_array(
-                    folder / f"golden/{case['name']}.input.{port['name']}.npy"
-                )
-                for port in manifest["interface"]["inputs"]
-            }
+            inputs = {n: _golden(folder, manifest, f"{case['name']}.input.{n}") for n in names}
             outputs = run(session, manifest, inputs)
             for name, tolerance in case["tolerances"].items():
-                expected = _load_array(folder / f"golden/{case['name']}.output.{name}.npy")
+                expected = _golden(folder, manifest, f"{case['name']}.output.{name}")
                 limit = tolerance if path == MODEL else golden["int8_tolerance"]
                 error = _scaled_error(np, outputs[name], expected)
                 num_compared += 1
@@ -193,6 +195,13 @@ def verify_golden(folder: Path) -> int:
     return num_compared
 
 
+def _golden(folder: Path, manifest: Mapping[str, Any], stem: str) -> Any:
+    name = f"golden/{stem}.npy"
+    if name not in manifest["files"]:
+        raise RefusedBundleError(f"golden/golden.json asks for {name}, which is in no {MANIFEST}")
+    return _load_array(folder / name)
+
+
 def open_session(path: Path) -> Any:
     """An ONNX Runtime session on the CPU."""
     import onnxruntime
@@ -203,7 +212,7 @@ def open_session(path: Path) -> Any:
 
 
 def run(session: Any, manifest: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs by name. Raises WrongInputError where a shape does not fit."""
+    """Outputs by name. Raises WrongInputError where a shape or a value does not fit."""
     checked = {}
     for port in manifest["interface"]["inputs"]:
         array = inputs[port["name"]]
@@ -212,9 +221,23 @@ def run(session: Any, manifest: Mapping[str, Any], inputs: Mapping[str, Any]) ->
                 f"input {port['name']} has shape {list(array.shape)}; expected "
                 f"[samples, {', '.join(map(str, port['shape']))}] with at least one sample"
             )
-        checked[port["name"]] = array.astype(port["dtype"], copy=False)
+        checked[port["name"]] = _as_type(array, port)
     names = [port["name"] for port in manifest["interface"]["outputs"]]
     return dict(zip(names, session.run(names, checked), strict=True))
+
+
+def _as_type(array: Any, port: Mapping[str, Any]) -> Any:
+    import numpy as np
+
+    try:
+        with np.errstate(all="ignore"):
+            found = array.astype(port["dtype"])
+        if found.dtype.kind in "iub" and not np.array_equal(found, array):
+            raise ValueError("a fraction, a missing value, or one out of range")
+    except (TypeError, ValueError) as error:
+        wanted = f"{port['name']} has a value that is no {port['dtype']}"
+        raise WrongInputError(f"input {wanted}: {error}") from error
+    return found
 
 
 def predict(folder: Path, source: Path, target: Path | None) -> None:
@@ -298,9 +321,8 @@ def _json_rows(array: Any) -> Any:
     import numpy as np
 
     if np.issubdtype(array.dtype, np.floating):
-        rows: Any = np.where(np.isfinite(array), array.astype(object), None)
-        return rows.tolist()
-    return list(array.tolist())
+        array = np.where(np.isfinite(array), array.astype(object), None)
+    return array.tolist()
 
 
 def _read_csv(np: Any, source: Path) -> Any:
@@ -315,18 +337,12 @@ def _read_csv(np: Any, source: Path) -> Any:
 
 
 def _split_columns(table: Any, ports: list[dict[str, Any]]) -> dict[str, Any]:
-    sizes = []
-    for port in ports:
-        size = 1
-        for length in port["shape"]:
-            size *= length
-        sizes.append(size)
+    sizes = [math.prod(port["shape"]) for port in ports]
     if table.shape[1] != sum(sizes):
         raise ValueError(f"found {table.shape[1]} columns, the model takes {sum(sizes)}")
     arrays, start = {}, 0
     for port, size in zip(ports, sizes, strict=True):
-        part = table[:, start : start + size].reshape(-1, *port["shape"])
-        arrays[port["name"]] = part.astype(port["dtype"])
+        arrays[port["name"]] = table[:, start : start + size].reshape(-1, *port["shape"])
         start += size
     return arrays
 

@@ -34,7 +34,7 @@ from training.export.numbers import (
 from training.export.specification import TensorSpec
 
 NOTICEABLE_NOISE = 1e-4
-PRINTED_DIGITS = 4
+PRINTED_DIGITS = 4  # significant ones, as model cards print metrics
 LAST_DIGIT = 1e-6  # a value on the edge of rounding is not a difference
 FEW = 3
 
@@ -283,7 +283,7 @@ def _prints_the_same(found: float, wanted: float) -> bool:
     if math.isnan(wanted):
         return math.isnan(found)
     near = math.isclose(found, wanted, rel_tol=LAST_DIGIT, abs_tol=LAST_DIGIT)
-    return near or round(found, PRINTED_DIGITS) == round(wanted, PRINTED_DIGITS)
+    return near or f"{found:.{PRINTED_DIGITS}g}" == f"{wanted:.{PRINTED_DIGITS}g}"
 
 
 def _read_unused(place: Place) -> set[str]:

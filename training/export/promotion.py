@@ -1,9 +1,8 @@
 """Does a new champion take the alias? Only if it is not worse than the holder, on the same data.
 
 Both models answer the same test samples: the new bundle's and the holder's ONNX file, each in ONNX
-Runtime, so that what is compared is what is served. Samples are drawn again with replacement, the
-same ones for both, and the metric is computed anew: the spread of the differences says what is
-chance (Efron and Tibshirani 1993, paired bootstrap).
+Runtime, so that what is compared is what is served. What is chance says the paired bootstrap of
+``training.bootstrap``.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from training.bootstrap import resampled_metrics
 from training.config import RunConfig
 from training.errors import ExportError
 from training.experiment import Experiment, Records, example_inputs
@@ -148,18 +148,10 @@ def deciding_metric(config: RunConfig) -> tuple[str, str]:
 def paired_differences(
     experiment: Experiment, records: tuple[Records, Records], metric: str, num_bootstrap: int
 ) -> Differences:
-    """Metric of the first minus metric of the second, for each resample of the samples."""
-    num_samples = len(next(iter(records[0].values())))
-    generator = np.random.Generator(np.random.PCG64(0))
-    differences = np.empty(num_bootstrap)
-    for number in range(num_bootstrap):
-        chosen = generator.integers(0, num_samples, num_samples)
-        new, holder = (
-            experiment.metrics({name: values[chosen] for name, values in one.items()})[metric]
-            for one in records
-        )
-        differences[number] = new - holder
-    return differences
+    """Metric of the first minus metric of the second, for each resample of the test data."""
+    found = resampled_metrics(experiment, records, num_resamples=num_bootstrap, seed=0)
+    assert found is not None
+    return found[0][metric] - found[1][metric]
 
 
 def _records(bundle: Path, experiment: Experiment, config: RunConfig) -> Records:

@@ -5,28 +5,30 @@ Imports the standard library alone.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.durable_json import write_json_durably
-from training.errors import BundleError, InputError
+from training.durable_json import storage_error, sync_folder, write_json_durably
+from training.errors import BundleError, HoldfastError, InputError
 from training.export import consumer
+from training.export.sources import CHUNK_BYTES, BundleSource
 
 if TYPE_CHECKING:
     from training.config import Json
 
-CHUNK_BYTES = 1 << 20
 Progress = Callable[[str, int], None]
 """Called with a file's name and its size as soon as the file is right."""
 
 
 def pull(
-    source: Path,
+    source: BundleSource,
     target: Path,
     only: tuple[str, ...] = (),
     progress: Progress = lambda _name, _size: None,
@@ -41,14 +43,35 @@ def pull(
         BundleError: a byte differs from the manifest, or there is something that the manifest does
             not name, a link, or a path that would leave the folder; the message names it.
         InputError: ``target`` exists and is something else, or ``only`` names no format.
+        StorageError: the source cannot be read now, or the target cannot be written.
     """
-    manifest = _manifest(source)
+    manifest = source.manifest()
     _check_only(manifest, only)
     if target.exists() or target.is_symlink():
         return _already_there(manifest, target, only)
-    _refuse_additions(source, manifest)
+    source.refuse_additions(manifest)
     partial = target.with_name(f"{target.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        with _alone_in(partial):
+            _fill(source, partial, manifest, only, progress)
+            partial.rename(target)
+        sync_folder(target.parent)
+    except HoldfastError:
+        raise
+    except OSError as error:
+        raise storage_error("write", partial, error) from error
+    return manifest
+
+
+def _fill(
+    source: BundleSource,
+    partial: Path,
+    manifest: Mapping[str, Any],
+    only: tuple[str, ...],
+    progress: Progress,
+) -> None:
+    """Copy what is missing; after return ``partial`` is the bundle, verified."""
     wanted = consumer.chosen_files(manifest, list(only)) if only else manifest["files"]
     _remove_strangers(partial, wanted)
     for name, entry in sorted(wanted.items()):
@@ -57,20 +80,25 @@ def pull(
     if only:
         chosen: list[Json] = [*sorted(only)]
         write_json_durably(partial / consumer.PULLED, {"only": chosen})
-    content = consumer.canonical_bytes(manifest)
-    (partial / consumer.MANIFEST).write_bytes(content)
+    (partial / consumer.MANIFEST).write_bytes(consumer.canonical_bytes(manifest))
     _verify(partial)
     for path in (partial, *partial.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    partial.rename(target)
-    return manifest
 
 
-def _manifest(source: Path) -> dict[str, Any]:
+@contextmanager
+def _alone_in(partial: Path) -> Iterator[None]:
+    """Two pulls into one folder would write into each other's files. Raises InputError."""
+    descriptor = os.open(partial, os.O_RDONLY)
     try:
-        return consumer.read_manifest(source)
-    except consumer.RefusedBundleError as error:
-        raise BundleError(f"{source}: {error}") from error
+        with suppress(OSError):  # some network file systems lock no folders; digests still hold
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"another pull writes {partial} now; wait for it") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _check_only(manifest: Mapping[str, Any], only: tuple[str, ...]) -> None:
@@ -100,15 +128,6 @@ def _already_there(
     return there
 
 
-def _refuse_additions(source: Path, manifest: Mapping[str, Any]) -> None:
-    for path in sorted(source.rglob("*")):
-        name, mode = path.relative_to(source).as_posix(), path.lstat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise BundleError(f"{source}: {name} is a symlink or special file; pull refuses it")
-        if stat.S_ISREG(mode) and name not in manifest["files"] and name != consumer.MANIFEST:
-            raise BundleError(f"{source}: {name} is not in the manifest; it was added")
-
-
 def _remove_strangers(partial: Path, wanted: Mapping[str, Any]) -> None:
     """Delete what an earlier pull of something else left, and everything that is no plain file."""
     for path in sorted(partial.rglob("*"), reverse=True):
@@ -120,50 +139,44 @@ def _remove_strangers(partial: Path, wanted: Mapping[str, Any]) -> None:
             path.unlink()
 
 
-def _copy_file(source: Path, partial: Path, name: str, entry: Mapping[str, Any]) -> None:
+def _copy_file(source: BundleSource, partial: Path, name: str, entry: Mapping[str, Any]) -> None:
     """Copy what is not there yet; where the result is wrong, once more from the beginning."""
     target = partial / name
     target.parent.mkdir(parents=True, exist_ok=True)
     had_bytes = target.exists()
-    found = _append(source / name, target, entry["size_bytes"])
+    found = _append(source, name, target, entry["size_bytes"])
     if found != entry["sha256"] and had_bytes:
         target.unlink()
-        found = _append(source / name, target, entry["size_bytes"])
+        found = _append(source, name, target, entry["size_bytes"])
     if found != entry["sha256"]:
+        size_bytes = target.stat().st_size
         target.unlink()
         raise BundleError(
-            f"{source}: {name} was altered: sha256 {found[:12]}…, the manifest says "
-            f"{entry['sha256'][:12]}…; nothing was put in place"
+            f"{source}: {name} was altered: {size_bytes:,} bytes with sha256 {found[:12]}…, the "
+            f"manifest says {entry['size_bytes']:,} with {entry['sha256'][:12]}…; nothing was put "
+            "in place"
         )
 
 
-def _append(source: Path, target: Path, size_bytes: int) -> str:
-    """Digest of ``target`` after the missing bytes were copied to its end."""
+def _append(source: BundleSource, name: str, target: Path, size_bytes: int) -> str:
+    """Digest of ``target`` after the missing bytes were copied to its end; one too many at most."""
     digest = hashlib.sha256()
     with target.open("a+b") as written:
         written.seek(0)
         while chunk := written.read(CHUNK_BYTES):
             digest.update(chunk)
-        start = written.tell()
-        if start > size_bytes:
-            return "too long"
-        with os.fdopen(_open_without_links(source), "rb") as stream:
-            stream.seek(start)
-            while chunk := stream.read(CHUNK_BYTES):
-                digest.update(chunk)
-                written.write(chunk)
+        position = written.tell()
+        chunks = source.read(name, position, size_bytes) if position < size_bytes else ()
+        for chunk in chunks:
+            kept = chunk[: size_bytes + 1 - position]  # no more than shows that it is too long
+            digest.update(kept)
+            written.write(kept)
+            position += len(kept)
+            if position > size_bytes:
+                break
         written.flush()
         os.fsync(written.fileno())
     return digest.hexdigest()
-
-
-def _open_without_links(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing; the manifest names it") from None
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _verify(folder: Path) -> None:

@@ -15,6 +15,8 @@ import os
 import re
 import secrets
 import shutil
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,10 +25,13 @@ from typing import Any
 from training.durable_json import create_json_durably, read_json, sync_folder
 from training.errors import BundleError, InputError
 from training.export import consumer
+from training.export.sources import FolderSource
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+REGISTRY = "registry"
 VERSION_DIGITS = 6
 MAX_ATTEMPTS = 100
+ABANDONED_S = 24 * 3600.0  # no publication takes that long
 DEFAULT_ALIAS = "champion"
 
 
@@ -49,6 +54,13 @@ class BundleReference:
         return cls(name, alias=which)
 
 
+def checked_alias(text: str) -> str:
+    """Raises InputError for an alias that could be a path, or would be taken for a version."""
+    if text.isdecimal():
+        raise InputError(f"alias {text!r} would be taken for a version; choose a word")
+    return _checked_name(text)
+
+
 @dataclass(frozen=True)
 class AliasMove:
     """One position of an alias."""
@@ -67,7 +79,7 @@ class Registry:
     """
 
     def __init__(self, store: Path) -> None:
-        self.folder = store / "registry"
+        self.folder = store / REGISTRY
 
     def names(self) -> list[str]:
         """Names that have at least one version."""
@@ -82,22 +94,25 @@ class Registry:
 
     def bundle(self, name: str, version: int) -> Path:
         """The folder of a version, whether it is there or not."""
-        return self.folder / _checked_name(name) / "versions" / _numbered(version)
+        return self.folder / _checked_name(name) / "versions" / numbered(version)
 
     def publish(self, source: Path) -> tuple[str, int]:
         """Copy a verified bundle in under its name; the name and its new version.
 
-        The same bundle again gives its old version. After return the copy is durable and was
+        The same bundle again gives its old version, also where only what was measured while it was
+        made differs: times and latencies. After return the copy is durable and was
         verified; before that there is none. Raises BundleError if ``source`` does not verify.
         """
         manifest = _verified(source)
+        FolderSource(source).refuse_additions(manifest)  # a partial pull verifies, too
         name = _checked_name(manifest["name"])
         for version in self.versions(name):
             known = _verified_manifest(self.bundle(name, version))
-            if known["manifest_digest"] == manifest["manifest_digest"]:
+            if _lasting(known) == _lasting(manifest):
                 return name, version
         versions = self.folder / name / "versions"
         versions.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(versions)
         staging = versions / f".{secrets.token_hex(6)}.partial"
         try:
             shutil.copytree(source, staging)
@@ -149,13 +164,20 @@ class Registry:
         folder.mkdir(parents=True, exist_ok=True)
         number = 1 if after is None else after.number + 1
         return create_json_durably(
-            folder / f"{_numbered(number)}.json",
+            folder / f"{numbered(number)}.json",
             {
                 "moved_at": datetime.now(UTC).isoformat(timespec="seconds"),
                 "reason": reason,
                 "version": version,
             },
         )
+
+    def point_alias(self, name: str, alias: str, version: int, reason: str) -> None:
+        """Let an alias stand for a version, wherever it stands now. Raises InputError."""
+        while not self.move_alias(
+            name, alias, version, reason=reason, after=self.position(name, alias)
+        ):
+            continue  # it moved between the look and the move
 
     def resolve(self, reference: BundleReference) -> int:
         """The version that a reference means. Raises InputError that lists what there is."""
@@ -208,8 +230,15 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _numbered(number: int) -> str:
+def numbered(number: int) -> str:
+    """The name of a version's folder, or of the file of an alias's position."""
     return f"{number:0{VERSION_DIGITS}d}"
+
+
+def _lasting(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What is the same whenever and however fast the same champion is exported."""
+    passing = ("measured", "manifest_digest")
+    return {name: value for name, value in manifest.items() if name not in passing}
 
 
 def _verified(folder: Path) -> dict[str, Any]:
@@ -224,6 +253,14 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
         return consumer.read_manifest(folder)
     except consumer.RefusedBundleError as error:
         raise BundleError(f"{folder}: {error}") from error
+
+
+def _clear_abandoned(versions: Path) -> None:
+    """Delete what publishers left that were killed long ago."""
+    for path in versions.glob(".*.partial"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -15,9 +15,11 @@ from training.errors import BundleError, ExportError, ParityError
 from training.experiment_loading import experiment_name
 from training.export import consumer
 from training.export.artifacts import chosen_formats, open_champion, write_artifacts
+from training.export.assembly import check_names
 from training.export.bundle import BundleFacts, complete_bundle, publish, verified
 from training.export.checking import Action, CheckRequest, check_in_fresh_process
 from training.export.formats import formats
+from training.export.parts import write_parts
 from training.export.specification import Interface, export_spec
 from training.lease import Lease
 from training.run_directory import RunDirectory, utc_now
@@ -91,12 +93,22 @@ class Export:
             self.staging,
             self.scratch,
         )
-        is_written = write_artifacts(source, place, self.formats, self._before_each)
+        is_written = write_artifacts(
+            source, place, self.formats, self._before_each
+        ) and write_parts(
+            self.stage.experiment,
+            self.champion.path,
+            self.stage.config.export,
+            (self.staging, self.scratch),
+            self.formats,
+            self._before_each,
+        )
         return source.interface if is_written else None
 
     def _before_each(self, name: str) -> bool:
         self.lease.check()
-        self._say(self.formats.index(name), f"write {name}")
+        num_done = self.formats.index(name) if name in self.formats else len(self.formats)
+        self._say(num_done, f"write {name}")
         return not self.stage.should_stop()
 
     def _check(self, action: Action) -> dict[str, Any] | None:
@@ -108,6 +120,7 @@ class Export:
             bundle=str(self.staging),
             scratch=str(self.scratch),
             formats=self.formats,
+            parts=check_names(self.stage.experiment, self.formats),
         )
         outcome = check_in_fresh_process(request, action, self.stage.should_stop)
         return None if outcome.is_stopped else outcome.reports
@@ -239,9 +252,7 @@ def full_checkpoint_bytes(checkpoints: Path) -> int | None:
 def parity_json(reports: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
     """``parity.json``: for each artifact a row of figures to show, and all details."""
     rows = [
-        _parity_row(name, report, sizes[name])
-        for name, report in reports.items()
-        if name != "champion"
+        _parity_row(name, report, sizes[name]) for name, report in reports.items() if name in sizes
     ]
     return {"artifacts": rows, "comparison": reports["champion"], "details": dict(reports)}
 

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training.errors import ExportError
+from training.checkpointing.local_files import read_file
+from training.checkpointing.tensor_file import parse_tensors
+from training.errors import CheckpointCorruptError, ExportError, StorageError
 from training.export.formats import Place, PortSignature, Source
 from training.export.guard import GuardedModel
 from training.export.specification import Inputs
@@ -19,7 +20,7 @@ class WeightsArtifact:
     """A fresh model with the weights of the file."""
 
     def __init__(self, path: Path, model: nn.Module) -> None:
-        self._tensors = load_file(path)
+        self._tensors = read_tensors(path)
         self._model = GuardedModel(load_champion(path, model))
 
     def run(self, inputs: Inputs) -> list[Tensor]:
@@ -51,15 +52,28 @@ class WeightsFormat:
         return WeightsArtifact(place.bundle / self.path, place.build())
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; tied ones are the same tensor under each of their names.
+
+    Raises ExportError where the file is missing or is no safetensors file.
+    """
+    try:
+        content, _ = read_file(path, "sha256")
+        return parse_tensors(content, path.name)
+    except (CheckpointCorruptError, StorageError) as error:
+        raise ExportError(f"the champion cannot be read: {error}") from error
+
+
 def load_champion(path: Path, model: nn.Module) -> nn.Module:
     """``model`` with the weights of ``path``, in evaluation mode, on the CPU.
 
-    A tensor that is tied to another stands in the file once.
+    A tensor that is tied to another stands in the file once, with its other names beside it, or
+    without them where safetensors' own ``save_model`` wrote it.
 
     Raises:
         ExportError: a tensor is missing, is left over, or has another shape or type.
     """
-    stored = load_file(path)
+    stored = read_tensors(path)
     target = model.cpu().state_dict(keep_vars=True)
     groups = tied_names(model)
     left_over = set(stored)

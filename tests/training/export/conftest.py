@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
+from training.averaging import write_weights
 from training.config import ExportConfig
 from training.experiment import Context
 from training.export.artifacts import open_champion, write_artifacts
@@ -20,7 +20,7 @@ from training.export.champion import Champion
 from training.export.formats import Place, Source, formats
 
 FOLDER = Path(__file__).parent
-EXPERIMENTS = ("Pictures", "Sequences")
+EXPERIMENTS = ("Pictures", "Sequences", "TiedSequences")
 
 
 def load_neighbour(name: str) -> ModuleType:
@@ -49,7 +49,7 @@ def export(name: str, folder: Path) -> Exported:
     torch.manual_seed(1)
     experiment = getattr(load_neighbour("export_experiments"), name)(Context())
     path = folder / "model.safetensors"
-    save_file(experiment.model().state_dict(), path)
+    write_weights(path, experiment.model().state_dict())
     source, place = open_champion(
         experiment, path, ExportConfig(), folder / "bundle", folder / "scratch"
     )

@@ -139,6 +139,29 @@ class Sequences(Classifier):
         )
 
 
+class TiedModel(nn.Module):
+    """Scores tokens with the weights that embed them: one tensor under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(NUM_TOKENS, 6)
+        self.hidden = nn.Linear(6, 6)
+        self.scorer = nn.Linear(6, NUM_TOKENS, bias=False)
+        self.scorer.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        weights = mask.to(self.hidden.weight.dtype)[..., None]
+        mean = (torch.tanh(self.hidden(self.embedding(ids))) * weights).sum(1) / weights.sum(1)
+        return {"logits": self.scorer(mean)}
+
+
+class TiedSequences(Sequences):
+    """As Sequences, with tied weights."""
+
+    def model(self) -> nn.Module:
+        return TiedModel()
+
+
 class CrashingSequences(Sequences):
     """Its score ends the process when an ONNX session stands in the model's place."""
 

@@ -2,82 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import shutil
 import stat
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from training.durable_json import write_json_durably
+from tests.training.export.small_bundle import files_of
+from tests.training.export.whole_export import arguments, choose, export
 from training.errors import ExportError, ParityError
 from training.export import consumer
 from training.export.stage import run_export
-from training.stage import Stage, StageArguments, prepared_stage
-
-REFERENCE = f"{Path(__file__).with_name('export_experiments.py')}:Pictures"
-FORMATS = '["weights","onnx","torchscript","exported_program","onnx_int8"]'
-OVERRIDES = (
-    f"export.formats={FORMATS}",
-    "export.num_latency_runs=10",
-    "data.evaluation_batch_size=32",
-)
-
-
-def choose(stage: Stage) -> Path:
-    """What the evaluation leaves: a candidate, and its row as the champion."""
-    folder = stage.run.candidates / "best"
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "model.safetensors"
-    torch.manual_seed(1)
-    save_file(stage.experiment.model().state_dict(), path)
-    write_json_durably(
-        stage.run.evaluation_json,
-        {
-            "champion": {
-                "digest": consumer.file_digest(path),
-                "metrics": {"loss": 1.0},
-                "name": "best",
-                "path": "candidates/best/model.safetensors",
-            }
-        },
-    )
-    return path
-
-
-def arguments(store: Path, *overrides: str) -> StageArguments:
-    return StageArguments(
-        experiment=REFERENCE,
-        store=store,
-        run_id="first",
-        num_threads=1,
-        overrides=(*OVERRIDES, *overrides),
-        progress_format="none",
-    )
-
-
-def export(store: Path) -> Path:
-    with prepared_stage(arguments(store)) as stage:
-        choose(stage)
-    words = [word for override in OVERRIDES for word in ("--set", override)]
-    command = [sys.executable, "-m", "training", "export", "--experiment", REFERENCE]
-    done = subprocess.run(
-        [*command, "--store", str(store), "--run-id", "first", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    return stage.run.bundle
+from training.stage import prepared_stage
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +35,6 @@ def two_bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def bundle(two_bundles: tuple[Path, Path], tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
     return Path(shutil.copytree(two_bundles[0], tmp_path / "bundle"))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def test_the_bundle_serves_every_consumer(two_bundles: tuple[Path, Path]) -> None:
@@ -131,8 +68,20 @@ def test_no_file_names_this_machine(two_bundles: tuple[Path, Path]) -> None:
     repository = str(Path(__file__).parents[3]).encode()
     for folder in two_bundles:
         needles = (repository, str(folder.parents[2]).encode(), b"site-packages")
-        for name, content in files_of(folder).items():
+        for name, content in unpacked(files_of(folder)).items():
             assert not [needle for needle in needles if needle in content], name
+
+
+def unpacked(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files, and what stands within those that are archives, which may be compressed."""
+    found = dict(files)
+    for name, content in files.items():
+        if content.startswith(b"PK"):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                for entry in archive.namelist():
+                    found[f"{name}!{entry}"] = archive.read(entry)
+    assert any("!model/code/" in name for name in found)
+    return found
 
 
 def test_every_file_is_readable_by_others(two_bundles: tuple[Path, Path]) -> None:

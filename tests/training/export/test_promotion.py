@@ -51,6 +51,23 @@ def test_a_difference_that_the_data_cannot_rule_out_is_refused() -> None:
     assert not comparison(0.0, 2.0).is_good_enough
 
 
+class MeanLossByEngine(MeanLoss):
+    resampling_unit = "engine"
+
+
+def test_windows_of_one_engine_are_no_evidence_on_their_own() -> None:
+    loss = np.repeat(np.random.RandomState(0).standard_normal(8), 50)
+    records = {"loss": loss, "engine": np.repeat(np.arange(8), 50)}
+    pair = (records, {**records, "loss": np.zeros(400)})
+    by_sample: Any = MeanLoss()
+    by_engine: Any = MeanLossByEngine()
+    spread = [
+        paired_differences(experiment, pair, "loss", 200).std()
+        for experiment in (by_sample, by_engine)
+    ]
+    assert spread[1] > 4 * spread[0]
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0, 0.2), st.floats(0, 0.2))
 def test_more_worsening_never_helps(small: float, more: float) -> None:

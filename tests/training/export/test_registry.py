@@ -2,53 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from training.errors import BundleError, InputError
+from flows.command_line import exit_code_of
+from tests.training.export.small_bundle import files_of, make_bundle
+from training.errors import BundleError, InputError, StorageError
 from training.export import console, consumer
 from training.export.pull import pull
 from training.export.registry import AliasMove, BundleReference, Registry
-
-CONTENT = {
-    "1/model.onnx": b"onnx" * 1000,
-    "README.md": b"# card\n",
-    "golden/golden.json": b"{}\n",
-    "model.safetensors": b"weights" * 5000,
-}
-
-
-def make_bundle(folder: Path, number: int = 0) -> Path:
-    """A bundle that verifies; its model does not run, which a registry does not ask for."""
-    files: dict[str, Any] = {}
-    for name, content in CONTENT.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content + bytes([number]))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        files[name] = {"sha256": digest, "size_bytes": len(content) + 1}
-    manifest: dict[str, Any] = {
-        "champion": {"test_metrics": {"loss": 0.25 + number}},
-        "files": files,
-        "format_version": consumer.FORMAT_VERSION,
-        "formats": {
-            "onnx": {"path": "1/model.onnx"},
-            "weights": {"path": "model.safetensors"},
-        },
-        "name": "digits",
-        "run": {"run_id": f"run-{number}"},
-    }
-    manifest["manifest_digest"] = consumer.manifest_digest(manifest)
-    (folder / "manifest.json").write_bytes(consumer.canonical_bytes(manifest))
-    return folder
+from training.export.sources import FolderSource
 
 
 @pytest.fixture
@@ -68,6 +37,16 @@ def test_publishing_counts_versions_and_knows_a_bundle_again(
     assert [registry.publish(bundle) for bundle in bundles] == [("digits", n) for n in (1, 2, 3)]
     assert registry.publish(bundles[1]) == ("digits", 2)
     assert registry.versions("digits") == [1, 2, 3]
+
+
+def test_a_bundle_that_was_only_measured_again_keeps_its_version(
+    registry: Registry, source: Path
+) -> None:
+    assert registry.publish(source) == ("digits", 1)
+    manifest = {**consumer.read_manifest(source), "measured": {"export_s": 2.5}}
+    manifest["manifest_digest"] = consumer.manifest_digest(manifest)
+    (source / "manifest.json").write_bytes(consumer.canonical_bytes(manifest))
+    assert registry.publish(source) == ("digits", 1)
 
 
 def test_publishers_at_the_same_time_get_different_versions(
@@ -111,6 +90,24 @@ def test_of_two_movers_from_one_position_one_wins(registry: Registry, tmp_path: 
     assert registry.aliases("digits") == {"nightly": won.index(True) + 1}
 
 
+def test_an_alias_is_moved_by_hand_and_back(
+    registry: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        registry.publish(make_bundle(tmp_path / str(number), number))
+    store = str(tmp_path / "store")
+    for version in ("2", "1"):
+        assert exit_code_of(["alias", f"digits@{version}", "champion", "--store", store]) == 0
+    words = ["alias", "digits@champion", "staging", "--reason", "try it", "--store", store]
+    assert exit_code_of(words) == 0
+    assert "digits@staging is version 1" in capsys.readouterr().out
+    assert registry.aliases("digits") == {"champion": 1, "staging": 1}
+    assert [move.version for move in registry.history("digits", "champion")] == [2, 1]
+    assert exit_code_of(["alias", "digits@9", "champion", "--store", store]) == 2
+    assert exit_code_of(["alias", "digits@1", "7", "--store", store]) == 2
+    assert "would be taken for a version" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["../x", "a/b", "", "x@../y", "x@a/b", ".hidden"])
 def test_a_name_that_could_be_a_path_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="is no name of a bundle or alias"):
@@ -129,26 +126,21 @@ def test_an_unknown_reference_lists_what_there_is(registry: Registry, source: Pa
         registry.move_alias("digits", "x", 3, reason="", after=AliasMove(1, 1, "", ""))
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-
-
 def test_a_pull_gives_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    pull(source, tmp_path / "there")
+    pull(FolderSource(source), tmp_path / "there")
     assert files_of(tmp_path / "there") == files_of(source)
-    pull(source, tmp_path / "there")  # again: nothing to do
+    pull(FolderSource(source), tmp_path / "there")  # again: nothing to do
 
 
 def test_a_partial_pull_leaves_formats_out_and_still_verifies(source: Path, tmp_path: Path) -> None:
-    pull(source, tmp_path / "there", ("onnx",))
+    pull(FolderSource(source), tmp_path / "there", ("onnx",))
     assert not (tmp_path / "there/model.safetensors").exists()
     consumer.verify_files(tmp_path / "there")
     (tmp_path / "there/1/model.onnx").unlink()
     with pytest.raises(consumer.RefusedBundleError, match=r"1/model\.onnx is missing"):
         consumer.verify_files(tmp_path / "there")
     with pytest.raises(InputError, match="no format 'tflite'; it has onnx, weights"):
-        pull(source, tmp_path / "other", ("tflite",))
+        pull(FolderSource(source), tmp_path / "other", ("tflite",))
 
 
 def test_an_interrupted_pull_goes_on_where_it_stood(source: Path, tmp_path: Path) -> None:
@@ -159,12 +151,12 @@ def test_an_interrupted_pull_goes_on_where_it_stood(source: Path, tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pull(source, target, progress=interrupt)
+        pull(FolderSource(source), target, progress=interrupt)
     assert not target.exists()
     half = tmp_path / "there.partial/model.safetensors"
     half.write_bytes((source / "model.safetensors").read_bytes()[:1000])
     inode = (tmp_path / "there.partial/1/model.onnx").stat().st_ino
-    pull(source, target)
+    pull(FolderSource(source), target)
     assert files_of(target) == files_of(source)
     assert (target / "1/model.onnx").stat().st_ino == inode
 
@@ -174,7 +166,7 @@ def test_a_wrong_half_file_is_copied_again(source: Path, tmp_path: Path) -> None
     half.parent.mkdir()
     half.write_bytes(b"something else")
     (half.parent / "stranger").write_text("of an older bundle")
-    pull(source, tmp_path / "there")
+    pull(FolderSource(source), tmp_path / "there")
     assert files_of(tmp_path / "there") == files_of(source)
 
 
@@ -229,7 +221,7 @@ def test_a_pull_of_a_spoiled_bundle_is_refused_by_name(
 ) -> None:
     spoil(source)
     with pytest.raises(BundleError, match=named):
-        pull(source, tmp_path / "there")
+        pull(FolderSource(source), tmp_path / "there")
     assert not (tmp_path / "there").exists()
 
 
@@ -237,7 +229,7 @@ def test_a_folder_with_something_else_is_left_alone(source: Path, tmp_path: Path
     (tmp_path / "there").mkdir()
     (tmp_path / "there/mine.txt").write_text("precious")
     with pytest.raises(InputError, match="exists and is not a good bundle"):
-        pull(source, tmp_path / "there")
+        pull(FolderSource(source), tmp_path / "there")
     assert (tmp_path / "there/mine.txt").read_text() == "precious"
 
 
@@ -262,3 +254,44 @@ def test_the_commands_need_neither_torch_nor_click() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert loaded.isdisjoint({"torch", "click", "pydantic", "onnx", "numpy", "prefect"})
+
+
+def test_a_partial_pull_is_not_published(registry: Registry, source: Path, tmp_path: Path) -> None:
+    pull(FolderSource(source), tmp_path / "there", ("onnx",))
+    with pytest.raises(BundleError, match=r"pulled\.json is not in the manifest"):
+        registry.publish(tmp_path / "there")
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "named"),
+    [
+        ("files", {"README.md": {"sha256": "0" * 64, "size_bytes": "9"}}, "README.md has"),
+        ("files", {"README.md": {"sha256": "12", "size_bytes": 9}}, "README.md has"),
+        ("files", {"pulled.json": {"sha256": "0" * 64, "size_bytes": 9}}, "'pulled.json', which"),
+        ("files", ["README.md"], "does not describe a bundle"),
+        ("formats", {"onnx": {"path": "elsewhere.onnx"}}, "there is no elsewhere.onnx"),
+        ("formats", None, "does not describe a bundle"),
+    ],
+)
+def test_a_manifest_that_describes_no_bundle_is_refused(
+    source: Path, section: str, value: object, named: str
+) -> None:
+    manifest = {**consumer.read_manifest(source), section: value}
+    manifest["manifest_digest"] = consumer.manifest_digest(manifest)
+    with pytest.raises(consumer.RefusedBundleError, match=named):
+        consumer.parse_manifest(consumer.canonical_bytes(manifest))
+
+
+def test_two_pulls_do_not_write_into_one_folder(source: Path, tmp_path: Path) -> None:
+    def pull_once_more(name: str, size: int) -> None:
+        with pytest.raises(InputError, match=r"another pull writes .*there\.partial now"):
+            pull(FolderSource(source), tmp_path / "there")
+
+    pull(FolderSource(source), tmp_path / "there", progress=pull_once_more)
+    assert files_of(tmp_path / "there") == files_of(source)
+
+
+def test_a_target_that_cannot_be_written_is_said(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot write .*file/there\.partial"):
+        pull(FolderSource(source), tmp_path / "file/there")

@@ -26,7 +26,8 @@ sys.modules["seeded_faults"] = seeded_faults
 spec.loader.exec_module(seeded_faults)
 
 CASES = [(fault, form) for fault, row in seeded_faults.FAULTS.items() for form in row.formats]
-HEALTHY = [(name, form) for name in ("Pictures", "Sequences") for form in formats()]
+EXPERIMENTS = ("Pictures", "Sequences", "TiedSequences")
+HEALTHY = [(name, form) for name in EXPERIMENTS for form in formats()]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +36,9 @@ def table(capsys_module: Any) -> Iterator[dict[tuple[str, str], list[str]]]:
     caught: dict[tuple[str, str], list[str]] = {}
     yield caught
     with capsys_module():
-        print(f"\n{'seeded fault':<26}{'format':<18}caught by")
+        print("\n\n| seeded fault | format | caught by |\n|---|---|---|")
         for (fault, form), checks in caught.items():
-            print(f"{fault:<26}{form:<18}{', '.join(checks)}")
+            print(f"| {fault} | {form} | {', '.join(checks)} |")
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +53,11 @@ def test_a_healthy_export_passes_every_check(exported: Any, name: str, form: str
     report = check_artifact(case.champion, form, formats()[form], case.place, Int8Limits())
     assert [str(finding) for finding in report.findings] == []
     if formats()[form].is_exact:
-        assert report.num_tensors > 5
+        assert report.num_tensors >= 3
         assert {"batch-1", "batch-33", "test set"} <= set(report.numbers)
 
 
-@pytest.mark.parametrize("name", ["Pictures", "Sequences"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_comparison_is_not_empty(exported: Any, name: str) -> None:
     assert check_comparison(exported[name].champion).findings == []
 

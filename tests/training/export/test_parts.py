@@ -1,0 +1,146 @@
+"""A model that is served as several graphs: translation, as encoder and decoder step."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from training.config import ExportConfig
+from training.durable_json import write_json_durably
+from training.experiment import Context
+from training.experiments.digits import Digits, DigitsSettings
+from training.experiments.translation import Translation, TranslationSettings
+from training.experiments.translation_model import TranslationModel
+from training.experiments.translation_search import greedy
+from training.export import consumer
+from training.export.assembly import PartChecks, check_names
+from training.export.parts import part_names, write_parts
+from training.export.stage import run_export
+from training.stage import StageArguments, prepared_stage
+
+SETTINGS = {"num_generated": 300, "width": 16, "num_heads": 2, "feedforward": 16, "max_tokens": 18}
+DOCUMENT = Path(__file__).parents[3] / "docs/translation.md"
+OVERRIDES = (
+    *(f"experiment.{name}={value}" for name, value in SETTINGS.items()),
+    'export.formats=["onnx"]',
+    "export.num_latency_runs=10",
+)
+
+
+def translation() -> Translation:
+    return Translation(Context(TranslationSettings(**SETTINGS)))
+
+
+@cache
+def trained_model(seed: int) -> TranslationModel:
+    """Trained for so short a time that it says much, and much that is wrong."""
+    torch.manual_seed(seed)
+    experiment = translation()
+    model, dataset = experiment.model(), experiment.dataset("train")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for step in range(60):
+        optimizer.zero_grad()
+        loss = experiment.loss(model, dataset.fetch(range(step * 32 % 192, step * 32 % 192 + 32)))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def champion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("champion") / "model.safetensors"
+    save_file(trained_model(1).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(champion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("store")
+    arguments = StageArguments(
+        experiment="translation",
+        store=store,
+        run_id="first",
+        num_threads=1,
+        overrides=OVERRIDES,
+        progress_format="none",
+    )
+    with prepared_stage(arguments) as stage:
+        path = stage.run.candidates / "best/model.safetensors"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(champion.read_bytes())
+        entry = {"digest": consumer.file_digest(path), "metrics": {}, "name": "best"}
+        row = {**entry, "path": "candidates/best/model.safetensors"}
+        write_json_durably(stage.run.evaluation_json, {"champion": row})
+        assert run_export(stage).outcome == "completed"
+        return stage.run.bundle
+
+
+def test_the_bundle_has_every_part_and_the_proof_that_they_translate_alike(bundle: Path) -> None:
+    manifest = consumer.verify_files(bundle)
+    assert {
+        "parts/decoder_step/1/model.onnx",
+        "parts/decoder_step/config.pbtxt",
+        "parts/encoder/1/model.onnx",
+        "parts/parts.json",
+        "tokenizer.json",
+    } <= set(manifest["files"])
+    details = json.loads((bundle / "parity.json").read_text())["details"]
+    assert set(details) == {"champion", "weights", "onnx", *check_names(translation(), ("onnx",))}
+    assert all(report["is_good"] for report in details.values())
+    assert details["decoder_step.onnx"]["num_tensors"] > 15
+    assert set(details["together.onnx"]["metrics"]) == {"bleu"}
+    assert "nrefs:var|" in manifest["description"]
+
+
+def test_the_documented_program_translates_as_pytorch_does(bundle: Path) -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    found, model = translation(), trained_model(1)
+    (source, _), (numbers, _) = found.dataset("test").fetch(range(20))
+    with torch.no_grad():
+        wanted = found.vocabulary.decode(greedy(model, source, 18).tolist())
+    assert len(set(wanted)) > 5
+    lines = [found._sentences[number].source for number in numbers.tolist()]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=bundle,
+    )
+    assert done.stdout.split("\n")[:-1] == wanted
+
+
+def test_parts_with_other_weights_are_refused(champion: Path, tmp_path: Path) -> None:
+    stale = tmp_path / "stale.safetensors"
+    save_file(trained_model(2).state_dict(), stale)
+    folders = tmp_path / "bundle", tmp_path / "scratch"
+    assert write_parts(translation(), stale, ExportConfig(), folders, ("onnx",))
+    checks = PartChecks(translation(), champion, folders, batch_size=64)
+    refused: dict[str, Any] = {
+        name: {finding.check for finding in checks.check(name).findings}
+        for name in ("encoder.onnx", "decoder_step.onnx", "together.onnx")
+    }
+    assert {"lineage", "numbers"} <= refused["encoder.onnx"]
+    assert {"lineage", "numbers"} <= refused["decoder_step.onnx"]
+    assert "together" in refused["together.onnx"]
+
+
+def test_a_part_that_is_missing_is_refused(champion: Path, tmp_path: Path) -> None:
+    checks = PartChecks(translation(), champion, (tmp_path, tmp_path), batch_size=64)
+    assert [finding.check for finding in checks.check("together.onnx").findings] == ["runtime"]
+
+
+def test_a_model_of_one_graph_has_no_parts() -> None:
+    digits = Digits(Context(DigitsSettings()))
+    assert part_names(digits) == ()
+    assert check_names(digits, ("onnx",)) == ()

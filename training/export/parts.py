@@ -1,0 +1,194 @@
+"""Models that are served as several graphs, such as an encoder and one step of a decoder.
+
+An experiment may have three more methods, those of ``InParts``. Each part is the champion's weights
+behind another ``forward``. It is exported to ``parts/<name>/`` in the formats of the bundle and is
+held to the same checks as the model itself, on inputs that were recorded while the parts worked
+together; what the parts do together is compared on the whole test set: see ``assembly.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from training.config import ExportConfig, Split
+from training.data import evaluation_batches
+from training.durable_json import write_json_durably
+from training.experiment import Batch, Experiment, Records
+from training.export.artifacts import open_champion, write_artifacts
+from training.export.champion import Runner
+from training.export.formats import formats
+from training.export.guard import GuardedModel
+from training.export.serving import triton_config
+from training.export.specification import ExportSpec, Inputs, flat_outputs
+from training.export.weights import load_champion
+
+FOLDER = "parts"
+OF_THE_WHOLE = ("weights", "onnx_int8")
+"""Formats that parts do not have: the weights are the champion's, and int8 has a metric to keep."""
+BATCH_SIZE = 32
+NUM_RECORDED = 192
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph.
+
+    Attributes:
+        build: a fresh module whose state dict has the names of the experiment's model.
+        input_names, output_names: one for each argument and each returned tensor.
+    """
+
+    build: Callable[[], nn.Module]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """What an experiment has whose model is served as several graphs."""
+
+    def export_parts(self) -> Mapping[str, Part]:
+        """The graphs by name."""
+        ...
+
+    def assemble(self, runs: Mapping[str, Runner], batch: Batch) -> Mapping[str, Tensor]:
+        """Records of a batch, as ``score`` gives them, by the parts alone."""
+        ...
+
+    def export_files(self) -> Mapping[str, bytes]:
+        """Further files of the bundle that a user of the parts needs, such as a vocabulary."""
+        ...
+
+
+class PartExperiment:
+    """A part as an experiment of its own, for the exporters and the checks.
+
+    Its data are the inputs that the part was given while the champion's parts worked together on
+    the first batches of a split.
+    """
+
+    def __init__(self, experiment: Experiment, name: str, champion: Path) -> None:
+        assert isinstance(experiment, InParts)
+        self._experiment, self._name = experiment, name
+        self._champion = champion
+        self._part = experiment.export_parts()[name]
+
+    def dataset(self, split: Split) -> RecordedInputs:
+        """Recorded inputs; each sample's target is nothing but its number."""
+        runs = eager_runs(self._experiment, self._champion)
+        calls: list[Inputs] = []
+
+        def recorded(inputs: Inputs) -> list[Tensor]:
+            calls.append(inputs)
+            return runs[self._name](inputs)
+
+        assert isinstance(self._experiment, InParts)
+        for batch in evaluation_batches(self._experiment.dataset(split), BATCH_SIZE):
+            self._experiment.assemble({**runs, self._name: recorded}, batch)
+            if sum(len(call[0]) for call in calls) >= NUM_RECORDED:
+                break
+        tensors = [torch.cat(column) for column in zip(*calls, strict=True)]
+        spread = torch.linspace(0, len(tensors[0]) - 1, NUM_RECORDED).long()
+        return RecordedInputs([tensor[spread] for tensor in tensors])
+
+    def model(self) -> nn.Module:
+        """The part's module."""
+        return self._part.build()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:  # noqa: ARG002  # the protocol's
+        """Parts are not trained."""
+        raise AssertionError(f"part {self._name} is not trained")
+
+    def score(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Runs the part; its outputs are compared as numbers, there is no metric."""
+        return {"first": flat_outputs(model(*batch[0]))[0].flatten(1)[:, 0]}
+
+    def metrics(self, records: Records) -> dict[str, float]:  # noqa: ARG002  # the protocol's
+        """None."""
+        return {}
+
+    def export_spec(self) -> ExportSpec:
+        """The names of the part."""
+        return ExportSpec(self._part.input_names, self._part.output_names)
+
+
+class RecordedInputs:
+    """Inputs that a part was given."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors[0])
+
+    def __getitem__(self, index: int) -> tuple[Inputs, int]:
+        return tuple(tensor[index] for tensor in self._tensors), index
+
+
+def part_names(experiment: Experiment) -> tuple[str, ...]:
+    """Names of the parts; none where the model is served as one graph."""
+    return tuple(experiment.export_parts()) if isinstance(experiment, InParts) else ()
+
+
+def part_formats(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the bundle's formats that parts have."""
+    return tuple(name for name in names if name not in OF_THE_WHOLE)
+
+
+def artifact_path(part: str, form: str) -> str:
+    """Where the artifact of a part lies in a bundle."""
+    return f"{FOLDER}/{part}/{formats()[form].path}"
+
+
+def eager_runs(experiment: Experiment, champion: Path) -> dict[str, Runner]:
+    """The champion's parts in PyTorch, guarded as they are exported."""
+    assert isinstance(experiment, InParts)
+    return {
+        name: _runner(GuardedModel(load_champion(champion, part.build())).eval())
+        for name, part in experiment.export_parts().items()
+    }
+
+
+def write_parts(
+    experiment: Experiment,
+    champion: Path,
+    config: ExportConfig,
+    folders: tuple[Path, Path],
+    names: Sequence[str],
+    before_each: Callable[[str], bool] = lambda _: True,
+) -> bool:
+    """Write every part in the given formats, below ``parts/`` of the bundle and of scratch.
+
+    False where ``before_each(part)`` said to stop. Raises ExportError where a part cannot be
+    exported.
+    """
+    described: dict[str, Any] = {}
+    for part in part_names(experiment):
+        if not before_each(part):
+            return False
+        bundle, scratch = (folder / FOLDER / part for folder in folders)
+        alone = PartExperiment(experiment, part, champion)
+        source, place = open_champion(alone, champion, config, bundle, scratch)
+        write_artifacts(source, place, part_formats(names))
+        text = triton_config(source.interface, config.max_batch_size)
+        (bundle / "config.pbtxt").write_text(text)
+        described[part] = source.interface.as_json()
+    if isinstance(experiment, InParts):
+        write_json_durably(folders[0] / FOLDER / "parts.json", described)
+        for name, content in experiment.export_files().items():
+            (folders[0] / name).write_bytes(content)
+    return True
+
+
+def _runner(model: nn.Module) -> Runner:
+    def run(inputs: Inputs) -> list[Tensor]:
+        with torch.no_grad():
+            return list(model(*inputs))
+
+    return run

@@ -1,0 +1,29 @@
+"""What a published bundle says about its artifacts, for reports and lists.
+
+Imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from training.durable_json import read_json
+from training.export import consumer
+
+
+def artifact_rows(bundle: Path) -> list[dict[str, Any]]:
+    """One row per artifact: its row of ``parity.json``, and its ``latency`` by size of the batch.
+
+    ``latency`` is ``{"batch-1": {"p50_ms", "p99_ms", "eager_p50_ms", "eager_p99_ms"}, …}``, where
+    eager is PyTorch measured in turn with the artifact. Empty where there is no bundle.
+
+    Raises DataFormatError or StorageError where a file is not readable.
+    """
+    try:
+        parity: Any = read_json(bundle / "parity.json")
+        manifest: Any = read_json(bundle / consumer.MANIFEST)
+    except FileNotFoundError:
+        return []
+    latency = manifest["measured"]["latency"]
+    return [{**row, "latency": latency.get(row["format"], {})} for row in parity["artifacts"]]

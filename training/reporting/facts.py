@@ -1,0 +1,232 @@
+"""What the report tells, read from a run's directory. Whatever is not there yet is empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from training.config import RunConfig
+from training.durable_json import read_json
+from training.export.summary import artifact_rows
+from training.figures import Figure
+from training.ledger import Ledger, Life, ledger, lives
+from training.run_directory import (
+    LedgerOutcome,
+    RunDirectory,
+    RunRecord,
+    SegmentRecord,
+    ledger_outcome,
+    parse_step,
+    read_segments,
+)
+
+Metrics = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, with the limits of its interval where one was measured."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch: its last step, and finite values by name."""
+
+    step: int
+    learning_rate: float | None
+    train_loss: float | None
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CandidateFacts:
+    """One candidate; ``validation`` is empty until it was measured."""
+
+    name: str
+    kind: str
+    steps: tuple[int, ...]
+    digest: str
+    notes: tuple[str, ...]
+    validation: Metrics
+
+
+@dataclass(frozen=True)
+class TestFacts:
+    """Champion and single best on test data; ``difference`` is the first minus the second."""
+
+    champion: Mapping[str, Estimate]
+    single_best: Mapping[str, Estimate]
+    difference: Mapping[str, Estimate]
+    single_best_name: str
+    confidence: float | None
+    unit: str
+
+
+@dataclass(frozen=True)
+class SegmentFacts:
+    """One segment: its record, its place on the time axis, and what became of it."""
+
+    record: SegmentRecord
+    life: Life
+    outcome: LedgerOutcome
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """All that a page is made from; the same facts give the same page.
+
+    Attributes:
+        champion: name of the candidate that won; None until it was chosen.
+        exports: artifacts with parity, size and latency; empty where there is no bundle.
+    """
+
+    record: RunRecord
+    config: RunConfig
+    segments: tuple[SegmentFacts, ...] = ()
+    ledger: Ledger = field(default_factory=lambda: ledger([]))
+    history: tuple[Epoch, ...] = ()
+    candidates: tuple[CandidateFacts, ...] = ()
+    champion: str | None = None
+    rule: str = ""
+    test: TestFacts | None = None
+    exports: tuple[Mapping[str, Any], ...] = ()
+    figures: Sequence[Figure] = ()
+
+    @property
+    def metric(self) -> str:
+        """The metric that decides."""
+        return self.config.selection.metric
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Whether small or large values of it are good."""
+        return self.config.selection.mode
+
+    def candidate(self, name: str | None) -> CandidateFacts | None:
+        """The candidate of a name."""
+        return next((one for one in self.candidates if one.name == name), None)
+
+
+def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFacts:
+    """The facts of a run that nobody is writing, without figures.
+
+    Raises DataFormatError or StorageError where a file is not readable.
+    """
+    records = read_segments(run)
+    evaluation = _mapping(_optional(run.evaluation_json))
+    return RunFacts(
+        record=record,
+        config=config,
+        segments=tuple(
+            SegmentFacts(one, life, ledger_outcome(one, is_alive=False))
+            for one, life in zip(records, lives(records), strict=True)
+        ),
+        ledger=ledger(records),
+        history=tuple(map(_epoch, newest_history(run))),
+        candidates=_candidates(run, evaluation),
+        champion=_mapping(evaluation.get("champion")).get("name"),
+        rule=str(evaluation.get("rule", "")),
+        test=_test(evaluation),
+        exports=tuple(artifact_rows(run.bundle)),
+    )
+
+
+def newest_history(run: RunDirectory) -> list[dict[str, Any]]:
+    """One entry per finished epoch, from the newest checkpoint that can be resumed from."""
+    names = [path.name for path in run.checkpoints.iterdir()] if run.checkpoints.is_dir() else []
+    steps = sorted((step for step in map(parse_step, names) if step is not None), reverse=True)
+    for step in steps:
+        state = _mapping(_optional(run.checkpoint(step) / "state.json"))
+        if state:
+            history: list[dict[str, Any]] = state["history"]
+            return history
+    return []
+
+
+def _epoch(entry: Mapping[str, Any]) -> Epoch:
+    metrics = {name: _number(value) for name, value in entry["metrics"].items()}
+    return Epoch(
+        step=int(entry["step"]),
+        learning_rate=_number(entry.get("learning_rate")),
+        train_loss=_number(entry.get("train_loss")),
+        metrics={name: value for name, value in metrics.items() if value is not None},
+    )
+
+
+def _candidates(run: RunDirectory, evaluation: Mapping[str, Any]) -> tuple[CandidateFacts, ...]:
+    """Those that were measured, in that order; before, those that were made, by name."""
+    made = {path.parent.name: path for path in sorted(run.candidates.glob("*/provenance.json"))}
+    measured = {entry["name"]: entry for entry in evaluation.get("candidates", ())}
+    return tuple(
+        _candidate(_mapping(_optional(made[name])) if name in made else {}, measured.get(name, {}))
+        for name in (measured or made)
+    )
+
+
+def _candidate(provenance: Mapping[str, Any], measured: Mapping[str, Any]) -> CandidateFacts:
+    both = {**provenance, **measured}
+    steps = both.get("steps") or [source["step"] for source in both.get("sources", ())]
+    return CandidateFacts(
+        name=str(both["name"]),
+        kind=str(both["kind"]),
+        steps=tuple(steps),
+        digest=str(both["digest"]),
+        notes=tuple(map(str, both.get("notes", ()))),
+        validation={name: _number(v) for name, v in measured.get("validation", {}).items()},
+    )
+
+
+def _test(evaluation: Mapping[str, Any]) -> TestFacts | None:
+    test = _mapping(evaluation.get("test"))
+    if not test:
+        return None
+    best = _mapping(test.get("single_best"))
+    bootstrap = _mapping(test.get("bootstrap"))
+    return TestFacts(
+        champion=_estimates(test),
+        single_best=_estimates(best),
+        difference=_intervals(_mapping(test.get("difference"))),
+        single_best_name=str(best.get("name", "")),
+        confidence=_number(bootstrap.get("confidence")),
+        unit=str(bootstrap.get("unit", "sample")),
+    )
+
+
+def _estimates(tested: Mapping[str, Any]) -> dict[str, Estimate]:
+    """Metrics with their intervals, where there are any."""
+    plain = {name: {"value": value} for name, value in _mapping(tested.get("metrics")).items()}
+    return _intervals({**plain, **_mapping(tested.get("intervals"))})
+
+
+def _intervals(found: Mapping[str, Any]) -> dict[str, Estimate]:
+    estimates = {}
+    for name, entry in found.items():
+        value = _number(entry.get("value"))
+        if value is not None:
+            low, high = _number(entry.get("low")), _number(entry.get("high"))
+            estimates[name] = Estimate(value, low, high)
+    return estimates
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; what JSON cannot say (NaN, infinity) is written as an object."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _optional(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return None

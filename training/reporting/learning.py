@@ -1,0 +1,130 @@
+"""Learning curves, the learning rate, and where segments stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+from training.reporting.charts import Band, Line, LineChart, Mark, Ring
+from training.reporting.facts import Epoch, RunFacts
+from training.reporting.markup import Html, element, joined, note, section, text
+from training.reporting.wording import number, plural
+
+MAX_METRIC_CHARTS = 5
+SIGNS = {"preempted": "\u25bc", "killed": "\u2715", "failed": "!"}
+Value = Callable[[Epoch], float | None]
+
+
+def learning_section(facts: RunFacts) -> Html:
+    """Curves over steps, with marks where segments stopped."""
+    if not facts.history:
+        return section("Learning curves", note("No epoch is finished yet."))
+    charts = [_chart(facts, name) for name in _metric_names(facts)]
+    charts.append(_rate_chart(facts))
+    drawn = [chart.drawn() for chart in charts if chart is not None]
+    content = element("div", joined(drawn), "charts") + _key(facts)
+    return section(
+        "Learning curves",
+        Html(content),
+        "Over optimizer steps; validation after each epoch, training loss as the epoch's mean.",
+    )
+
+
+def stops(facts: RunFacts) -> Iterator[Mark]:
+    """A mark where a segment ended before its work was done."""
+    for segment in facts.segments:
+        if segment.outcome in SIGNS:
+            record = segment.record
+            words = f"segment {record.number} {segment.outcome} at step {record.end_step}"
+            yield Mark(record.end_step, SIGNS[segment.outcome], words, segment.outcome)
+
+
+def repeats(facts: RunFacts) -> Iterator[Band]:
+    """The steps that the next segment had to do again."""
+    for before, after in pairwise(facts.segments):
+        start, end = after.record.start_step, before.record.end_step
+        if start < end:
+            yield Band(start, end, f"{plural(end - start, 'step')} done again")
+
+
+def best_epoch(facts: RunFacts) -> Epoch | None:
+    """The epoch with the best value of the metric that decides; of equal ones the first."""
+    found = [epoch for epoch in facts.history if facts.metric in epoch.metrics]
+    sign = 1 if facts.mode == "min" else -1
+    return min(found, key=lambda epoch: sign * epoch.metrics[facts.metric], default=None)
+
+
+def _metric_names(facts: RunFacts) -> list[str]:
+    """Loss, the metric that decides, then the others."""
+    every = [name for epoch in facts.history for name in epoch.metrics]
+    return list(dict.fromkeys(["loss", facts.metric, *every]))[:MAX_METRIC_CHARTS]
+
+
+def _chart(facts: RunFacts, name: str) -> LineChart | None:
+    lines = [_line(facts, "validation", lambda epoch: epoch.metrics.get(name), "main")]
+    if name == "loss":
+        lines.append(_line(facts, "training", lambda epoch: epoch.train_loss, "second"))
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return None
+    best = best_epoch(facts) if name == facts.metric else None
+    rings = [Ring(best.step, best.metrics[name], _told_best(best, name))] if best else []
+    return LineChart(
+        key=f"curve-{_place(facts, name)}",
+        title=name,
+        description="; ".join(_told(line) for line in lines),
+        x_label="step",
+        lines=lines,
+        rings=rings,
+        marks=tuple(stops(facts)),
+        bands=tuple(repeats(facts)),
+        x_range=(0, facts.history[-1].step),
+        may_log=True,
+        has_legend=len(lines) > 1,
+    )
+
+
+def _rate_chart(facts: RunFacts) -> LineChart | None:
+    line = _line(facts, "learning rate", lambda epoch: epoch.learning_rate, "main")
+    if not line.points:
+        return None
+    return LineChart(
+        key="curve-rate",
+        title="learning rate",
+        description=_told(line),
+        x_label="step",
+        lines=[line],
+        marks=tuple(stops(facts)),
+        bands=tuple(repeats(facts)),
+        x_range=(0, facts.history[-1].step),
+        has_legend=False,
+    )
+
+
+def _line(facts: RunFacts, name: str, value: Value, role: str) -> Line:
+    points = [(epoch.step, value(epoch)) for epoch in facts.history]
+    return Line(name, [(float(x), y) for x, y in points if y is not None], role)
+
+
+def _told_best(best: Epoch, name: str) -> str:
+    return f"best {number(best.metrics[name])} at step {number(best.step, 0)}"
+
+
+def _told(line: Line) -> str:
+    first, last = line.points[0][1], line.points[-1][1]
+    return f"{line.name} from {number(first)} to {number(last)}"
+
+
+def _place(facts: RunFacts, name: str) -> int:
+    return _metric_names(facts).index(name)
+
+
+def _key(facts: RunFacts) -> Html:
+    """What the marks mean, where there are any."""
+    kinds = dict.fromkeys(mark.kind for mark in stops(facts))
+    told = [f"{SIGNS[kind]} a segment was {kind}" for kind in kinds if kind != "failed"]
+    told += [f"{SIGNS['failed']} a segment failed"] if "failed" in kinds else []
+    if any(repeats(facts)):
+        told.append("\u25a8 steps that were done again")
+    words = " \N{MIDDLE DOT} ".join(told)
+    return element("p", text(words), "note", varies=True) if told else Html("")
