@@ -42,6 +42,7 @@ COMMANDS: dict[str, CommandRow] = {
     "promote": CommandRow(
         "flows.commands.promote", "Publish a run's bundle, and let it win or not."
     ),
+    "alias": CommandRow("flows.commands.alias", "Let an alias stand for a version of a bundle."),
     "pull": CommandRow("flows.commands.pull", "Copy a bundle out of a store, verified."),
     "verify": CommandRow("flows.commands.verify", "Prove a bundle on this machine."),
     "predict": CommandRow("flows.commands.predict", "Predict a CSV, NPY or JSON file."),

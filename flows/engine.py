@@ -20,6 +20,8 @@ def main() -> int:
     parameters = json.load(sys.stdin)
     # The temporary server would tell its makers that it was started; it works without.
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    # Prefect gives it 20 s, which a first start (migrations) on a busy machine may exceed.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "300")
 
     from prefect.exceptions import CancelledRun, TerminationSignal
 

@@ -120,7 +120,7 @@ def progress_of(event: Event) -> tuple[float, float | None, str]:
     if "step" in event:
         rate = event.get("steps_per_s")
         words = [f"step {event['step']}/{event.get('num_steps', '?')}"]
-        words += [f"loss {event['loss']:.4g}"] if event.get("loss") is not None else []
+        words += [f"loss {float(event['loss']):.4g}"] if event.get("loss") is not None else []
         words += [f"{rate:.1f}/s"] if rate else []
         return float(event["step"]), event.get("num_steps"), "  ".join(words)
     return float(event.get("done", 0)), event.get("total"), str(event.get("message", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import urllib.error
 import urllib.request
 from email.utils import parsedate_to_datetime
@@ -9,6 +10,7 @@ from email.utils import parsedate_to_datetime
 from training.errors import HoldfastError, InputError
 
 SERVER_TIMEOUT_S = 10.0
+LOOK_EVERY_S = 1.0
 
 
 class ServerUnreachableError(HoldfastError):
@@ -22,8 +24,8 @@ def configured_api_url() -> str | None:
     return get_current_settings().api.url or None
 
 
-def require_server() -> str:
-    """The API's address, once the server has answered there.
+def require_server(wait_s: float = 0.0) -> str:
+    """The API's address, once the server has answered there; a new one is given ``wait_s``.
 
     Raises:
         InputError: no server is configured.
@@ -35,8 +37,16 @@ def require_server() -> str:
             "no Prefect server is configured; start one with `prefect server start`, then "
             "export PREFECT_API_URL=http://127.0.0.1:4200/api"
         )
-    server_time(api_url)
-    return api_url
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        try:
+            server_time(api_url)
+        except ServerUnreachableError:
+            if time.monotonic() >= deadline_s:
+                raise
+            time.sleep(LOOK_EVERY_S)
+        else:
+            return api_url
 
 
 def server_time(api_url: str) -> float | None:

@@ -23,16 +23,25 @@ from tasks.prepare import prepare
 from tasks.reporter import Reporter
 from tasks.run_summary import summarize
 from tasks.stages import evaluate, export, make_candidates, promote, train, write_report
+from training.errors import HoldfastError
 from training.experiment_loading import experiment_name
 
 DEFAULT_LIMITS = Limits()
 
 
 def name_flow_run() -> str:
-    """``experiment/run_id``, as the flow run is called in Prefect."""
+    """``experiment/run_id``, as the flow run is called in Prefect.
+
+    What is wrong with them is told by the flow itself: an error here would end the engine, which
+    counts as a crash and is tried again.
+    """
     parameters: dict[str, Any] = flow_run.parameters
-    job = requested_job(parameters["experiment"], parameters["run_id"], parameters["store"])
-    return f"{experiment_name(job.experiment)}/{job.run_id}"
+    experiment, run_id = str(parameters["experiment"]), str(parameters["run_id"])
+    try:
+        job = requested_job(experiment, run_id, parameters["store"])
+        return f"{experiment_name(job.experiment)}/{job.run_id}"
+    except HoldfastError:
+        return f"{experiment}/{run_id}"
 
 
 @flow(name="training-pipeline", flow_run_name=name_flow_run, persist_result=False)

@@ -26,9 +26,10 @@ def require_pool(name: str) -> str:
     """The type of a work pool. Raises InputError that names those that there are."""
     found = pool_type(name)
     if found is None:
+        names = _pool_names()
         raise InputError(
             f"there is no work pool {name!r} on this server; "
-            f"{nearest(name, _pool_names()) or 'there are none'}; "
+            f"{nearest(name, names) if names else 'there are none'}; "
             f"holdfast deploy --pool {name} makes it"
         )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ from tasks.learning_curves import data_uri, draw_learning_curves
 from tasks.run_summary import champion_name, history_of, numbers_in, read_optional
 from training.run_directory import RunDirectory, read_segments
 
+# Keys of an artifact in parity.json, in the order in which a reader asks for them.
+PARITY_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "name": ("artifact", str),
+    "is_passed": ("proven", lambda is_passed: "yes" if is_passed else "NO"),
+    "max_error": ("largest error", "{:.2g}".format),
+    "bound": ("allowed", "{:.2g}".format),
+    "agreement": ("same class", "{:.2%}".format),
+    "num_probes": ("probes", str),
+    "size_bytes": ("bytes", "{:,}".format),
+}
+
 
 @task(name="show", persist_result=False, cache_policy=NO_CACHE)
 def show_run(job: Job) -> None:
@@ -26,9 +38,10 @@ def show_run(job: Job) -> None:
     segments = read_segments(run)
     preempted_steps = [s.end_step for s in segments if s.outcome == "preempted"]
     picture = data_uri(draw_learning_curves(history_of(run), preempted_steps))
+    legend = "\n\nDashed: a segment was preempted there." if preempted_steps else ""
     create_markdown_artifact(
         key="learning-curves",
-        markdown=f"![learning curves]({picture})\n\nRed: a segment was preempted there.",
+        markdown=f"![learning curves]({picture}){legend}",
         description=f"Loss of {job.experiment}/{job.run_id}",
     )
     _show_table("candidates", candidate_rows(run), "Validation metrics of each candidate")
@@ -46,16 +59,24 @@ def candidate_rows(run: RunDirectory) -> list[dict[str, Any]]:
         metrics = numbers_in(candidate.get("validation") or candidate.get("metrics"))
         row: dict[str, Any] = {"candidate": candidate["name"]}
         row.update({name: f"{value:.6g}" for name, value in metrics.items()})
+        row["from steps"] = ", ".join(map(str, candidate.get("steps", [])))
         row["champion"] = "★" if candidate["name"] == champion else ""
         rows.append(row)
     return rows
 
 
 def parity_rows(run: RunDirectory) -> list[dict[str, Any]]:
-    """One row per artifact of ``parity.json``, with each value that is a number or a word."""
+    """One row per artifact of ``parity.json``: how far it is from the champion, and how far it may.
+
+    Values that we have no column for are left to the file.
+    """
     parity = read_optional(run.bundle / "parity.json") or {}
     return [
-        {key: value for key, value in entry.items() if isinstance(value, (str, int, float))}
+        {
+            title: show(entry[key])
+            for key, (title, show) in PARITY_COLUMNS.items()
+            if entry.get(key) is not None
+        }
         for entry in _named_entries(parity.get("artifacts"))
     ]
 
@@ -74,4 +95,9 @@ def _show_table(key: str, rows: list[dict[str, Any]], description: str) -> None:
 
 def _show_link(key: str, path: Path) -> None:
     if path.exists():
-        create_link_artifact(link=path.absolute().as_uri(), link_text=str(path), key=key)
+        create_link_artifact(
+            link=path.absolute().as_uri(),
+            link_text=str(path),
+            key=key,
+            description=f"The {key}, in the store that all workers share",
+        )

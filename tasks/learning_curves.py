@@ -32,9 +32,10 @@ def draw_learning_curves(history: Sequence[dict[str, Any]], preempted_steps: Seq
     every = [point for points in curves.values() for point in points]
     if not every:
         return _document('<text x="24" y="40">no finished epoch yet</text>')
-    x_range = (0.0, max(x for x, _ in every))
-    y_range = _padded(min(y for _, y in every), max(y for _, y in every))
-    parts = [_axes(x_range, y_range)]
+    x_ticks = round_ticks(0.0, max(x for x, _ in every))
+    y_ticks = round_ticks(min(y for _, y in every), max(y for _, y in every))
+    x_range, y_range = (x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1])
+    parts = [_axes(x_ticks, y_ticks)]
     parts += [_notice_line(_scaled(float(s), x_range, True)) for s in preempted_steps]
     for number, (name, points) in enumerate(curves.items()):
         path = " ".join(
@@ -60,9 +61,13 @@ def _points(history: Sequence[dict[str, Any]], value_of: Any) -> list[Point]:
     ]
 
 
-def _padded(low: float, high: float) -> tuple[float, float]:
-    margin = 0.05 * (high - low) or abs(high) * 0.1 or 1.0
-    return low - margin, high + margin
+def round_ticks(low: float, high: float) -> list[float]:
+    """Four to eight equally spaced numbers of few digits, around all values from low to high."""
+    span = (high - low) or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / 4))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= span / 6)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
 def _scaled(value: float, bounds: tuple[float, float], is_x: bool) -> float:
@@ -76,19 +81,18 @@ def _scaled(value: float, bounds: tuple[float, float], is_x: bool) -> float:
     return round(place, 1)
 
 
-def _axes(x_range: tuple[float, float], y_range: tuple[float, float]) -> str:
+def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float]) -> str:
     parts = []
-    for number in range(5):
-        y = y_range[0] + (y_range[1] - y_range[0]) * number / 4
-        x = x_range[0] + (x_range[1] - x_range[0]) * number / 4
-        y_place, x_place = _scaled(y, y_range, False), _scaled(x, x_range, True)
+    for y in y_ticks:
+        place = _scaled(y, (y_ticks[0], y_ticks[-1]), False)
         parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y_place}" y2="{y_place}" '
-            f'stroke="#8884" /><text x="{LEFT - 8}" y="{y_place + 4}" '
-            f'text-anchor="end">{y:.3g}</text>'
-            f'<text x="{x_place}" y="{HEIGHT - 14}" text-anchor="middle">{x:,.0f}</text>'
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place}" y2="{place}" stroke="#8884"/>'
+            f'<text x="{LEFT - 8}" y="{place + 4}" text-anchor="end">{y:.4g}</text>'
         )
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">step</text>')
+    for x in x_ticks:
+        place = _scaled(x, (x_ticks[0], x_ticks[-1]), True)
+        parts.append(f'<text x="{place}" y="{HEIGHT - 18}" text-anchor="middle">{x:,.0f}</text>')
+    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">step</text>')
     return "".join(parts)
 
 

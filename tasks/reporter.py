@@ -59,7 +59,9 @@ class Reporter:
         self._artifact.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
+        if exception_type is None:
+            self._artifact.offer({"done": 1, "total": 1, "message": "finished"})
         self._artifact.stop()
 
 
@@ -102,7 +104,9 @@ class _ProgressArtifact:
 
     def _work(self) -> None:
         shown: Event | None = None
-        while not self._is_stopping.wait(ARTIFACT_INTERVAL_S if shown else 0.5):
+        is_last = False
+        while not is_last:
+            is_last = self._is_stopping.wait(ARTIFACT_INTERVAL_S if shown else 0.5)
             event = self._latest
             if event is None or event is shown:
                 continue

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from training.lease import LeaseView, read_lease
+from training.ledger import ledger
 from training.run_directory import (
     RunDirectory,
     SegmentRecord,
@@ -35,7 +36,7 @@ class RunSummary:
         holder: who is writing it now.
         champion: name of the weights that won, once they have been chosen.
         test_metrics: the champion's metrics on test data.
-        costs_s: seconds by what they went to, over all segments.
+        ledger_s: seconds by what they went to, over all segments, as ``training.ledger`` has them.
         goodput: useful training time divided by all time that was paid for.
         error: why the last segment failed.
     """
@@ -50,7 +51,7 @@ class RunSummary:
     holder: str | None
     champion: str | None
     test_metrics: dict[str, float]
-    costs_s: dict[str, float]
+    ledger_s: dict[str, float]
     goodput: float | None
     bundle: str | None
     report: str | None
@@ -70,8 +71,7 @@ def summarize(run: RunDirectory) -> RunSummary:
         ledger_outcome(record, is_alive=is_alive and record is segments[-1]) for record in segments
     ]
     evaluation = read_optional(run.evaluation_json)
-    costs_s = _sum_of_costs(segments)
-    paid_s = sum(costs_s.values())
+    account = ledger(segments)
     return RunSummary(
         name=f"{run.path.parent.name}/{run.path.name}",
         path=str(run.path),
@@ -83,8 +83,12 @@ def summarize(run: RunDirectory) -> RunSummary:
         holder=lease.holder if lease is not None and is_alive else None,
         champion=champion_name(evaluation),
         test_metrics=test_metrics(evaluation),
-        costs_s=costs_s,
-        goodput=costs_s.get("useful", 0.0) / paid_s if paid_s > 0 else None,
+        ledger_s={
+            name.removesuffix("_s"): round(seconds, 3)
+            for name, seconds in asdict(account).items()
+            if name.endswith("_s")
+        },
+        goodput=account.goodput if account.paid_s > 0 else None,
         bundle=str(run.bundle) if run.bundle.is_dir() else None,
         report=str(run.report_html) if run.report_html.is_file() else None,
         error=segments[-1].error.message if segments and segments[-1].error else None,
@@ -155,11 +159,3 @@ def _state(run: RunDirectory, outcomes: list[Any], lease: LeaseView | None) -> S
 
 def _newest_step(run: RunDirectory, segments: list[SegmentRecord]) -> int:
     return max([record.end_step for record in segments] + checkpoint_steps(run), default=0)
-
-
-def _sum_of_costs(segments: list[SegmentRecord]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for record in segments:
-        for name, seconds in record.costs_s.items():
-            total[name] = round(total.get(name, 0.0) + seconds, 3)
-    return total

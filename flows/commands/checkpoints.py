@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from flows.options import STORE_OPTION
+from flows.options import JSON_OPTION, STORE_OPTION
 from flows.stores import find_run
 from flows.training_commands import call_training
 from tasks.preflight import store_path
+from training.errors import InputError
 
 HELP = """List, verify or compare the checkpoints of a run.
 
 \b
+A run is named by its id, as EXPERIMENT/ID or by its directory; its checkpoints folder or one
+checkpoint do as well.
+\b
 Examples:
   holdfast checkpoints list digits-20260131-030000
   holdfast checkpoints verify turbofan/fd001 --store /mnt/runs
+  holdfast checkpoints diff calm killed && echo exact
   holdfast checkpoints diff runs/digits/a/checkpoints/step-00000420 \\
                             runs/digits/b/checkpoints/step-00000420
 """
@@ -30,22 +37,46 @@ def command() -> None:
 @command.command("list", short_help="Steps, kinds, metrics and sizes.")
 @click.argument("run")
 @STORE_OPTION
-def list_checkpoints(run: str, store: str) -> int:
-    """Show step, kind, metrics and size of each checkpoint of RUN."""
-    return call_training(["checkpoints", "list", str(find_run(store_path(store), run).path)])
+@JSON_OPTION
+def list_checkpoints(run: str, store: str, is_json: bool) -> int:
+    """Show step, epoch, kind, metrics, size and time of each checkpoint of RUN, which is the
+    latest, and what was set aside.
+    """
+    return _call("list", [run], store, is_json)
 
 
 @command.command("verify", short_help="Read every byte again.")
 @click.argument("run")
 @STORE_OPTION
-def verify(run: str, store: str) -> int:
+@JSON_OPTION
+def verify(run: str, store: str, is_json: bool) -> int:
     """Compare each file of each checkpoint of RUN with its manifest; exit code 1 if one differs."""
-    return call_training(["checkpoints", "verify", str(find_run(store_path(store), run).path)])
+    return _call("verify", [run], store, is_json)
 
 
 @command.command("diff", short_help="What differs between two checkpoints.")
-@click.argument("a", type=click.Path(exists=True, file_okay=False))
-@click.argument("b", type=click.Path(exists=True, file_okay=False))
-def diff(a: str, b: str) -> int:
-    """Name the tensors, counters and versions that differ between checkpoint folders A and B."""
-    return call_training(["checkpoints", "diff", a, b])
+@click.argument("a")
+@click.argument("b")
+@STORE_OPTION
+@JSON_OPTION
+def diff(a: str, b: str, store: str, is_json: bool) -> int:
+    """Name the tensors, counters and versions that differ between the checkpoints A and B, and by
+    how much. Of a run, the latest one is taken. Exit code 0 if they are equal, 1 if they differ.
+    """
+    return _call("diff", [a, b], store, is_json)
+
+
+def _call(name: str, references: list[str], store: str, is_json: bool) -> int:
+    places = [str(_place(store_path(store), reference)) for reference in references]
+    return call_training(["checkpoints", name, *(["--json"] if is_json else []), "--", *places])
+
+
+def _place(store: Path, reference: str) -> Path:
+    """The directory of the run of that name, or else the path itself."""
+    try:
+        return find_run(store, reference).path
+    except InputError:
+        path = Path(reference).expanduser()
+        if path.exists():
+            return path
+        raise

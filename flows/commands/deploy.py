@@ -15,12 +15,15 @@ from tasks.preflight import store_path
 from training.errors import HoldfastError, InputError
 
 KINDS = ("process", "docker", "kubernetes")
+# A server that was started a moment ago migrates its database first.
+SERVER_START_S = 60.0
 SOURCE_FOLDER = Path(__file__).resolve().parent.parent.parent / "deployments"
 
 HELP = """Put the deployments on a Prefect server: on-demand, and nightly with its schedule.
 
 Makes the work pool unless it is there, then runs `prefect deploy` on deployments/prefect.yaml.
-Needs PREFECT_API_URL. May be repeated; an existing work pool is left as it is.
+Needs PREFECT_API_URL, and waits a minute for a server that has only just been started. May be
+repeated; an existing work pool is left as it is.
 
 \b
 Examples:
@@ -53,7 +56,7 @@ def command(pool: str, kind: str, store: str, definitions: Path) -> int:
     deployments = definitions / "prefect.yaml"
     if not deployments.is_file():
         raise InputError(f"there is no {deployments}; name its folder with --definitions")
-    require_server()
+    require_server(SERVER_START_S)
     is_new = ensure_pool(pool, kind, definitions / "pools" / f"{kind}.json")
     click.echo(f"work pool {pool} ({kind}): {'made' if is_new else 'is there'}")
     _prefect_deploy(deployments, pool, str(store_path(store)))

@@ -13,6 +13,8 @@ from training.export import console
 
 HELP = """Copy a bundle out of a store, every byte verified.
 
+The store is a folder, or the URL at which a static file server shows one.
+
 REFERENCE is NAME, NAME@VERSION or NAME@ALIAS; without @ the alias champion is meant. Interrupted,
 the same command goes on where it stood. Nothing is at DIR before all of it is right.
 
@@ -20,6 +22,7 @@ the same command goes on where it stood. Nothing is at DIR before all of it is r
 Examples:
   holdfast pull digits --to digits-model
   holdfast pull turbofan@3 --store /mnt/runs --to third --only onnx
+  holdfast pull digits@nightly --store https://models.example/runs --to nightly
 """
 
 
@@ -32,8 +35,5 @@ Examples:
 @STORE_OPTION
 def command(reference: str, to: Path, only: tuple[str, ...], store: str) -> None:
     """Pull it."""
-    console.run(
-        Namespace(
-            command="pull", reference=reference, to=to, only=list(only), store=store_path(store)
-        )
-    )
+    place = store if console.is_url(store) else store_path(store)
+    console.run(Namespace(command="pull", reference=reference, to=to, only=list(only), store=place))

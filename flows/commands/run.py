@@ -17,6 +17,7 @@ from flows.stores import DEFAULT_STORE
 from tasks.deathwatch import EXIT_PREEMPTED
 from tasks.job import Job
 from tasks.preflight import check_job, store_path
+from training.config_option import CONFIG_OPTION
 from training.experiment_loading import experiment_name
 
 HELP = """Train an experiment, from seed to verified bundle.
@@ -39,7 +40,7 @@ Examples:
 
 @click.command("run", help=HELP, short_help="Train an experiment, from seed to verified bundle.")
 @click.argument("experiment")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file.")
+@CONFIG_OPTION
 @click.option(
     "--set",
     "overrides",

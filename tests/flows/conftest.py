@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.cluster import Cluster, cluster, train_whole
+from tests.flows.cluster import CHEAP_EXPORT, Cluster, cluster, train_whole
 from tests.flows.prefect_server import make_template
 from training.run_directory import RunDirectory
 
 # A quarter of a minute of training, with more checkpoints than anything that happens meanwhile.
-OVERRIDES = ("train.num_epochs=100", "checkpoint.every_s=1", "train.num_threads=1")
-LONGER_OVERRIDES = ("train.num_epochs=500", "checkpoint.every_s=1", "train.num_threads=1")
+COMMON = ("checkpoint.every_s=1", "train.num_threads=1", *CHEAP_EXPORT)
+OVERRIDES = ("train.num_epochs=100", *COMMON)
+LONGER_OVERRIDES = ("train.num_epochs=300", *COMMON)
 
 
 @pytest.fixture(scope="session")

@@ -10,21 +10,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.run_summary import checkpoint_steps
 from tests.flows.prefect_server import environment, wait_until
-from training.command_line import STAGE_HELP
 from training.run_directory import RunDirectory, read_segments
-from training.stages import STAGES
 
-EPOCHS = "train.num_epochs=60"
+SETTINGS = ("--set", "train.num_epochs=60", "--set", "train.num_threads=1")
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-needs_all_stages = pytest.mark.skipif(
-    bool(set(STAGE_HELP) - set(STAGES)),
-    reason=f"stages that are not there yet: {sorted(set(STAGE_HELP) - set(STAGES))}",
-)
 
 
 @dataclass(frozen=True)
@@ -61,18 +56,29 @@ def terminal(tmp_path_factory: pytest.TempPathFactory, database_template: Path) 
 def stopped(terminal: Terminal) -> tuple[RunDirectory, subprocess.Popen[str], str]:
     """A run that was stopped by Ctrl-C after its first checkpoint."""
     run = RunDirectory(terminal.store / "digits" / "stopped")
-    process = terminal.start("run", "digits", "--run-id", "stopped", "--set", EPOCHS)
+    process = terminal.start("run", "digits", "--run-id", "stopped", *SETTINGS)
     wait_until(lambda: bool(checkpoint_steps(run)) or process.poll() is not None, 200, "a save")
+    assert process.poll() is None, process.communicate()[1]
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=200)
     return run, process, err
+
+
+@pytest.fixture(scope="module")
+def resumed(
+    stopped: tuple[RunDirectory, subprocess.Popen[str], str], terminal: Terminal
+) -> tuple[RunDirectory, Any]:
+    """The stopped run, taken up and completed, and what the command said of it."""
+    code, out, err = terminal.run("resume", "stopped", "--json")
+    assert code == 0, err
+    return stopped[0], json.loads(out)["result"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """The same training, not interrupted, without Prefect."""
     store = tmp_path_factory.mktemp("whole")
-    argv = ["--experiment", "digits", "--store", str(store), "--run-id", "whole", "--set", EPOCHS]
+    argv = ["--experiment", "digits", "--store", str(store), "--run-id", "whole", *SETTINGS]
     subprocess.run(
         [sys.executable, "-m", "training", "segment", *argv, "--progress", "none"], check=True
     )
@@ -132,16 +138,10 @@ def test_bad_settings_of_the_experiment_are_refused_before_a_run_is_begun(
     assert not (terminal.store / "digits" / "bad" / "run.json").exists()
 
 
-@needs_all_stages
 def test_a_resumed_run_ends_with_the_bytes_of_the_whole_one(
-    stopped: tuple[RunDirectory, subprocess.Popen[str], str],
-    whole: RunDirectory,
-    terminal: Terminal,
+    resumed: tuple[RunDirectory, Any], whole: RunDirectory
 ) -> None:
-    run, _, _ = stopped
-    code, out, err = terminal.run("resume", "stopped", "--json")
-    assert code == 0, err
-    result = json.loads(out)["result"]
+    run, result = resumed
     assert result["state"] == "completed"
     assert result["champion"]
     assert Path(result["bundle"]).is_dir()
@@ -152,11 +152,11 @@ def test_a_resumed_run_ends_with_the_bytes_of_the_whole_one(
         assert there.read_bytes() == here.read_bytes(), name
 
 
-@needs_all_stages
+@pytest.mark.slow
 def test_a_completed_run_is_not_done_again(
-    stopped: tuple[RunDirectory, subprocess.Popen[str], str], terminal: Terminal
+    resumed: tuple[RunDirectory, Any], terminal: Terminal
 ) -> None:
-    run, _, _ = stopped
+    run, _ = resumed
     before = {path: path.stat().st_mtime_ns for path in run.bundle.rglob("*") if path.is_file()}
     segments = read_segments(run)
     start_s = time.monotonic()

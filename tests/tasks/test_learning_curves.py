@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 from xml.etree import ElementTree
 
-from tasks.learning_curves import data_uri, draw_learning_curves
+import pytest
+
+from tasks.learning_curves import data_uri, draw_learning_curves, round_ticks
 
 
 def entry(step: int, train: float, validation: float) -> dict[str, object]:
@@ -32,3 +34,17 @@ def test_a_run_without_an_epoch_is_said_so() -> None:
 def test_the_picture_needs_no_server() -> None:
     uri = data_uri("<svg/>")
     assert base64.b64decode(uri.removeprefix("data:image/svg+xml;base64,")) == b"<svg/>"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0, 510.0, [0, 100, 200, 300, 400, 500, 600]),
+        (0.013, 2.12, [0, 0.5, 1, 1.5, 2, 2.5]),
+        (3.0, 3.0, [3, 3.5]),
+        (0.0, 0.0, [0, 0.2]),
+        (-1.0, 1.0, [-1, -0.5, 0, 0.5, 1]),
+    ],
+)
+def test_axes_are_marked_with_round_numbers(low: float, high: float, ticks: list[float]) -> None:
+    assert round_ticks(low, high) == pytest.approx(ticks)

@@ -1,0 +1,106 @@
+"""The commands of the README do what it says, as they are printed there.
+
+Each block is named by a comment above it. Blocks that belong together run in one shell, in a
+folder of the test, with a Prefect home and a port of the test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.flows.prefect_server import REPOSITORY, environment, free_port
+from training.run_directory import RunDirectory, read_segments
+
+README = (REPOSITORY / "README.md").read_text()
+BLOCK = re.compile(r"(?:<!-- tested: (.+?) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
+BLOCKS = {name: code for name, _, code in BLOCK.findall(README) if name}
+MAKE_RUN_AND_TEST = 1
+END_ALL = "trap 'kill $(jobs -p) 2>/dev/null; wait; prefect server stop' EXIT\n"
+
+
+def run_as_printed(folder: Path, *names: str, timeout_s: float = 280.0, before: str = "") -> str:
+    """Run blocks one after another in one shell that stops at the first failure; its output."""
+    port = str(free_port())
+    script = before + "".join(BLOCKS[name] for name in names).replace(":4200/", f":{port}/")
+    home = folder / "prefect"
+    home.mkdir(exist_ok=True)
+    more = {"PREFECT_SERVER_API_PORT": port, "OMP_NUM_THREADS": "1"}
+    variables = environment(home, **more)
+    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
+    with (folder / "output").open("wb+") as output:
+        shell = subprocess.Popen(
+            ["bash", "-e", "-c", script],
+            cwd=folder,
+            env=variables,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            code = shell.wait(timeout=timeout_s)
+        finally:
+            _end(shell)
+    told = (folder / "output").read_text(errors="replace")
+    assert code == 0, told + "".join(path.read_text() for path in sorted(folder.glob("*.log")))
+    return told
+
+
+def _end(shell: subprocess.Popen[bytes]) -> None:
+    if shell.poll() is None:
+        os.killpg(shell.pid, signal.SIGTERM)
+        try:
+            shell.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(shell.pid, signal.SIGKILL)
+            shell.wait()
+
+
+def test_every_block_of_commands_is_tested() -> None:
+    untested = [code for name, kind, code in BLOCK.findall(README) if kind == "bash" and not name]
+    assert len(untested) == MAKE_RUN_AND_TEST, untested
+    assert "make run" in untested[0]
+
+
+def test_every_page_that_is_linked_is_there() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+@pytest.mark.timeout(900)
+def test_a_run_to_its_bundle_and_the_bundle_elsewhere(tmp_path: Path) -> None:
+    told = run_as_printed(tmp_path, "run", "pull", timeout_s=880)
+    assert told.count("champion      ") == 3, "of run, status and resume"
+    assert "digits@1" in told
+    assert "golden outputs are right" in told
+
+
+def test_training_alone(tmp_path: Path) -> None:
+    run_as_printed(tmp_path, "segment")
+    assert list((tmp_path / "runs/digits/fifth/checkpoints").glob("step-*/model.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "my_task.py").write_text(BLOCKS["my_task.py"])
+    told = run_as_printed(tmp_path, "own", timeout_s=880)
+    assert float(re.findall(r"accuracy ([\d.]+)", told)[0]) > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2500)
+def test_workers_automatic_resume_and_nights(tmp_path: Path) -> None:
+    names = ("deploy", "resume", "nightly")
+    told = run_as_printed(tmp_path, *names, timeout_s=2400, before=END_ALL)
+    assert (tmp_path / "runs/digits/third/bundle").is_dir()
+    assert (tmp_path / "runs/digits/fourth/bundle").is_dir()
+    outcomes = [s.outcome for s in read_segments(RunDirectory(tmp_path / "runs/digits/fourth"))]
+    assert outcomes == ["preempted", "completed"], told
