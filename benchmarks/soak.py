@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py --kills 20 --experiment turbofan --set data.folder=/path/to/cmapss
 
-Prints what was done, each state transition with its reason, and whether the final checkpoint has
-the bytes of the run that nobody disturbed. Exit code 1 where it has not.
+Prints what was done, each state transition with its reason, and whether the final checkpoint and
+the champion have the bytes of the run that nobody disturbed. Exit code 1 where they have not.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tasks.attempts import newest_step
 from tests.flows.cluster import Cluster, Machine, cluster, train_whole
 from tests.flows.prefect_server import make_template, wait_until
+from tests.flows.recovery import champion, final_bytes
 from training.ledger import ledger
 from training.run_directory import RunDirectory, read_segments
 
-PATIENCE_S = 400.0
-EXACT_FILES = ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json")
+PATIENCE_S = 900.0
 NUM_MACHINES = 2
 
 
@@ -172,7 +172,9 @@ def run_soak(soak: Soak, whole: RunDirectory, num_kills: int) -> int:
     state = machines.wait_for_state(soak.flow_run, "Completed", "Failed", timeout_s=1800)
     print(machines.timeline(soak.flow_run))
     explain(soak, state)
-    differing = [name for name in EXACT_FILES if final(soak.run, name) != final(whole, name)]
+    theirs = final_bytes(whole)
+    differing = [name for name, content in final_bytes(soak.run).items() if content != theirs[name]]
+    differing += ["champion"] if champion(soak.run) != champion(whole) else []
     print(f"bytes: {'equal' if not differing else f'DIFFERENT in {differing}'}")
     return 1 if differing or state != "Completed" else 0
 
@@ -187,10 +189,6 @@ def explain(soak: Soak, state: str) -> None:
     print(f"started {num_starts} times: once, and once after each of {num_starts - 1} losses")
     print(f"{len(segments)} segments: {dict(Counter(s.outcome for s in segments))}")
     print(ledger(segments).as_table())
-
-
-def final(run: RunDirectory, name: str) -> bytes:
-    return (run.checkpoint(newest_step(run)) / name).read_bytes()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import torch
 from interleaving import interleaved, markdown_table, median_ratio
@@ -20,7 +22,6 @@ from interleaving import interleaved, markdown_table, median_ratio
 from training.checkpointing.manager import CheckpointManager
 from training.costs import Costs
 from training.evaluation import move
-from training.lease import Lease
 from training.optimization import build_optimizer
 from training.segment import build_manager, build_saver, build_trainer
 from training.stage import Stage, StageArguments, prepared_stage
@@ -75,29 +76,20 @@ def trainer_loop(
     return run
 
 
-def compare(stage: Stage, lease: Lease, num_steps: int, repetitions: int) -> list[str]:
-    """One row of the table."""
-    trainer = build_trainer(stage, Costs())
-    manager = build_manager(stage, trainer, lease, segment=1)
-    cases = {
-        "holdfast": trainer_loop(stage, trainer, manager, num_steps),
-        "bare": bare_loop(stage, num_steps),
-    }
-    seconds = interleaved(cases, repetitions)
-    ratio = median_ratio(seconds["bare"], seconds["holdfast"])
-    rates = [f"{num_steps / sorted(times)[len(times) // 2]:.1f}" for times in seconds.values()]
-    return [stage.arguments.experiment, *rates, f"{ratio:.3f}"]
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def parsed(description: str | None) -> argparse.Namespace:
+    """What is measured, how long and how often."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--experiment", default="digits")
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--steps", type=int, default=60, help="steps of one repetition")
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--num-threads", type=int, default=1)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+@contextmanager
+def training_of(arguments: argparse.Namespace) -> Iterator[tuple[Stage, Callable[[], None]]]:
+    """A new run in a folder that goes away afterwards, and the loop over its next steps."""
     with tempfile.TemporaryDirectory() as store:
         stage_arguments = StageArguments(
             experiment=arguments.experiment,
@@ -108,8 +100,21 @@ def main() -> None:
             progress_format="none",
         )
         with prepared_stage(stage_arguments) as stage, stage.writing() as lease:
-            row = compare(stage, lease, arguments.steps, arguments.repetitions)
-    print(markdown_table(["experiment", "holdfast, steps/s", "bare, steps/s", "ratio"], [row]))
+            trainer = build_trainer(stage, Costs())
+            manager = build_manager(stage, trainer, lease, segment=1)
+            yield stage, trainer_loop(stage, trainer, manager, arguments.steps)
+
+
+def main() -> None:
+    """Print the table."""
+    arguments = parsed(__doc__)
+    with training_of(arguments) as (stage, loop):
+        cases = {"holdfast": loop, "bare": bare_loop(stage, arguments.steps)}
+        seconds = interleaved(cases, arguments.repetitions)
+    rates = [f"{arguments.steps / median(seconds[name]):.1f}" for name in cases]
+    ratio = f"{median_ratio(seconds['bare'], seconds['holdfast']):.3f}"
+    header = ["experiment", "holdfast, steps/s", "bare, steps/s", "ratio"]
+    print(markdown_table(header, [[arguments.experiment, *rates, ratio]]))
 
 
 if __name__ == "__main__":
