@@ -51,7 +51,8 @@ def set_up_torch(mode: Literal["deterministic", "speed"], num_threads: int) -> N
 
     is_deterministic = mode == "deterministic"
     torch.set_num_threads(num_threads)
-    torch.use_deterministic_algorithms(is_deterministic)
+    # Not use_deterministic_algorithms, which imports the compiler: a second of every start.
+    torch.set_deterministic_debug_mode("error" if is_deterministic else "default")
     torch.backends.cudnn.deterministic = is_deterministic
     torch.backends.cudnn.benchmark = not is_deterministic
 
@@ -64,6 +65,8 @@ def compile_statically(model: nn.Module) -> None:
     """
     import torch
 
+    # Tells the compiler of the mode that set_up_torch has set.
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())
     torch._dynamo.config.recompile_limit = 256  # past the limit it would fall back to eager
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     model.compile(dynamic=False)
