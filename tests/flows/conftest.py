@@ -11,9 +11,9 @@ from tests.flows.cluster import CHEAP_EXPORT, Cluster, cluster, train_whole
 from tests.flows.prefect_server import make_template
 from training.run_directory import RunDirectory
 
-# A quarter of a minute of training, with more checkpoints than anything that happens meanwhile.
+# Ten seconds of training, with more checkpoints than anything that happens meanwhile.
 COMMON = ("checkpoint.every_s=1", "train.num_threads=1", *CHEAP_EXPORT)
-OVERRIDES = ("train.num_epochs=100", *COMMON)
+OVERRIDES = ("train.num_epochs=60", *COMMON)
 LONGER_OVERRIDES = ("train.num_epochs=300", *COMMON)
 
 
