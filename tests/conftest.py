@@ -6,13 +6,18 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# The same examples every time: what fails here fails everywhere. To look for new ones:
-# pytest --hypothesis-profile=explore
-settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.register_profile("explore", max_examples=2000, deadline=None)
+# The same examples every time, however slow the machine: what fails here fails everywhere.
+# To look for new ones: pytest --hypothesis-profile=explore
+UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", UNTIMED, derandomize=True)
+settings.register_profile("explore", UNTIMED, max_examples=2000)
 settings.load_profile("repeatable")
+
+# Tests run side by side. Threads of several processes that share a core wait for each other:
+# on two cores, two trainings with two threads each take four times as long as with one each.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -19,7 +19,7 @@ from training.config_option import CONFIG_OPTION
 from training.configuration_page import configuration
 from training.durable_json import write_json_durably
 from training.errors import HoldfastError, InputError, StorageError
-from training.reproducibility import available_cores, child_environment, is_environment_ready
+from training.reproducibility import child_environment, default_num_threads, is_environment_ready
 from training.signals import exec_held, hold_signals, install_signal_flag, release_signals
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _write_outcome(path: Path | None, outcome: StageOutcome) -> None:
 
 
 def _num_threads(options: dict[str, Any]) -> int:
-    """Threads as configured; else those of the run's first segment; else all cores."""
+    """Threads as configured; else those of the run's first segment; else the default."""
     for override in reversed(options["overrides"]):
         key, _, value = override.partition("=")
         if key.strip() == "train.num_threads" and value.strip().isdecimal():
@@ -174,7 +174,7 @@ def _num_threads(options: dict[str, Any]) -> int:
         configured = train.get("num_threads") if isinstance(train, dict) else None
         if isinstance(configured, int) and configured > 0:
             return configured
-    return _recorded_num_threads(options) or available_cores()
+    return _recorded_num_threads(options) or default_num_threads()
 
 
 def _recorded_num_threads(options: dict[str, Any]) -> int | None:

@@ -75,7 +75,7 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes a GPU where there is one."""
     num_threads: int | None = Field(None, ge=1)
-    """CPU threads of torch. Unset: what the first segment's machine has, recorded in run.json."""
+    """CPU threads of torch. Unset: OMP_NUM_THREADS, or all cores, of the first segment."""
 
 
 class OptimizerConfig(Section):

@@ -53,9 +53,9 @@ the places before.
 result: a run id belongs to one digest, and another one is refused. What is not part of it may
 differ from segment to segment.
 
-`train.num_threads`: the first segment takes it, or all cores of its machine, and records the number
-in `run.json`. Later segments keep to the record, whatever machine they are on; the key is part of
-the digest, so that it cannot be set to another number later.
+`train.num_threads`: the first segment takes it, else `OMP_NUM_THREADS`, else all cores of its
+machine, and records the number in `run.json`. Later segments keep to the record, whatever machine
+they are on; the key is part of the digest, so that it cannot be set to another number later.
 """
 
 

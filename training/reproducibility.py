@@ -40,9 +40,13 @@ def is_environment_ready(num_threads: int) -> bool:
     )
 
 
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+def default_num_threads(environment: Mapping[str, str] = os.environ) -> int:
+    """Threads that a run begins with: ``OMP_NUM_THREADS`` where it is set, as for torch itself.
+
+    Else the cores that this process may use. Of a list, such as ``4,2``, the first number counts.
+    """
+    wanted = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(wanted) if wanted.isdecimal() and int(wanted) else len(os.sched_getaffinity(0))
 
 
 def set_up_torch(mode: Literal["deterministic", "speed"], num_threads: int) -> None:

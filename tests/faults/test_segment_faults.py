@@ -50,7 +50,8 @@ def test_another_configuration_on_the_same_run_id_is_refused(tmp_path: Path) -> 
 
 
 def test_a_second_segment_is_refused_while_the_first_one_lives(tmp_path: Path) -> None:
-    training = Training(tmp_path, "held", overrides=("train.num_epochs=200",))
+    endless = ("train.num_epochs=2000", "early_stopping.patience_epochs=2000")
+    training = Training(tmp_path, "held", overrides=endless)
     first = training.start()
     first.wait_for("started")
     code, errors = run_to_failure(training)

@@ -49,7 +49,7 @@ def wait_until(is_so: Callable[[], bool], segment: Segment) -> None:
 
 
 def checkpoint_steps(training: Training) -> list[int]:
-    names = (parse_step(path.name) for path in training.run.checkpoints.iterdir())
+    names = (parse_step(path.name) for path in training.run.checkpoints.glob("*"))
     return sorted(step for step in names if step is not None)
 
 
