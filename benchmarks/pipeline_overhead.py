@@ -30,7 +30,7 @@ TITLES = (
     "stages by hand",
     "`holdfast run`, temporary server",
     "an empty flow, temporary server (Prefect's part)",
-    "ours",
+    "ours: what remains, in each repetition",
 )
 EMPTY_FLOW = """
 from prefect import flow

@@ -121,7 +121,9 @@ class Hard:
         assert self._settings.pause_folder is not None
         place = self._settings.pause_folder / str(self._num_calls)
         place.with_suffix(".reached").touch()
+        deadline_s = time.monotonic() + 240  # so that a test that failed leaves no process behind
         while not place.with_suffix(".go").exists():
+            assert time.monotonic() < deadline_s, f"nobody made {place}.go"
             time.sleep(0.01)
 
     def score(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
