@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -90,7 +91,8 @@ def examine_save_time(store: Path, grace_period_s: float) -> Finding:
     except OSError as error:
         return Finding("saving", "bad", f"{store} cannot be written: {error.strerror}")
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be written need not be removed
+            probe.unlink()
     speed = PROBE_BYTES / duration_s
     # Half the grace period: a step has to be finished first, and others may be writing, too.
     fitting_bytes = speed * grace_period_s / 2
@@ -129,7 +131,8 @@ def examine_clock(store: Path, _grace_period_s: float) -> Finding:
     except OSError as error:
         return Finding("clock", "warning", f"not compared with the store's: {error.strerror}")
     finally:
-        probe.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be written need not be removed
+            probe.unlink()
     if difference_s > MAX_CLOCK_DIFFERENCE_S:
         detail = f"differs from the store's by {difference_s:.0f} s; let NTP set both"
         return Finding("clock", "warning", f"{detail}: leases would end too early or too late")

@@ -23,6 +23,7 @@ from training.errors import (
 from training.experiment_loading import experiment_name
 from training.experiments import EXPERIMENTS
 from training.run_directory import read_run_record, validate_run_id
+from training.run_paths import checked_store
 
 MIN_FREE_BYTES = 64 * 2**20
 
@@ -64,17 +65,17 @@ def store_path(store: str) -> Path:
     """The absolute path of the folder that a store's URI or path names.
 
     Raises:
-        InputError: the URI is of another kind than ``file``.
+        InputError: the URI is of another kind than ``file``, or what it names is no folder.
     """
     parts = urlsplit(store)
     if parts.scheme == "file":
-        return Path(unquote(parts.path)).absolute()
+        return checked_store(Path(unquote(parts.path)).absolute())
     if "://" in store:
         raise InputError(
             f"store {store}: expected a folder or file:///folder, found {parts.scheme}://; "
             "mount the storage as a folder that all workers see"
         )
-    return Path(store).expanduser().absolute()
+    return checked_store(Path(store).expanduser().absolute())
 
 
 def require_writable(store: Path) -> None:

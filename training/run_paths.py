@@ -13,6 +13,13 @@ STEP_NAME = re.compile(r"step-(\d{8,})")
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
 
 
+def checked_store(store: Path) -> Path:
+    """The same path. Nothing needs to be there yet; InputError where a file stands there."""
+    if store.exists() and not store.is_dir():
+        raise InputError(f"store {store} is a file, expected a folder; name one with --store")
+    return store
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The paths of one run; nothing here touches the disk.

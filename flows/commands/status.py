@@ -41,7 +41,8 @@ def command(run: str | None, store: str, is_json: bool) -> None:
     elif rows:
         _print_table(rows)
     else:
-        click.echo(f"store {folder} has no runs yet; start one with: holdfast run digits")
+        state = "has no runs" if folder.is_dir() else "does not exist"
+        click.echo(f"store {folder} {state} yet; start one with: holdfast run digits")
 
 
 def _row(run: RunDirectory) -> dict[str, Any]:

@@ -178,6 +178,8 @@ def test_doctor_examines_and_advises(tmp_path: Path) -> None:
 
 def test_doctor_finds_a_store_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    done = holdfast("doctor", "--store", str(tmp_path / "file"), PREFECT_HOME=str(tmp_path))
+    store = str(tmp_path / "file" / "runs")
+    done = holdfast("doctor", "--store", store, PREFECT_HOME=str(tmp_path))
     assert done.returncode == 1
     assert "is not writable" in done.stdout
+    assert "Traceback" not in done.stderr

@@ -69,3 +69,10 @@ def test_a_store_is_a_path_or_a_file_uri() -> None:
     assert store_path("runs") == Path.cwd() / "runs"
     with pytest.raises(InputError, match="s3://"):
         store_path("s3://bucket/runs")
+
+
+def test_a_file_is_no_store(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(InputError, match=r"file is a file, expected a folder"):
+        store_path(str(file))

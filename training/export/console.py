@@ -124,14 +124,23 @@ def is_url(store: str) -> bool:
     return store.startswith(("http://", "https://"))
 
 
+def _bundle_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; expected a bundle, as holdfast pull makes")
+    return folder
+
+
 def _run_verify(options: argparse.Namespace) -> None:
+    _bundle_folder(options.folder)
     manifest = consumer.verify_files(options.folder)
     num = consumer.verify_golden(options.folder)
     print(f"{manifest['name']}: all files and {num} golden outputs are right on this machine")
 
 
 def _run_predict(options: argparse.Namespace) -> None:
-    consumer.predict(options.folder, options.input, options.to)
+    if not options.input.is_file():
+        raise InputError(f"there is no file {options.input}; expected a CSV, NPY or JSON file")
+    consumer.predict(_bundle_folder(options.folder), options.input, options.to)
 
 
 def _run_bundles(options: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from training.durable_json import create_json_durably, read_json, sync_folder
 from training.errors import BundleError, InputError
 from training.export import consumer
 from training.export.sources import FolderSource
+from training.run_paths import checked_store
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 REGISTRY = "registry"
@@ -76,10 +77,12 @@ class Registry:
 
     Attributes:
         folder: ``<store>/registry``; it is created by the first publication.
+
+    Raises InputError for a store that is a file.
     """
 
     def __init__(self, store: Path) -> None:
-        self.folder = store / REGISTRY
+        self.folder = checked_store(store) / REGISTRY
 
     def names(self) -> list[str]:
         """Names that have at least one version."""
