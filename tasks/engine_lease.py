@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from training.errors import DataFormatError, LeaseLostError, StorageError
+from training.errors import DataFormatError, LeaseError, LeaseLostError, StorageError
 from training.lease import Lease, LeaseView, read_lease
 from training.process_identity import current_process
 from training.run_directory import RunDirectory, read_json, write_json_durably
@@ -51,27 +51,33 @@ def engine_lease(
 ) -> Iterator[Lease]:
     """Be the one engine of a run while the block runs.
 
-    A run that does not exist at the end leaves nothing behind.
+    A run that does not exist at the end, refused or not, leaves nothing behind.
 
     Raises:
         LeaseHeldError: another engine drives this run, and still did after ``wait_s``.
         StorageError: the store cannot be written.
     """
-    engine = engine_directory(run)
-    with Lease.acquire(engine, ENGINE_TTL_S, wait_s=wait_s) as lease:
-        write_json_durably(
-            engine.path / HOLDER_NAME,
-            {
-                "generation": lease.generation,
-                "flow_run_id": flow_run_id,
-                "run_count": run_count,
-            },
-        )
-        yield lease
-    if not run.run_json.exists():
-        shutil.rmtree(engine.path, ignore_errors=True)
-        with suppress(OSError):
-            run.path.rmdir()
+    engine, is_ours = engine_directory(run), False
+    try:
+        with Lease.acquire(engine, ENGINE_TTL_S, wait_s=wait_s) as lease:
+            is_ours = True
+            write_json_durably(
+                engine.path / HOLDER_NAME,
+                {
+                    "generation": lease.generation,
+                    "flow_run_id": flow_run_id,
+                    "run_count": run_count,
+                },
+            )
+            yield lease
+    except LeaseError:  # another engine's by now
+        is_ours = False
+        raise
+    finally:
+        if is_ours and not run.run_json.exists():
+            shutil.rmtree(engine.path, ignore_errors=True)
+            with suppress(OSError):
+                run.path.rmdir()
 
 
 def read_engine(run: RunDirectory) -> tuple[LeaseView, Holder] | None:

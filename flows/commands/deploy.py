@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from flows.server import require_server
+from flows.server import ServerUnreachableError, require_server
 from flows.work_pools import ensure_pool
 from tasks.preflight import store_path
 from training.errors import HoldfastError, InputError
@@ -56,7 +56,11 @@ def command(pool: str, kind: str, store: str, definitions: Path) -> int:
     deployments = definitions / "prefect.yaml"
     if not deployments.is_file():
         raise InputError(f"there is no {deployments}; name its folder with --definitions")
-    require_server(SERVER_START_S)
+    try:
+        require_server()
+    except ServerUnreachableError as error:
+        click.echo(f"{error}; waiting a minute for it", err=True)
+        require_server(SERVER_START_S)
     is_new = ensure_pool(pool, kind, definitions / "pools" / f"{kind}.json")
     click.echo(f"work pool {pool} ({kind}): {'made' if is_new else 'is there'}")
     _prefect_deploy(deployments, pool, str(store_path(store)))

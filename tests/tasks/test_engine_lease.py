@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tasks.engine_lease import engine_directory, engine_lease, read_engine, require_engine_is_here
-from training.errors import LeaseHeldError, LeaseLostError
+from training.errors import InputError, LeaseHeldError, LeaseLostError
 from training.lease import Lease
 from training.process_identity import ProcessIdentity
 from training.run_directory import RunDirectory
@@ -58,3 +58,17 @@ def test_a_run_that_was_never_begun_leaves_nothing_behind(tmp_path: Path) -> Non
     with engine_lease(run, "", 0, wait_s=0):
         assert run.path.exists()
     assert not run.path.exists()
+
+
+def test_a_run_that_was_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "digits" / "refused")
+    with pytest.raises(InputError), engine_lease(run, "", 0, wait_s=0):
+        raise InputError("optimizer.name")
+    assert not run.path.exists()
+
+
+def test_an_engine_that_was_replaced_removes_nothing(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "digits" / "replaced")
+    with pytest.raises(LeaseLostError), engine_lease(run, "", 0, wait_s=0):
+        raise LeaseLostError("driven by another")
+    assert engine_directory(run).path.exists()
