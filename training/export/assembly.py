@@ -20,12 +20,12 @@ from training.data import evaluation_batches
 from training.experiment import Batch, Experiment, concatenate
 from training.export.champion import Champion, Runner
 from training.export.formats import Place, formats
+from training.export.golden import write_golden
 from training.export.parity import ArtifactReport, Int8Limits, check_artifact, check_comparison
 from training.export.parts import (
-    FOLDER,
     InParts,
-    PartExperiment,
     eager_runs,
+    graph_of,
     part_formats,
     part_names,
 )
@@ -46,15 +46,20 @@ def check_names(experiment: Experiment, names: Sequence[str]) -> tuple[str, ...]
 class PartChecks:
     """The checks of one champion's parts. What the champion answers is computed once.
 
-    Attributes:
-        folders: bundle and scratch of the whole model.
+    ``folders`` are bundle and scratch of the whole model. ``<part>.champion`` also writes
+    ``num_golden`` golden samples below the part's scratch.
     """
 
     def __init__(
-        self, experiment: Experiment, champion: Path, folders: tuple[Path, Path], batch_size: int
+        self,
+        experiment: Experiment,
+        champion: Path,
+        folders: tuple[Path, Path],
+        batch_size: int,
+        num_golden: int,
     ) -> None:
         self._experiment, self._champion_path = experiment, champion
-        self._folders, self._batch_size = folders, batch_size
+        self._folders, self._batch_size, self._num_golden = folders, batch_size, num_golden
         self._champion = cache(self._load)
         self._wanted = cache(self._answer)
 
@@ -66,15 +71,16 @@ class PartChecks:
         champion, place = self._champion(part)
         if form == "champion":
             report = check_comparison(champion)
+            write_golden(place.scratch / "golden", champion, self._num_golden)
         else:
             report = check_artifact(champion, form, formats()[form], place, Int8Limits())
         report.format = name
         return report
 
     def _load(self, part: str) -> tuple[Champion, Place]:
-        alone = PartExperiment(self._experiment, part, self._champion_path)
-        champion = Champion.load(alone, self._champion_path, self._batch_size)
-        bundle, scratch = (folder / FOLDER / part for folder in self._folders)
+        path = self._champion_path
+        alone, (bundle, scratch) = graph_of(self._experiment, part, path, self._folders)
+        champion = Champion.load(alone, path, self._batch_size)
         return champion, Place(bundle, scratch, alone.model, champion.interface)
 
     def _answer(self) -> list[Mapping[str, Tensor]]:

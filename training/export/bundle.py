@@ -17,6 +17,7 @@ from training.errors import BundleError
 from training.export import consumer
 from training.export.formats import formats
 from training.export.model_card import model_card
+from training.export.parts import FOLDER, artifact_path, part_formats
 from training.export.serving import mlflow_model, triton_config
 from training.export.specification import Interface
 
@@ -30,6 +31,7 @@ class BundleFacts:
     """What is written about the champion and its run. Nothing of it depends on the clock.
 
     Attributes:
+        parts: interface of each part of a model that is served as several graphs.
         champion: name, digest of the weights, validation and test metrics.
         parity: content of ``parity.json``.
         measured: figures that differ from one making to the next: times, latencies.
@@ -45,6 +47,7 @@ class BundleFacts:
     description: str
     task: str
     interface: Interface
+    parts: Mapping[str, Interface]
     max_batch_size: int
     champion: Mapping[str, Any]
     formats: tuple[str, ...]
@@ -52,13 +55,15 @@ class BundleFacts:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
 
-def complete_bundle(folder: Path, facts: BundleFacts, golden: Path) -> dict[str, Any]:
+def complete_bundle(folder: Path, facts: BundleFacts, scratch: Path) -> dict[str, Any]:
     """Add to the artifacts in ``folder`` all that makes them a bundle; the manifest goes last.
 
+    The golden samples of the model, and of its parts, are in ``scratch``.
     After return every file is durable, readable by others, and verified against the manifest.
     Raises BundleError if it does not verify.
     """
-    shutil.copytree(golden, folder / "golden", dirs_exist_ok=True)
+    for place in ("", *(f"{FOLDER}/{part}" for part in facts.parts)):
+        shutil.copytree(scratch / place / "golden", folder / place / "golden", dirs_exist_ok=True)
     shutil.copyfile(Path(consumer.__file__), folder / "verify.py")
     (folder / "config.pbtxt").write_text(triton_config(facts.interface, facts.max_batch_size))
     mlmodel = mlflow_model(facts.interface, dict(facts.versions), PYTHON_VERSION)
@@ -113,21 +118,35 @@ def _facts_json(folder: Path, facts: BundleFacts) -> dict[str, Any]:
         "data_fingerprint": facts.data_fingerprint,
         "description": facts.description,
         "format_version": consumer.FORMAT_VERSION,
-        "formats": {
-            name: {
-                "is_exact": table[name].is_exact,
-                "path": table[name].path,
-                "size_bytes": (folder / table[name].path).stat().st_size,
-            }
-            for name in facts.formats
-        },
+        "formats": _formats_json(folder, {name: table[name].path for name in facts.formats}),
         "interface": facts.interface.as_json(),
         "licence": facts.licence,
         "max_batch_size": facts.max_batch_size,
         "measured": dict(facts.measured),
         "name": facts.name,
+        "parts": {
+            part: {
+                "formats": _formats_json(
+                    folder,
+                    {name: artifact_path(part, name) for name in part_formats(facts.formats)},
+                ),
+                "interface": interface.as_json(),
+            }
+            for part, interface in facts.parts.items()
+        },
         "run": {"experiment": facts.name, "run_id": facts.run_id},
         "versions": dict(facts.versions),
+    }
+
+
+def _formats_json(folder: Path, paths: Mapping[str, str]) -> dict[str, Json]:
+    return {
+        name: {
+            "is_exact": formats()[name].is_exact,
+            "path": path,
+            "size_bytes": (folder / path).stat().st_size,
+        }
+        for name, path in paths.items()
     }
 
 

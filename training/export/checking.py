@@ -40,7 +40,8 @@ class CheckRequest:
         champion: the safetensors file that is the truth.
         bundle, scratch: where the artifacts are; the child writes its reports and the golden
             samples below ``scratch``.
-        parts: checks of the parts of a model that is served as several graphs; see ``assembly.py``.
+        parts: for parity, checks of the parts of a model that is served as several graphs, see
+            ``assembly.py``; for latency, the artifacts of its parts, ``<part>.<format>``.
     """
 
     experiment: str
@@ -96,9 +97,9 @@ def check_in_fresh_process(
     A child that dies gives the artifact that it was at a ``runtime`` finding with its exit code
     or signal. Raises ExportError if it dies, or takes too long, before it reached an artifact.
     """
-    names = request.formats
+    names = (*request.formats, *request.parts)
     if action == "parity":
-        names = ("champion", *names, *request.parts)
+        names = ("champion", *names)
     reports: dict[str, Any] = {}
     for name in names:
         request.report_path(action, name).unlink(missing_ok=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import cache
 from pathlib import Path
 
+from training.config import Json
 from training.durable_json import write_json_durably
 from training.experiment import example_inputs
 from training.export.assembly import PartChecks
@@ -20,7 +22,8 @@ from training.export.parity import (
     check_artifact,
     check_comparison,
 )
-from training.export.specification import derive_interface, export_spec
+from training.export.parts import graph_of
+from training.export.specification import Inputs, derive_interface, export_spec
 from training.export.weights import load_champion
 from training.reproducibility import set_up_torch
 
@@ -45,7 +48,8 @@ def check_parity(request: CheckRequest, names: list[str]) -> None:
     experiment = request.build_experiment()
     batch_size = request.build_config().data.evaluation_batch_size
     folders = Path(request.bundle), Path(request.scratch)
-    parts = PartChecks(experiment, Path(request.champion), folders, batch_size)
+    num_golden = request.build_config().export.num_golden
+    parts = PartChecks(experiment, Path(request.champion), folders, batch_size, num_golden)
     champion = Champion.load(experiment, Path(request.champion), batch_size, _say)
     place = Place(Path(request.bundle), Path(request.scratch), experiment.model, champion.interface)
     table = formats()
@@ -62,7 +66,7 @@ def check_parity(request: CheckRequest, names: list[str]) -> None:
             report = parts.check(name)
         elif name == "champion":
             report = check_comparison(champion)
-            write_golden(Path(request.scratch) / "golden", champion, export.num_golden)
+            write_golden(Path(request.scratch) / "golden", champion, num_golden)
         else:
             report = check_artifact(champion, name, table[name], place, limits)
         write_json_durably(request.report_path("parity", name), report.as_json())
@@ -70,20 +74,28 @@ def check_parity(request: CheckRequest, names: list[str]) -> None:
 
 def check_latency(request: CheckRequest, names: list[str]) -> None:
     """Write p50 and p99 of each artifact, and of eager PyTorch measured beside it."""
-    experiment = request.build_experiment()
-    model = load_champion(Path(request.champion), experiment.model())
-    rows = example_inputs(experiment, max(BATCH_SIZES))
-    interface = derive_interface(model, rows, export_spec(experiment))
-    place = Place(Path(request.bundle), Path(request.scratch), experiment.model, interface)
-    guarded = GuardedModel(model).eval()
+    whole, champion = request.build_experiment(), Path(request.champion)
     num_runs = request.build_config().export.num_latency_runs
+
+    @cache
+    def opened(part: str) -> tuple[Inputs, GuardedModel, Place]:
+        folders = Path(request.bundle), Path(request.scratch)
+        experiment, folders = graph_of(whole, part, champion, folders)
+        model = load_champion(champion, experiment.model())
+        rows = example_inputs(experiment, max(BATCH_SIZES))
+        interface = derive_interface(model, rows, export_spec(experiment))
+        place = Place(*folders, experiment.model, interface)
+        return rows, GuardedModel(model).eval(), place
+
+    def measured(name: str) -> dict[str, Json]:
+        part, _, form = name.rpartition(".")
+        rows, eager, place = opened(part)
+        artifact = formats()[form].load(place)
+        return measure(artifact.run, lambda inputs: list(eager(*inputs)), rows, num_runs)
+
     for name in names:
         _say(f"latency of {name}")
-        artifact = formats()[name].load(place)
-        write_json_durably(
-            request.report_path("latency", name),
-            measure(artifact.run, lambda inputs: list(guarded(*inputs)), rows, num_runs),
-        )
+        write_json_durably(request.report_path("latency", name), measured(name))
 
 
 def _say(message: str) -> None:

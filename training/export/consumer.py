@@ -94,12 +94,19 @@ def parse_manifest(content: bytes) -> dict[str, Any]:
             check_name(name)
             if type(entry["size_bytes"]) is not int or len(bytes.fromhex(entry["sha256"])) != 32:
                 raise ValueError(f"{name} has {entry}")
-        paths = {entry["path"] for entry in manifest["formats"].values()}
+        paths = {e["path"] for _, graph in graphs(manifest) for e in graph["formats"].values()}
         if missing := sorted(paths - set(manifest["files"])):
             raise ValueError(f"there is no {missing[0]}")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RefusedBundleError(f"{MANIFEST} does not describe a bundle: {error!r}") from error
     return dict(manifest)
+
+
+def graphs(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The model and its parts, if it has any: folder with a slash, ``formats``, ``interface``."""
+    yield "", manifest
+    for name, part in manifest.get("parts", {}).items():
+        yield f"parts/{name}/", part
 
 
 def check_name(name: str) -> None:
@@ -128,7 +135,12 @@ def wanted_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def chosen_files(manifest: Mapping[str, Any], only: list[str]) -> dict[str, Any]:
     """The files of some formats, and everything that belongs to no format."""
-    unwanted = {e["path"] for name, e in manifest["formats"].items() if name not in only}
+    unwanted = {
+        entry["path"]
+        for _, graph in graphs(manifest)
+        for name, entry in graph["formats"].items()
+        if name not in only
+    }
     return {name: entry for name, entry in manifest["files"].items() if name not in unwanted}
 
 
@@ -169,37 +181,46 @@ def verify_golden(folder: Path) -> int:
 
     Call ``verify_files`` before. Raises RefusedBundleError with the case, the output, and figures.
     """
-    import numpy as np
-
     manifest = read_manifest(folder)
-    golden = json.loads((folder / "golden/golden.json").read_bytes())
     num_compared = 0
-    names = [port["name"] for port in manifest["interface"]["inputs"]]
-    for path in [path for path in (MODEL, INT8_MODEL) if (folder / path).is_file()]:
-        session = open_session(folder / path)
-        for case in golden["cases"]:
-            inputs = {n: _golden(folder, manifest, f"{case['name']}.input.{n}") for n in names}
-            outputs = run(session, manifest, inputs)
-            for name, tolerance in case["tolerances"].items():
-                expected = _golden(folder, manifest, f"{case['name']}.output.{name}")
-                limit = tolerance if path == MODEL else golden["int8_tolerance"]
-                error = _scaled_error(np, outputs[name], expected)
-                num_compared += 1
-                if not error <= limit:
-                    raise RefusedBundleError(
-                        f"{path} gives wrong numbers here: golden case {case['name']}, output "
-                        f"{name}: scaled error {error:.3g}, tolerance {limit:.3g}"
-                    )
+    for prefix, graph in graphs(manifest):
+        for path in (f"{prefix}{MODEL}", f"{prefix}{INT8_MODEL}"):
+            if (folder / path).is_file():
+                num_compared += _verify_golden_of(folder, manifest, graph, prefix, path)
     if not num_compared:
         raise RefusedBundleError(f"bundle {folder} holds no ONNX model or no golden samples")
     return num_compared
 
 
-def _golden(folder: Path, manifest: Mapping[str, Any], stem: str) -> Any:
-    name = f"golden/{stem}.npy"
-    if name not in manifest["files"]:
-        raise RefusedBundleError(f"golden/golden.json asks for {name}, which is in no {MANIFEST}")
-    return _load_array(folder / name)
+def _verify_golden_of(
+    folder: Path, manifest: Mapping[str, Any], graph: Mapping[str, Any], prefix: str, path: str
+) -> int:
+    """Run one ONNX file on the golden samples of its graph; the number of compared arrays."""
+    import numpy as np
+
+    def array(case: str, kind: str, port: str) -> Any:
+        name = f"{prefix}golden/{case}.{kind}.{port}.npy"
+        if name not in manifest["files"]:
+            message = f"{prefix}golden/golden.json asks for {name}, which is in no {MANIFEST}"
+            raise RefusedBundleError(message)
+        return _load_array(folder / name)
+
+    golden = json.loads((folder / f"{prefix}golden/golden.json").read_bytes())
+    session, num_compared = open_session(folder / path), 0
+    for case in golden["cases"]:
+        ports = graph["interface"]["inputs"]
+        inputs = {port["name"]: array(case["name"], "input", port["name"]) for port in ports}
+        outputs = run(session, graph, inputs)
+        for name, tolerance in case["tolerances"].items():
+            limit = golden["int8_tolerance"] if path.endswith(INT8_MODEL) else tolerance
+            error = _scaled_error(np, outputs[name], array(case["name"], "output", name))
+            num_compared += 1
+            if not error <= limit:
+                raise RefusedBundleError(
+                    f"{path} gives wrong numbers here: golden case {case['name']}, output "
+                    f"{name}: scaled error {error:.3g}, tolerance {limit:.3g}"
+                )
+    return num_compared
 
 
 def open_session(path: Path) -> Any:
@@ -211,10 +232,13 @@ def open_session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def run(session: Any, manifest: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs by name. Raises WrongInputError where a shape or a value does not fit."""
+def run(session: Any, graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Outputs by name. Raises WrongInputError where a shape or a value does not fit.
+
+    ``graph`` is the manifest, or what it says of a part.
+    """
     checked = {}
-    for port in manifest["interface"]["inputs"]:
+    for port in graph["interface"]["inputs"]:
         array = inputs[port["name"]]
         if list(array.shape[1:]) != port["shape"] or not len(array):
             raise WrongInputError(
@@ -222,7 +246,7 @@ def run(session: Any, manifest: Mapping[str, Any], inputs: Mapping[str, Any]) ->
                 f"[samples, {', '.join(map(str, port['shape']))}] with at least one sample"
             )
         checked[port["name"]] = _as_type(array, port)
-    names = [port["name"] for port in manifest["interface"]["outputs"]]
+    names = [port["name"] for port in graph["interface"]["outputs"]]
     return dict(zip(names, session.run(names, checked), strict=True))
 
 

@@ -36,7 +36,7 @@ def model_card(manifest: Mapping[str, Any], parity: Mapping[str, Any], task: str
             "of the graph. A sample with a NaN or an infinity gives NaN in every output and leaves "
             "its neighbours alone.",
             "",
-            *_file_table(manifest, parity),
+            *_file_table(parity),
             "## Check it, use it",
             "",
             "```sh",
@@ -105,15 +105,16 @@ def _port_table(
     return [f"## {title}", "", "| name | type | shape | classes |", "|---|---|---|---|", *rows, ""]
 
 
-def _file_table(manifest: Mapping[str, Any], parity: Mapping[str, Any]) -> list[str]:
+def _file_table(parity: Mapping[str, Any]) -> list[str]:
     rows = []
-    compared = {row["format"]: row for row in parity["artifacts"]}
-    for name, entry in manifest["formats"].items():
-        error, bound = compared[name]["max_error"], compared[name]["bound"]
+    for row in parity["artifacts"]:
+        error, bound = row["max_error"], row["bound"]
         proof = "metric and classes"
         if error is not None and bound:
             proof = f"{error:.2g}, {error / bound:.0%} of what is allowed"
-        rows.append(f"| {USES.get(name, name)} | {entry['size_bytes']:,} | {proof} |")
+        part, _, form = row["format"].rpartition(".")
+        use = f"`{row['name']}`: {part.replace('_', ' ')}, {form}" if part else USES[form]
+        rows.append(f"| {use} | {row['size_bytes']:,} | {proof} |")
     head = ["## Files", "", "| file | bytes | difference from the champion |", "|---|---|---|"]
     return [*head, *rows, ""]
 

@@ -11,21 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from training.config import ExportConfig, Split
 from training.data import evaluation_batches
-from training.durable_json import write_json_durably
 from training.experiment import Batch, Experiment, Records
 from training.export.artifacts import open_champion, write_artifacts
 from training.export.champion import Runner
 from training.export.formats import formats
 from training.export.guard import GuardedModel
 from training.export.serving import triton_config
-from training.export.specification import ExportSpec, Inputs, flat_outputs
+from training.export.specification import ExportSpec, Inputs, Interface, flat_outputs
 from training.export.weights import load_champion
 
 FOLDER = "parts"
@@ -141,9 +140,31 @@ def part_formats(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in OF_THE_WHOLE)
 
 
+def part_artifacts(experiment: Experiment, names: Sequence[str]) -> dict[str, str]:
+    """``<part>.<format>`` of all that is exported of parts, with its path in a bundle."""
+    return {
+        f"{part}.{name}": artifact_path(part, name)
+        for part in part_names(experiment)
+        for name in part_formats(names)
+    }
+
+
 def artifact_path(part: str, form: str) -> str:
     """Where the artifact of a part lies in a bundle."""
     return f"{FOLDER}/{part}/{formats()[form].path}"
+
+
+def graph_of(
+    experiment: Experiment, part: str, champion: Path, folders: tuple[Path, Path]
+) -> tuple[Experiment, tuple[Path, Path]]:
+    """A part as an experiment of its own, and its folders in bundle and scratch.
+
+    The empty name stands for the whole model.
+    """
+    if not part:
+        return experiment, folders
+    bundle, scratch = (folder / FOLDER / part for folder in folders)
+    return PartExperiment(experiment, part, champion), (bundle, scratch)
 
 
 def eager_runs(experiment: Experiment, champion: Path) -> dict[str, Runner]:
@@ -162,28 +183,26 @@ def write_parts(
     folders: tuple[Path, Path],
     names: Sequence[str],
     before_each: Callable[[str], bool] = lambda _: True,
-) -> bool:
+) -> dict[str, Interface] | None:
     """Write every part in the given formats, below ``parts/`` of the bundle and of scratch.
 
-    False where ``before_each(part)`` said to stop. Raises ExportError where a part cannot be
-    exported.
+    Returns the interfaces; None where ``before_each(part)`` said to stop. Raises ExportError where
+    a part cannot be exported.
     """
-    described: dict[str, Any] = {}
+    interfaces = {}
     for part in part_names(experiment):
         if not before_each(part):
-            return False
-        bundle, scratch = (folder / FOLDER / part for folder in folders)
-        alone = PartExperiment(experiment, part, champion)
+            return None
+        alone, (bundle, scratch) = graph_of(experiment, part, champion, folders)
         source, place = open_champion(alone, champion, config, bundle, scratch)
         write_artifacts(source, place, part_formats(names))
         text = triton_config(source.interface, config.max_batch_size)
         (bundle / "config.pbtxt").write_text(text)
-        described[part] = source.interface.as_json()
+        interfaces[part] = source.interface
     if isinstance(experiment, InParts):
-        write_json_durably(folders[0] / FOLDER / "parts.json", described)
         for name, content in experiment.export_files().items():
             (folders[0] / name).write_bytes(content)
-    return True
+    return interfaces
 
 
 def _runner(model: nn.Module) -> Runner:

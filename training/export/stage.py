@@ -19,7 +19,7 @@ from training.export.assembly import check_names
 from training.export.bundle import BundleFacts, complete_bundle, publish, verified
 from training.export.checking import Action, CheckRequest, check_in_fresh_process
 from training.export.formats import formats
-from training.export.parts import write_parts
+from training.export.parts import part_artifacts, write_parts
 from training.export.specification import Interface, export_spec
 from training.lease import Lease
 from training.run_directory import RunDirectory, utc_now
@@ -60,8 +60,8 @@ class Export:
     def run(self) -> dict[str, Any] | None:
         """The manifest of the published bundle; None where a notice came first."""
         start_s = time.monotonic()
-        interface = self._write()
-        if interface is None:
+        interfaces = self._write()
+        if interfaces is None:
             return None
         reports = self._check("parity")
         if reports is None:
@@ -76,14 +76,14 @@ class Export:
             "full_checkpoint_bytes": full_checkpoint_bytes(self.stage.run.checkpoints),
             "latency": latency,
         }
-        facts = self._facts(interface, reports, measured)
-        manifest = complete_bundle(self.staging, facts, self.scratch / "golden")
+        facts = self._facts(*interfaces, reports, measured)
+        manifest = complete_bundle(self.staging, facts, self.scratch)
         self.lease.check()
         publish(self.staging, self.stage.run.bundle)
         shutil.rmtree(self.scratch, ignore_errors=True)
         return manifest
 
-    def _write(self) -> Interface | None:
+    def _write(self) -> tuple[Interface, Mapping[str, Interface]] | None:
         for folder in (self.staging, self.scratch):
             shutil.rmtree(folder, ignore_errors=True)
         source, place = open_champion(
@@ -93,9 +93,9 @@ class Export:
             self.staging,
             self.scratch,
         )
-        is_written = write_artifacts(
-            source, place, self.formats, self._before_each
-        ) and write_parts(
+        if not write_artifacts(source, place, self.formats, self._before_each):
+            return None
+        parts = write_parts(
             self.stage.experiment,
             self.champion.path,
             self.stage.config.export,
@@ -103,7 +103,7 @@ class Export:
             self.formats,
             self._before_each,
         )
-        return source.interface if is_written else None
+        return None if parts is None else (source.interface, parts)
 
     def _before_each(self, name: str) -> bool:
         self.lease.check()
@@ -113,6 +113,11 @@ class Export:
 
     def _check(self, action: Action) -> dict[str, Any] | None:
         self._say(len(self.formats) + ("parity", "latency").index(action), f"check {action}")
+        experiment = self.stage.experiment
+        if action == "parity":
+            parts = check_names(experiment, self.formats)
+        else:
+            parts = tuple(part_artifacts(experiment, self.formats))
         request = CheckRequest(
             experiment=self.stage.arguments.experiment,
             config=self.stage.config.model_dump(mode="json"),
@@ -120,7 +125,7 @@ class Export:
             bundle=str(self.staging),
             scratch=str(self.scratch),
             formats=self.formats,
-            parts=check_names(self.stage.experiment, self.formats),
+            parts=parts,
         )
         outcome = check_in_fresh_process(request, action, self.stage.should_stop)
         return None if outcome.is_stopped else outcome.reports
@@ -132,10 +137,19 @@ class Export:
         )
 
     def _facts(
-        self, interface: Interface, reports: Mapping[str, Any], measured: Mapping[str, Any]
+        self,
+        interface: Interface,
+        parts: Mapping[str, Interface],
+        reports: Mapping[str, Any],
+        measured: Mapping[str, Any],
     ) -> BundleFacts:
         stage, spec, table = self.stage, export_spec(self.stage.experiment), formats()
-        sizes = {name: (self.staging / table[name].path).stat().st_size for name in self.formats}
+        paths = {name: table[name].path for name in self.formats}
+        paths |= part_artifacts(stage.experiment, self.formats)
+        rows = [
+            _parity_row(name, path, reports[name], (self.staging / path).stat().st_size)
+            for name, path in paths.items()
+        ]
         test = {name: pair["champion"] for name, pair in reports["weights"]["metrics"].items()}
         return BundleFacts(
             name=experiment_name(stage.arguments.experiment),
@@ -148,6 +162,7 @@ class Export:
             description=spec.description,
             task=spec.task,
             interface=interface,
+            parts=parts,
             max_batch_size=stage.config.export.max_batch_size,
             champion={
                 "metrics": dict(self.champion.metrics),
@@ -156,7 +171,7 @@ class Export:
                 "test_metrics": test,
             },
             formats=self.formats,
-            parity=parity_json(reports, sizes),
+            parity={"artifacts": rows, "comparison": reports["champion"], "details": reports},
             measured=measured,
         )
 
@@ -249,15 +264,8 @@ def full_checkpoint_bytes(checkpoints: Path) -> int | None:
     return sum(path.stat().st_size for path in full[-1].parent.iterdir() if path.is_file())
 
 
-def parity_json(reports: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
-    """``parity.json``: for each artifact a row of figures to show, and all details."""
-    rows = [
-        _parity_row(name, report, sizes[name]) for name, report in reports.items() if name in sizes
-    ]
-    return {"artifacts": rows, "comparison": reports["champion"], "details": dict(reports)}
-
-
-def _parity_row(name: str, report: Mapping[str, Any], size_bytes: int) -> dict[str, Any]:
+def _parity_row(name: str, path: str, report: Mapping[str, Any], size_bytes: int) -> dict[str, Any]:
+    """The figures of an artifact that are shown."""
     entries = [entry for outputs in report["numbers"].values() for entry in outputs.values()]
     worst = max(entries, key=lambda entry: entry["error"] / (entry["bound"] or 1), default=None)
     return {
@@ -266,7 +274,7 @@ def _parity_row(name: str, report: Mapping[str, Any], size_bytes: int) -> dict[s
         "format": name,
         "is_passed": report["is_good"],
         "max_error": worst and worst["error"],
-        "name": formats()[name].path,
+        "name": path,
         "num_compared_tensors": report["num_tensors"],
         "num_probes": len(report["numbers"]),
         "size_bytes": size_bytes,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -25,6 +27,7 @@ from training.export import consumer
 from training.export.assembly import PartChecks, check_names
 from training.export.parts import part_names, write_parts
 from training.export.stage import run_export
+from training.export.summary import artifact_rows
 from training.stage import StageArguments, prepared_stage
 
 SETTINGS = {"num_generated": 300, "width": 16, "num_heads": 2, "feedforward": 16, "max_tokens": 18}
@@ -89,8 +92,8 @@ def test_the_bundle_has_every_part_and_the_proof_that_they_translate_alike(bundl
     assert {
         "parts/decoder_step/1/model.onnx",
         "parts/decoder_step/config.pbtxt",
+        "parts/decoder_step/golden/golden.json",
         "parts/encoder/1/model.onnx",
-        "parts/parts.json",
         "tokenizer.json",
     } <= set(manifest["files"])
     details = json.loads((bundle / "parity.json").read_text())["details"]
@@ -99,6 +102,44 @@ def test_the_bundle_has_every_part_and_the_proof_that_they_translate_alike(bundl
     assert details["decoder_step.onnx"]["num_tensors"] > 15
     assert set(details["together.onnx"]["metrics"]) == {"bleu"}
     assert "nrefs:var|" in manifest["description"]
+
+
+def test_every_part_has_its_row_of_parity_its_latency_and_its_line_in_the_model_card(
+    bundle: Path,
+) -> None:
+    rows = {row["format"]: row for row in artifact_rows(bundle)}
+    assert set(rows) == {"weights", "onnx", "encoder.onnx", "decoder_step.onnx"}
+    for row in rows.values():
+        assert row["is_passed"]
+        assert row["size_bytes"] == (bundle / row["name"]).stat().st_size
+        assert set(row["latency"]) == {"batch-1", "batch-64"}
+        assert row["latency"]["batch-1"]["p50_ms"] > 0
+        assert f"| `{row['name']}`" in (bundle / "README.md").read_text()
+
+
+def test_golden_samples_prove_each_part_on_the_consumers_machine(
+    bundle: Path, tmp_path: Path
+) -> None:
+    manifest = consumer.read_manifest(bundle)
+    outputs = [graph["interface"]["outputs"] for _, graph in consumer.graphs(manifest)]
+    num_cases = [
+        len(json.loads((bundle / prefix / "golden/golden.json").read_text())["cases"])
+        for prefix, _ in consumer.graphs(manifest)
+    ]
+    expected = sum(len(ports) * num for ports, num in zip(outputs, num_cases, strict=True))
+    assert consumer.verify_golden(bundle) == expected
+
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    path = copy / "parts/decoder_step/golden/ordinary.output.logits.npy"
+    np.save(path, np.load(path) * np.float32(1.01))
+    with pytest.raises(consumer.RefusedBundleError, match=r"decoder_step/1/model\.onnx .*logits"):
+        consumer.verify_golden(copy)
+
+
+def test_a_partial_pull_leaves_out_the_other_formats_of_parts(bundle: Path) -> None:
+    wanted = consumer.chosen_files(consumer.read_manifest(bundle), ["weights"])
+    assert not [name for name in wanted if name.endswith(".onnx")]
+    assert "tokenizer.json" in wanted
 
 
 def test_the_documented_program_translates_as_pytorch_does(bundle: Path) -> None:
@@ -125,7 +166,7 @@ def test_parts_with_other_weights_are_refused(champion: Path, tmp_path: Path) ->
     save_file(trained_model(2).state_dict(), stale)
     folders = tmp_path / "bundle", tmp_path / "scratch"
     assert write_parts(translation(), stale, ExportConfig(), folders, ("onnx",))
-    checks = PartChecks(translation(), champion, folders, batch_size=64)
+    checks = PartChecks(translation(), champion, folders, batch_size=64, num_golden=2)
     refused: dict[str, Any] = {
         name: {finding.check for finding in checks.check(name).findings}
         for name in ("encoder.onnx", "decoder_step.onnx", "together.onnx")
@@ -136,7 +177,8 @@ def test_parts_with_other_weights_are_refused(champion: Path, tmp_path: Path) ->
 
 
 def test_a_part_that_is_missing_is_refused(champion: Path, tmp_path: Path) -> None:
-    checks = PartChecks(translation(), champion, (tmp_path, tmp_path), batch_size=64)
+    folders = tmp_path, tmp_path
+    checks = PartChecks(translation(), champion, folders, batch_size=64, num_golden=2)
     assert [finding.check for finding in checks.check("together.onnx").findings] == ["runtime"]
 
 
