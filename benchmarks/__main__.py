@@ -6,7 +6,8 @@
 
 ``FOLDER`` holds ``cmapss/train_FD001.txt`` and so on, and ``tatoeba_deu_eng/deu.txt``; without it
 the rows that need real data are left out. A section whose program fails says so, and the exit code
-is 1. With ``--store``, trainings that are there already are not done again.
+is 1. With ``--store``, trainings that are there already are not done again. With ``--only``, the
+other sections of the page stay as they are.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ SPEED = (
     ),
     Section(
         "Deterministic algorithms against speed mode",
-        "what `train.mode=speed` would win; above 1 the deterministic mode is slower",
+        "what `train.mode=speed` would win; below 1 the deterministic mode is slower",
         (
             ("determinism.py",),
             ("determinism.py", "--steps", "10", *TURBOFAN),
@@ -190,7 +191,7 @@ def filled(call: tuple[str, ...], places: Mapping[str, str | None]) -> tuple[str
 
 def section_text(section: Section, places: Mapping[str, str | None]) -> tuple[bool, str]:
     """A section of the page. Paths of this machine are left out of it."""
-    is_good, parts = True, [f"## {section.title}\n\nAimed at: {section.aim}."]
+    is_good, parts = True, [f"{heading(section)}\n\nAimed at: {section.aim}."]
     for call in section.calls:
         words = filled(call, places)
         if words is None:
@@ -200,7 +201,24 @@ def section_text(section: Section, places: Mapping[str, str | None]) -> tuple[bo
         shown = " ".join(word.replace(DATA, "DATA").replace(STORE, "RUNS") for word in call)
         parts.append(f"`python benchmarks/{shown}`\n\n{output}")
         print(f"\n{output}\n", file=sys.stderr, flush=True)
+    parts.append(f"Measured on {machine()}.")
     return is_good, "\n\n".join(parts)
+
+
+def heading(section: Section) -> str:
+    """The line that a section begins with."""
+    return f"## {section.title}"
+
+
+def page_text(page: Page, name: str, texts: Mapping[str, str]) -> str:
+    """The page with new texts of some sections, and the others as they stand in it."""
+    old = page.path.read_text().strip() if page.path.exists() else ""
+    kept = {text.partition("\n")[0]: text for text in re.split(r"\n\n(?=## )", old)}
+    written = [
+        texts.get(section.title) or kept.get(heading(section), "") for section in page.sections
+    ]
+    head = f"{page.head}\n\nWritten by `python -m benchmarks {name}`; no figure is typed by hand."
+    return "\n\n".join([head, *filter(None, written)]) + "\n"
 
 
 def machine() -> str:
@@ -234,16 +252,12 @@ def main() -> int:
         places = {DATA: arguments.data, STORE: arguments.store or folder}
         words = [word.lower() for word in arguments.only or [""]]
         chosen = [one for one in page.sections if any(w in one.title.lower() for w in words)]
-        results = [section_text(section, places) for section in chosen]
-    head = (
-        f"{page.head}\n\nWritten by `python -m benchmarks {arguments.page}`; no figure is typed "
-        f"by hand. Measured on\n{machine()}."
-    )
-    text = "\n\n".join([head, *(text for _, text in results)]) + "\n"
-    print(text)
+        results = {section.title: section_text(section, places) for section in chosen}
+    texts = {title: text for title, (_, text) in results.items()}
+    print("\n\n".join(texts.values()))
     if arguments.write:
-        page.path.write_text(text)
-    return 0 if all(is_good for is_good, _ in results) else 1
+        page.path.write_text(page_text(page, arguments.page, texts))
+    return 0 if all(is_good for is_good, _ in results.values()) else 1
 
 
 if __name__ == "__main__":

@@ -6,20 +6,20 @@ python benchmarks/determinism.py [--experiment NAME] [--set KEY=VALUE]... [--num
 from __future__ import annotations
 
 from collections.abc import Callable
-from statistics import median
+from typing import Literal
 
-import torch
-from interleaving import interleaved, markdown_table, median_ratio
-from steps_per_second import parsed, training_of
+from steps_per_second import parsed, rates_table, training_of
+
+from training.reproducibility import set_up_torch
 
 
-def in_mode(is_deterministic: bool, loop: Callable[[], None]) -> Callable[[], None]:
-    """The loop with the switch that tells the modes apart; cuDNN's own are for GPUs."""
+def in_mode(
+    mode: Literal["deterministic", "speed"], num_threads: int, loop: Callable[[], None]
+) -> Callable[[], None]:
+    """The loop with the switches of a mode."""
 
     def run() -> None:
-        torch.use_deterministic_algorithms(is_deterministic)
-        torch.backends.cudnn.deterministic = is_deterministic
-        torch.backends.cudnn.benchmark = not is_deterministic
+        set_up_torch(mode, num_threads)
         loop()
 
     return run
@@ -29,12 +29,10 @@ def main() -> None:
     """Print the table."""
     arguments = parsed(__doc__)
     with training_of(arguments) as (_, loop):
-        cases = {"deterministic": in_mode(True, loop), "speed": in_mode(False, loop)}
-        seconds = interleaved(cases, arguments.repetitions)
-    rates = [f"{arguments.steps / median(seconds[name]):.1f}" for name in cases]
-    ratio = f"{median_ratio(seconds['deterministic'], seconds['speed']):.3f}"
-    header = ["experiment", "deterministic, steps/s", "speed, steps/s", "time, ratio"]
-    print(markdown_table(header, [[arguments.experiment, *rates, ratio]]))
+        threads = arguments.num_threads
+        deterministic = in_mode("deterministic", threads, loop)
+        cases = {"speed": in_mode("speed", threads, loop), "deterministic": deterministic}
+        print(rates_table(arguments, cases))
 
 
 if __name__ == "__main__":

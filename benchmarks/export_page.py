@@ -1,8 +1,8 @@
 """Fill the tables of docs/export.md with what the programs print.
 
-    python -m benchmarks.export_page [--data FOLDER] [faults] [cost] [int8]
+    python -m benchmarks.export_page [faults] [int8]
 
-``FOLDER`` holds C-MAPSS; without it the row of turbofan is left out. Without names, all tables.
+Without names, both tables.
 """
 
 from __future__ import annotations
@@ -20,13 +20,10 @@ FAULTS = "tests/training/export/test_seeded_faults.py"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="folder of C-MAPSS")
-    parser.add_argument("names", nargs="*", metavar="TABLE", help="faults, cost, int8")
+    parser.add_argument("names", nargs="*", metavar="TABLE", help="faults, int8")
     options = parser.parse_args()
-    data = [options.data] if options.data else []
     commands = {
         "faults": ["-m", "pytest", "-q", "-p", "no:cacheprovider", FAULTS],
-        "cost": ["-m", "benchmarks.export_cost", *data],
         "int8": ["-m", "benchmarks.int8_digits"],
     }
     for name in options.names or commands:

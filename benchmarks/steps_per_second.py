@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -105,16 +105,22 @@ def training_of(arguments: argparse.Namespace) -> Iterator[tuple[Stage, Callable
             yield stage, trainer_loop(stage, trainer, manager, arguments.steps)
 
 
+def rates_table(arguments: argparse.Namespace, cases: Mapping[str, Callable[[], None]]) -> str:
+    """Steps per second of two loops that took turns; the ratio is the second's to the first's."""
+    seconds = interleaved(cases, arguments.repetitions)
+    first, second = cases
+    rates = [f"{arguments.steps / median(seconds[name]):.1f}" for name in cases]
+    ratio = f"{median_ratio(seconds[first], seconds[second]):.3f}"
+    header = ["experiment", *(f"{name}, steps/s" for name in cases), f"{second} / {first}"]
+    return markdown_table(header, [[arguments.experiment, *rates, ratio]])
+
+
 def main() -> None:
     """Print the table."""
     arguments = parsed(__doc__)
     with training_of(arguments) as (stage, loop):
-        cases = {"holdfast": loop, "bare": bare_loop(stage, arguments.steps)}
-        seconds = interleaved(cases, arguments.repetitions)
-    rates = [f"{arguments.steps / median(seconds[name]):.1f}" for name in cases]
-    ratio = f"{median_ratio(seconds['bare'], seconds['holdfast']):.3f}"
-    header = ["experiment", "holdfast, steps/s", "bare, steps/s", "ratio"]
-    print(markdown_table(header, [[arguments.experiment, *rates, ratio]]))
+        cases = {"bare": bare_loop(stage, arguments.steps), "holdfast": loop}
+        print(rates_table(arguments, cases))
 
 
 if __name__ == "__main__":
