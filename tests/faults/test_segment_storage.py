@@ -18,7 +18,7 @@ from tests.faults.campaign import (
     differences,
     final_state,
 )
-from tests.training.checkpointing.checkpoints import on_a_small_disk
+from tests.training.checkpointing.checkpoints import flip_bit, on_a_small_disk
 from training.run_paths import parse_step
 
 TIMEOUT_S = 120.0
@@ -147,7 +147,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_trained_again(
     wait_until(lambda: checkpoint_steps(training) == [11, 22], first)
     first.kill(signal.SIGKILL)
     first.finish()
-    flip_a_bit(training.run.checkpoint(22) / "optimizer.safetensors")
+    flip_bit(training.run.checkpoint(22) / "optimizer.safetensors")
     for call in (IN_EPOCH_3, LAST_OF_EPOCH_3):
         release(training, call)
     second = complete(training)
@@ -156,12 +156,6 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_trained_again(
     assert "set aside as step-00000022.damaged-1" in told
     assert training.run.checkpoint(22).with_name("step-00000022.damaged-1").is_dir()
     assert differences(calm, final_state(training.run)) == []
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
 
 
 def test_checkpoints_of_another_configuration_are_refused_unless_asked_for(tmp_path: Path) -> None:

@@ -50,6 +50,13 @@ def tensors_at(step: int) -> dict[str, dict[str, Tensor]]:
     }
 
 
+def flip_bit(path: Path) -> None:
+    """As a disk may do."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
 def contents_at(step: int, trigger: Trigger = "steps", **metrics: float) -> CheckpointContents:
     return CheckpointContents(
         step=step,

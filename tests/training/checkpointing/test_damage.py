@@ -11,7 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.checkpointing.checkpoints import assert_holds, managing, names, save_steps
+from tests.training.checkpointing.checkpoints import (
+    assert_holds,
+    flip_bit,
+    managing,
+    names,
+    save_steps,
+)
 from training.checkpointing.digests import digest_of
 from training.checkpointing.manifest import DIGEST_KEY
 from training.durable_json import json_bytes
@@ -34,11 +40,8 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def flip_bit(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
+def flip_weight(folder: Path) -> None:
+    flip_bit(folder / "model.safetensors")
 
 
 def empty(folder: Path) -> None:
@@ -133,7 +136,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 DAMAGES: dict[Callable[[Path], None], str] = {
     truncate: r"optimizer\.safetensors has \d+ bytes, the manifest says \d+",
-    flip_bit: r"model\.safetensors was changed: the manifest says its digest is blake3:",
+    flip_weight: r"model\.safetensors was changed: the manifest says its digest is blake3:",
     empty: r"state\.json has 0 bytes, the manifest says",
     lose: r"ema\.safetensors is missing",
     put_folder: r"ema\.safetensors should be a plain file and is a folder",
@@ -191,7 +194,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
 def test_with_none_left_nothing_is_deleted_and_each_start_says_so(
     run: RunDirectory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    flip_bit(run.checkpoint(10))
+    flip_weight(run.checkpoint(10))
     truncate(run.checkpoint(20))
     for _ in range(2):
         with (
@@ -209,7 +212,7 @@ def test_with_none_left_nothing_is_deleted_and_each_start_says_so(
 
 def test_a_step_can_be_damaged_again(run: RunDirectory) -> None:
     for number in (1, 2, 3):
-        flip_bit(run.checkpoint(20))
+        flip_weight(run.checkpoint(20))
         with managing(run) as manager:
             manager.restore()
         assert f"step-00000020.damaged-{number}" in names(run.checkpoints)
