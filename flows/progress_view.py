@@ -1,8 +1,9 @@
-"""What a person sees while a run goes on: bars on a terminal, silence elsewhere."""
+"""What a person sees while a run goes on: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,11 +38,23 @@ class ProgressView(Protocol):
         ...
 
 
-class SilentView:
-    """For scripts and logs: only what ``say`` is told, on stderr."""
+class LineView:
+    """For scripts and logs: lines on stderr for what happens, and at times for how far it is."""
+
+    def __init__(self, progress_every_s: float = 60.0) -> None:
+        self._progress_every_s = progress_every_s
+        self._told_s = time.monotonic()
 
     def show(self, event: Event) -> None:
-        """Nothing."""
+        """Each stage, what matters in it, and its progress every ``progress_every_s`` seconds."""
+        kind, title = event.get("event"), title_of(event)
+        if (line := line_of(event)) is not None:
+            self.say(line)
+        elif kind == "stage" and event.get("state") == "started":
+            self.say(title)
+        elif kind == "progress" and time.monotonic() - self._told_s >= self._progress_every_s:
+            self._told_s = time.monotonic()
+            self.say(f"{title}: {progress_of(event)[2]}")
 
     def say(self, text: str) -> None:
         """One line on stderr."""
@@ -84,14 +97,8 @@ class TerminalView:
             self._progress.update(bar, completed=done, total=total, detail=detail)
         elif kind == "outcome" and event.get("step") is not None:
             self._progress.update(self._bar(stage), detail=f"step {event['step']}")
-        elif kind == "notice":
-            self.say(f"notice from {event.get('source')}: {event.get('reason')}; saving")
-        elif kind == "restored":
-            self.say(f"goes on from step {event.get('step')}")
-        elif kind == "promotion":
-            self.say(str(event.get("reason")))
-        elif kind == "log" and event.get("level") in ("warning", "error"):
-            self.say(str(event.get("message")))
+        elif (line := line_of(event)) is not None:
+            self.say(line)
 
     def say(self, text: str) -> None:
         """One line above the bars."""
@@ -103,13 +110,33 @@ class TerminalView:
 
     def _bar(self, stage: str) -> TaskID:
         if stage not in self._bars:
-            title = STAGE_TITLES.get(stage, stage)
+            title = title_of({"stage": stage})
             self._bars[stage] = self._progress.add_task(title, total=None, detail="")
         return self._bars[stage]
 
     def _finish(self, stage: str) -> None:
         total = next(t.total for t in self._progress.tasks if t.id == self._bars[stage]) or 1
         self._progress.update(self._bars[stage], total=total, completed=total)
+
+
+def title_of(event: Event) -> str:
+    """The stage of an event, in words."""
+    stage = str(event.get("stage", "segment"))
+    return STAGE_TITLES.get(stage, stage)
+
+
+def line_of(event: Event) -> str | None:
+    """What a person should know of an event; None for what only moves a bar."""
+    kind = event.get("event")
+    if kind == "notice":
+        return f"notice from {event.get('source')}: {event.get('reason')}; saving"
+    if kind == "restored":
+        return f"goes on from step {event.get('step')}"
+    if kind == "promotion":
+        return str(event.get("reason"))
+    if kind == "log" and event.get("level") in ("warning", "error"):
+        return str(event.get("message"))
+    return None
 
 
 def progress_of(event: Event) -> tuple[float, float | None, str]:
@@ -127,5 +154,5 @@ def progress_of(event: Event) -> tuple[float, float | None, str]:
 
 
 def open_view(*, is_json: bool) -> ProgressView:
-    """Bars where a person watches; silence for scripts and logs."""
-    return TerminalView() if sys.stderr.isatty() and not is_json else SilentView()
+    """Bars where a person watches; lines for scripts and logs."""
+    return TerminalView() if sys.stderr.isatty() and not is_json else LineView()

@@ -90,6 +90,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_75(
 ) -> None:
     run, process, err = stopped
     assert process.returncode == 75, err
+    assert err.splitlines()[0] == "training", "without a terminal, a line for each stage"
+    assert "notice from signal: SIG" in err
     assert f"holdfast resume stopped --store {terminal.store}" in err
     assert read_segments(run)[-1].outcome == "preempted"
     assert checkpoint_steps(run)[-1] == read_segments(run)[-1].end_step
@@ -124,7 +126,7 @@ def test_another_configuration_is_refused_for_the_same_run(
     code, _, err = terminal.run("run", "digits", "--run-id", "stopped", "--set", "seed=5")
     assert code == 2, err
     assert "seed: 0 there, 5 here" in err
-    assert len(err.splitlines()) == 1
+    assert len(err.splitlines()) == 2, "the stage, and one line"
     assert read_segments(run) == before
 
 
