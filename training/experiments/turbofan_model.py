@@ -76,6 +76,18 @@ class ConditionScaler(nn.Module):
         return (raw_BTF.double() - self.means[condition_BT]) / self.deviations[condition_BT]
 
 
+def sensor_noise(rows: Array, level: float) -> Tensor:
+    """``level`` times the deviation of each reading [N, F] within its condition, fp32 [N, F].
+
+    Zero for the settings, which tell the condition.
+    """
+    parameters = fit_scaler(rows)
+    condition_N = ConditionScaler(parameters).condition(torch.from_numpy(rows)).numpy()
+    noise = level * parameters.deviations[condition_N]
+    noise[:, :NUM_SETTINGS] = 0.0
+    return torch.from_numpy(noise.astype(np.float32))
+
+
 class LastStepAttention(nn.Module):
     """Self-attention with residual and layer norm, computed for the last cycle alone.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -112,6 +113,30 @@ def test_a_stride_draws_one_window_of_each_block(folder: Path) -> None:
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert (drawn[0] - drawn[2]).abs().max() < 8
+
+
+@pytest.mark.parametrize("subset", ["FD001", "FD002"])
+def test_training_adds_noise_to_sensors_in_units_of_their_condition_and_to_nothing_else(
+    tmp_path: Path, subset: Literal["FD001", "FD002"]
+) -> None:
+    write_fleet(tmp_path, Fleet(subset=subset, num_train=10, num_test=6))
+    noisy = make(tmp_path, subset=subset, train_stride=1, train_noise=0.5)
+    calm = make(tmp_path, subset=subset, train_stride=1, train_noise=0)
+    indices = np.arange(len(calm.dataset("train")))
+    torch.manual_seed(0)
+    windows, targets = noisy.dataset("train").fetch(indices)
+    expected, expected_targets = calm.dataset("train").fetch(indices)
+    assert all(map(torch.equal, targets, expected_targets))
+    assert torch.equal(windows[..., :3], expected[..., :3])
+    scaler = calm.model().scaler
+    added = (windows.double() - expected.double())[..., 3:]
+    in_units = added / scaler.deviations[scaler.condition(expected)][..., 3:]
+    assert in_units.mean((0, 1)).abs().max() < 0.02
+    torch.testing.assert_close(
+        in_units.std((0, 1)), torch.full((14,), 0.5).double(), rtol=0.05, atol=0
+    )
+    shown = [one.dataset("validation").fetch(np.arange(9))[0] for one in (noisy, calm)]
+    assert torch.equal(*shown)
 
 
 @given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=30), num=st.integers(1, 30))
