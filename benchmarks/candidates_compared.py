@@ -113,13 +113,23 @@ def test(stage: Stage, model: nn.Module, dataset: Dataset, weights: Path) -> dic
 
 
 def table(seeds: Sequence[Seed], metric: str, is_more_better: bool) -> str:
-    """A row for each candidate that every seed has, and one for the champion."""
+    """A row for each candidate that every seed has, one for the champion, and one for what is no
+    result: in each seed the candidate that test data likes best.
+    """
     common = [name for name in seeds[0].metrics if all(name in seed.metrics for seed in seeds)]
     rows = [row(name, seeds, [name] * len(seeds), metric, is_more_better) for name in common]
     champions = [seed.champion for seed in seeds]
     rows.append(row("**champion**", seeds, champions, metric, is_more_better))
+    luckiest = [luckiest_on_test(seed, common, metric, is_more_better) for seed in seeds]
+    rows.append(row("*had test data chosen*", seeds, luckiest, metric, is_more_better))
     header = [f"candidate, n = {len(seeds)}", metric, "minus single best", "better", "chosen"]
     return markdown_table(header, rows)
+
+
+def luckiest_on_test(seed: Seed, names: Sequence[str], metric: str, is_more_better: bool) -> str:
+    """The candidate that wins where test data choose, which they must not."""
+    better = max if is_more_better else min
+    return better(names, key=lambda name: seed.metrics[name][metric])
 
 
 def row(
