@@ -118,7 +118,7 @@ def _exports(facts: RunFacts) -> Html:
         Column("Size (kB)", [_kilobytes(row.get("size_bytes")) for row in rows], decimals=1),
     ]
     words = (
-        f"The champion in {plural(len(rows), 'format')}; errors against the eager model in fp64, "
+        f"The champion in {plural(len(rows), 'artifact')}; errors against the eager model in fp64, "
         "relative to the largest value of each output."
     )
     return Html(head + note(words) + table(columns, name="exports") + _latencies(rows))
