@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tasks.run_summary import promotion_line
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -133,7 +135,10 @@ def line_of(event: Event) -> str | None:
     if kind == "restored":
         return f"goes on from step {event.get('step')}"
     if kind == "promotion":
-        return str(event.get("reason"))
+        return f"{event['name']}@{event['version']} {promotion_line(event)}"
+    if kind == "exported" and event.get("saved") is not None:
+        size_kb = float(event["weights_bytes"]) / 1e3
+        return f"weights {size_kb:,.1f} kB, {event['saved']:.0%} less than the full checkpoint"
     if kind == "log" and event.get("level") in ("warning", "error"):
         return str(event.get("message"))
     return None

@@ -5,6 +5,7 @@ Reads JSON only, and takes a run at any moment of its life: whatever is not ther
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -36,6 +37,8 @@ class RunSummary:
         holder: who is writing it now.
         champion: name of the weights that won, once they have been chosen.
         test_metrics: the champion's metrics on test data.
+        published: ``name@version`` in the registry.
+        promotion: whether it became the champion of its name, and why.
         ledger_s: seconds by what they went to, over all segments, as ``training.ledger`` has them.
         goodput: useful training time divided by all time that was paid for.
         error: why the last segment failed.
@@ -51,6 +54,8 @@ class RunSummary:
     holder: str | None
     champion: str | None
     test_metrics: dict[str, float]
+    published: str | None
+    promotion: str | None
     ledger_s: dict[str, float]
     goodput: float | None
     bundle: str | None
@@ -71,6 +76,7 @@ def summarize(run: RunDirectory) -> RunSummary:
         ledger_outcome(record, is_alive=is_alive and record is segments[-1]) for record in segments
     ]
     evaluation = read_optional(run.evaluation_json)
+    promotion = read_optional(run.promotion_json)
     account = ledger(segments)
     return RunSummary(
         name=f"{run.path.parent.name}/{run.path.name}",
@@ -83,6 +89,8 @@ def summarize(run: RunDirectory) -> RunSummary:
         holder=lease.holder if lease is not None and is_alive else None,
         champion=champion_name(evaluation),
         test_metrics=test_metrics(evaluation),
+        published=f"{promotion['name']}@{promotion['version']}" if promotion else None,
+        promotion=promotion_line(promotion) if promotion else None,
         ledger_s={
             name.removesuffix("_s"): round(seconds, 3)
             for name, seconds in asdict(account).items()
@@ -137,6 +145,12 @@ def test_metrics(evaluation: Any) -> dict[str, float]:
     test = evaluation.get("test") if isinstance(evaluation, dict) else None
     metrics = test.get("metrics") if isinstance(test, dict) else None
     return numbers_in(metrics)
+
+
+def promotion_line(promotion: Mapping[str, Any]) -> str:
+    """What became of a published bundle, in words."""
+    verdict = "became" if promotion["is_promoted"] else "did not become"
+    return f"{verdict} {promotion['alias']}: {promotion['reason']}"
 
 
 def numbers_in(values: Any) -> dict[str, float]:

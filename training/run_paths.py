@@ -61,6 +61,11 @@ class RunDirectory:
         return self.path / "report.html"
 
     @property
+    def promotion_json(self) -> Path:
+        """The bundle's version in the registry, and whether it became the champion, and why."""
+        return self.path / "promotion.json"
+
+    @property
     def bundle(self) -> Path:
         """Folder that is handed to other teams."""
         return self.path / "bundle"

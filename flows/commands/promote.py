@@ -15,7 +15,8 @@ from tasks.run_summary import experiment_reference
 HELP = """Publish a run's bundle; it takes the alias champion if it is not worse than the holder.
 
 Both models answer the same test data; section [promotion] of the configuration says how much worse
-is too much. A bundle that does not take the alias is kept under its version.
+is too much. A bundle that does not take the alias is kept under its version. A run decides once, at
+its end; this command decides again.
 
 \b
 Examples:
@@ -30,6 +31,7 @@ Examples:
 def command(run: str, store: str) -> int:
     """Promote it."""
     directory = find_run(store_path(store), run)
+    directory.promotion_json.unlink(missing_ok=True)
     argv = [sys.executable, "-m", "training", "promote", "--resume"]
     argv += ["--experiment", experiment_reference(directory), "--run-id", directory.path.name]
     argv += ["--store", str(directory.path.absolute().parent.parent)]

@@ -117,6 +117,8 @@ def _tell_result(result: dict[str, Any]) -> None:
         ("champion", result["champion"]),
         ("on test data", scores),
         ("bundle", result["bundle"]),
+        ("published", result["published"]),
+        ("promotion", result["promotion"]),
         ("report", result["report"]),
         ("segments", _lives(result)),
         ("goodput", f"{goodput:.0%}" if goodput is not None else None),

@@ -84,6 +84,8 @@ def _page(summary: RunSummary) -> str:
         "written by": summary.holder,
         "champion": summary.champion,
         "on test data": _scores(summary.test_metrics),
+        "published": summary.published,
+        "promotion": summary.promotion,
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in summary.ledger_s.items()),
         "goodput": f"{summary.goodput:.0%}" if summary.goodput is not None else None,
         "bundle": summary.bundle,

@@ -148,6 +148,8 @@ def test_a_resumed_run_ends_with_the_bytes_of_the_whole_one(
     assert result["champion"]
     assert Path(result["bundle"]).is_dir()
     assert Path(result["report"]).is_file()
+    assert result["published"] == "digits@1"
+    assert result["promotion"] == "became champion: the first of its name"
     step = checkpoint_steps(whole)[-1]
     for name in STATE_FILES:
         there, here = run.checkpoint(step) / name, whole.checkpoint(step) / name

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from training.bootstrap import resampled_metrics
+from training.candidates import publish_json
 from training.config import RunConfig
-from training.errors import ExportError
+from training.durable_json import read_json
+from training.errors import DataFormatError, ExportError
 from training.experiment import Experiment, Records, example_inputs
 from training.experiment_loading import experiment_name
 from training.export.champion import score_test_set
@@ -52,10 +55,13 @@ class Comparison:
 
     def explain(self) -> str:
         """One sentence with all figures."""
-        verdict = "not worse" if self.is_good_enough else "may be worse"
+        if self.is_good_enough:
+            verdict = "not worse"
+        else:
+            verdict = "worse" if self.worsening > self.allowed else "may be worse"
         return (
-            f"{verdict}: {self.metric} {self.new:.6g} against the holder's {self.holder:.6g}; "
-            f"worse by {self.worsening:.3g}, at most {self.upper_limit:.3g} with confidence, "
+            f"{verdict}: {self.metric} {self.new:.6g} against the holder's {self.holder:.6g}, "
+            f"{_as_change(self.worsening)}; with confidence at most {self.upper_limit:+.3g} worse, "
             f"{self.allowed:.3g} is allowed"
         )
 
@@ -74,17 +80,33 @@ class PromotionDecision:
 def run_promotion(stage: Stage) -> StageOutcome:
     """Publish the run's bundle, and let it take ``champion`` if it is not worse than the holder.
 
-    A bundle that does not take the alias stays in the registry under its version. Raises
-    BundleError where the run's bundle does not verify, ExportError where there is none.
+    A bundle that does not take the alias stays in the registry under its version. What was decided
+    stands in ``promotion.json`` and is not decided again: an alias that somebody moved since stays
+    where it is. Raises BundleError where the run's bundle does not verify, ExportError where there
+    is none.
     """
     if not stage.run.bundle.is_dir():
         raise ExportError(f"run {stage.run.path.name} has no bundle; export it first")
     registry = Registry(stage.arguments.store.absolute())
-    name, version = registry.publish(stage.run.bundle)
-    assert name == experiment_name(stage.arguments.experiment)
-    decision = promote(registry, (name, version), DEFAULT_ALIAS, stage.experiment, stage.config)
+    with stage.writing() as lease:
+        bundle = registry.publish(stage.run.bundle)
+        assert bundle[0] == experiment_name(stage.arguments.experiment)
+        decision = _decided(stage.run.promotion_json, bundle)
+        if decision is None:
+            decision = promote(registry, bundle, DEFAULT_ALIAS, stage.experiment, stage.config)
+            publish_json(lease, stage.run.promotion_json, asdict(decision))
     stage.progress.emit("promotion", **asdict(decision))
     return StageOutcome("completed", 0)
+
+
+def _decided(path: Path, bundle: tuple[str, int]) -> PromotionDecision | None:
+    """What was decided about this version before; None where nothing was."""
+    try:
+        known: Any = read_json(path)
+        decision = PromotionDecision(**known)
+    except (FileNotFoundError, DataFormatError, TypeError):
+        return None
+    return decision if (decision.name, decision.version) == bundle else None
 
 
 def promote(
@@ -99,7 +121,7 @@ def promote(
     for _ in range(MAX_ATTEMPTS):
         holder = registry.position(name, alias)
         if holder is not None and holder.version == version:
-            return PromotionDecision(name, version, alias, True, holder.reason)
+            return PromotionDecision(name, version, alias, True, f"held already: {holder.reason}")
         reason, is_good = "the first of its name", True
         if holder is not None:
             found = compare_bundles(
@@ -136,6 +158,12 @@ def compare_bundles(
         upper_limit=float(np.quantile(differences, config.promotion.confidence)),
         allowed=config.promotion.max_worsening * abs(values[1]),
     )
+
+
+def _as_change(worsening: float) -> str:
+    if worsening == 0:
+        return "the same"
+    return f"{abs(worsening):.3g} {'worse' if worsening > 0 else 'better'}"
 
 
 def deciding_metric(config: RunConfig) -> tuple[str, str]:

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.training.export.small_bundle import files_of
+from tests.training.export.small_bundle import files_of, make_bundle
 from tests.training.export.whole_export import arguments, choose, export
 from training.errors import ExportError, ParityError
 from training.export import consumer
+from training.export.promotion import run_promotion
+from training.export.registry import Registry
 from training.export.stage import run_export
 from training.stage import prepared_stage
 
@@ -105,6 +107,26 @@ def test_a_finished_bundle_is_left_alone(two_bundles: tuple[Path, Path]) -> None
     with prepared_stage(arguments(folder.parents[2])) as stage:
         assert run_export(stage).outcome == "completed"
     assert (folder / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_run_that_is_resumed_does_not_take_an_alias_back(
+    two_bundles: tuple[Path, Path], tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(two_bundles[0].parents[2], tmp_path / "store"))
+    registry = Registry(store)
+    with prepared_stage(arguments(store)) as stage:
+        run_promotion(stage)
+        name = json.loads(stage.run.promotion_json.read_text())["name"]
+        other = make_bundle(tmp_path / "other")
+        manifest = {**consumer.read_manifest(other), "name": name}
+        manifest["manifest_digest"] = consumer.manifest_digest(manifest)
+        (other / "manifest.json").write_bytes(consumer.canonical_bytes(manifest))
+        assert registry.publish(other) == (name, 2)
+        registry.point_alias(name, "champion", 2, "by hand")
+    with prepared_stage(arguments(store)) as stage:
+        assert run_promotion(stage).outcome == "completed"
+    assert registry.aliases(name) == {"champion": 2}
+    assert [move.version for move in registry.history(name, "champion")] == [1, 2]
 
 
 def test_an_altered_champion_is_not_exported(tmp_path: Path) -> None:

@@ -44,11 +44,13 @@ def test_equal_models_are_not_worse() -> None:
 def test_a_clear_worsening_is_refused_and_a_clear_gain_is_taken() -> None:
     assert not comparison(0.1, 0.05).is_good_enough
     assert comparison(-0.1, 0.05).is_good_enough
-    assert "may be worse: loss" in comparison(0.1, 0.05).explain()
+    assert comparison(0.1, 0.05).explain().startswith("worse: loss ")
+    assert "0.1 better; with confidence at most -" in comparison(-0.1, 0.05).explain()
 
 
 def test_a_difference_that_the_data_cannot_rule_out_is_refused() -> None:
     assert not comparison(0.0, 2.0).is_good_enough
+    assert comparison(0.0, 2.0).explain().startswith("may be worse: loss ")
 
 
 class MeanLossByEngine(MeanLoss):
@@ -121,7 +123,9 @@ def test_a_worse_champion_is_kept_but_not_promoted(exported: Any, tmp_path: Path
     assert first.reason == "the first of its name"
     second = promote(registry, ("p", 2), "champion", case.experiment, RunConfig())
     assert not second.is_promoted
-    assert "may be worse: loss" in second.reason
+    assert "worse: loss" in second.reason
     assert registry.aliases("p") == {"champion": 1}
-    assert promote(registry, ("p", 1), "champion", case.experiment, RunConfig()).is_promoted
+    again = promote(registry, ("p", 1), "champion", case.experiment, RunConfig())
+    assert again.is_promoted
+    assert again.reason == "held already: the first of its name"
     assert len(registry.history("p", "champion")) == 1
