@@ -123,8 +123,7 @@ def exit_code_of(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.UsageError as error:
-        hint = f"; try {error.ctx.command_path} --help" if error.ctx else ""
-        return _fail(f"{error.format_message()}{hint}", 2)
+        return _refuse(error)
     except (click.Abort, KeyboardInterrupt):
         return _fail("stopped", 130)
     except BrokenPipeError:
@@ -133,6 +132,15 @@ def exit_code_of(arguments: Sequence[str] | None = None) -> int:
     except HoldfastError as error:
         return _fail(str(error), error.exit_code)
     return code if isinstance(code, int) else 0
+
+
+def _refuse(error: click.UsageError) -> int:
+    """Tell how the command line is used: all of it where there was nothing on it."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
+    hint = f"; try {error.ctx.command_path} --help" if error.ctx else ""
+    return _fail(f"{error.format_message()}{hint}", error.exit_code)
 
 
 def _fail(message: str, exit_code: int) -> int:

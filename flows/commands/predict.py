@@ -11,8 +11,9 @@ from training.export import console
 
 HELP = """Predict a CSV, NPY or JSON file with a bundle's ONNX model, for a first look.
 
-A CSV file has a header and one sample a row, flattened; an NPY file is the input array; a JSON
-file is a list of samples, or an object with such a list for each input.
+A CSV file has a header and one sample a row, flattened, an empty cell is NaN; an NPY file is the
+input array; a JSON file is a list of samples, or an object with such a list for each input. What is
+printed is CSV, or JSON for a JSON file; --to takes either, or NPY with all outputs side by side.
 
 \b
 Examples:

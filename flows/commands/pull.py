@@ -13,7 +13,7 @@ from training.export import console
 
 HELP = """Copy a bundle out of a store, every byte verified.
 
-The store is a folder, or the URL at which a static file server shows one.
+--store may also be the URL at which a static file server shows a store.
 
 REFERENCE is NAME, NAME@VERSION or NAME@ALIAS; without @ the alias champion is meant. Interrupted,
 the same command goes on where it stood. Nothing is at DIR before all of it is right.

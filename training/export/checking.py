@@ -156,7 +156,7 @@ def _describe_exit(code: int) -> str:
 
 def _crash_report(request: CheckRequest, action: Action, name: str, ended: str) -> dict[str, Any]:
     log = (Path(request.scratch) / f"{action}.log").read_text(errors="replace")
-    last_lines = " ".join(log.split())[-MAX_LOG_CHARS:]
+    last_lines = " ".join(log.split())[-MAX_LOG_CHARS:] or "it said nothing"
     if name == "champion" or action == "latency":
         raise ExportError(f"the {action} check of {name} ended with {ended}: {last_lines}")
     crash = Finding("runtime", "process", f"crashed the runtime ({ended}): {last_lines}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from training.export.registry import BundleReference, Registry
 from training.export.sources import BundleSource, FolderSource
 
 COMMANDS = ("pull", "verify", "predict", "bundles")
-DEFAULT_STORE = Path("runs")
+DEFAULT_STORE = os.environ.get("HOLDFAST_STORE", "runs")
+STORE_HELP = "folder that holds all runs; default: $HOLDFAST_STORE, or runs"
 MEGABYTE = 1e6
 
 EXAMPLES = """examples:
@@ -51,6 +53,8 @@ def run(options: argparse.Namespace) -> None:
         raise BundleError(str(error)) from error
     except consumer.WrongInputError as error:
         raise InputError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise InputError(f"this needs {error.name}: pip install onnxruntime numpy") from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     predicting.add_argument("--to", type=Path, metavar="FILE", help="write there, not to stdout")
     listing = commands.add_parser("bundles", help="list bundles with versions and metrics")
     listing.add_argument("name", nargs="?", help="this one alone, with the history of its aliases")
-    listing.add_argument("--store", type=Path, default=DEFAULT_STORE, help="default: runs")
+    listing.add_argument("--store", type=Path, default=DEFAULT_STORE, help=STORE_HELP)
     listing.add_argument("--json", action="store_true", help="for programs")
     return parser
 
@@ -83,7 +87,7 @@ def _add_pull(commands: Any) -> None:
     )
     pulling.add_argument("--to", type=Path, required=True, metavar="DIR", help="must not exist yet")
     pulling.add_argument(
-        "--store", default=DEFAULT_STORE, help="folder, or http://host/path of one; default: runs"
+        "--store", default=DEFAULT_STORE, help=f"{STORE_HELP}; or the http address of one"
     )
     pulling.add_argument(
         "--only", action="append", default=[], metavar="FORMAT", help="leave other formats out"
@@ -92,12 +96,16 @@ def _add_pull(commands: Any) -> None:
 
 def _run_pull(options: argparse.Namespace) -> None:
     version, source = _locate(str(options.store), BundleReference.parse(options.reference))
-    manifest = pull(
-        source,
-        options.to,
-        tuple(options.only),
-        lambda name, size: print(f"  {size:>12,}  {name}", file=sys.stderr),
-    )
+    try:
+        manifest = pull(
+            source,
+            options.to,
+            tuple(options.only),
+            lambda name, size: print(f"  {size:>12,}  {name}", file=sys.stderr),
+        )
+    except KeyboardInterrupt:
+        print("the same command goes on where this one stood", file=sys.stderr)
+        raise
     print(f"{manifest['name']}@{version} is in {options.to}; every digest is right")
 
 
@@ -131,10 +139,7 @@ def _bundle_folder(folder: Path) -> Path:
 
 
 def _run_verify(options: argparse.Namespace) -> None:
-    _bundle_folder(options.folder)
-    manifest = consumer.verify_files(options.folder)
-    num = consumer.verify_golden(options.folder)
-    print(f"{manifest['name']}: all files and {num} golden outputs are right on this machine")
+    print(consumer.proof(_bundle_folder(options.folder)))
 
 
 def _run_predict(options: argparse.Namespace) -> None:
@@ -155,6 +160,9 @@ def _run_bundles(options: argparse.Namespace) -> None:
     if not described:
         print(f"no bundles in {registry.folder}", file=sys.stderr)
     for entry in described:
+        if "error" in entry:
+            print(f"{entry['name']}@{entry['version']:<4} unreadable: {entry['error']}")
+            continue
         metrics = " ".join(f"{name}={value:.4g}" for name, value in entry["metrics"].items())
         aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
         size = f"{entry['size_bytes'] / MEGABYTE:.1f} MB"
@@ -168,7 +176,11 @@ def _describe(registry: Registry, name: str) -> list[dict[str, Any]]:
     aliases = registry.aliases(name)
     described = []
     for version in registry.versions(name):
-        manifest = consumer.read_manifest(registry.bundle(name, version))
+        try:
+            manifest = consumer.read_manifest(registry.bundle(name, version))
+        except consumer.RefusedBundleError as error:
+            described.append({"error": str(error), "name": name, "version": version})
+            continue
         metrics = manifest["champion"]["test_metrics"]
         described.append(
             {

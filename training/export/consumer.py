@@ -94,9 +94,8 @@ def parse_manifest(content: bytes) -> dict[str, Any]:
             check_name(name)
             if type(entry["size_bytes"]) is not int or len(bytes.fromhex(entry["sha256"])) != 32:
                 raise ValueError(f"{name} has {entry}")
-        paths = {e["path"] for _, graph in graphs(manifest) for e in graph["formats"].values()}
-        if missing := sorted(paths - set(manifest["files"])):
-            raise ValueError(f"there is no {missing[0]}")
+        for _, graph in graphs(manifest):
+            _check_graph(graph, manifest["files"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RefusedBundleError(f"{MANIFEST} does not describe a bundle: {error!r}") from error
     return dict(manifest)
@@ -107,6 +106,15 @@ def graphs(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]
     yield "", manifest
     for name, part in manifest.get("parts", {}).items():
         yield f"parts/{name}/", part
+
+
+def _check_graph(graph: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Raises ValueError, or what Python raises, where a graph is not described as one."""
+    if missing := sorted({e["path"] for e in graph["formats"].values()} - set(files)):
+        raise ValueError(f"there is no {missing[0]}")
+    for port in (*graph["interface"]["inputs"], *graph["interface"]["outputs"]):
+        if not isinstance(port["name"], str) or any(type(n) is not int for n in port["shape"]):
+            raise ValueError(f"{port} is no input or output")
 
 
 def check_name(name: str) -> None:
@@ -141,7 +149,12 @@ def chosen_files(manifest: Mapping[str, Any], only: list[str]) -> dict[str, Any]
         for name, entry in graph["formats"].items()
         if name not in only
     }
-    return {name: entry for name, entry in manifest["files"].items() if name not in unwanted}
+    folders = {name.rpartition("/")[0] for name in unwanted} - {""}  # 1/MLmodel goes with its model
+    return {
+        name: entry
+        for name, entry in manifest["files"].items()
+        if name not in unwanted and name.rpartition("/")[0] not in folders
+    }
 
 
 def file_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -179,7 +192,8 @@ def verify_files(folder: Path) -> dict[str, Any]:
 def verify_golden(folder: Path) -> int:
     """Run the golden samples on this machine; the number of compared arrays.
 
-    Call ``verify_files`` before. Raises RefusedBundleError with the case, the output, and figures.
+    None where a partial pull left the ONNX files out. Call ``verify_files`` before. Raises
+    RefusedBundleError with the case, the output, and figures.
     """
     manifest = read_manifest(folder)
     num_compared = 0
@@ -187,7 +201,7 @@ def verify_golden(folder: Path) -> int:
         for path in (f"{prefix}{MODEL}", f"{prefix}{INT8_MODEL}"):
             if (folder / path).is_file():
                 num_compared += _verify_golden_of(folder, manifest, graph, prefix, path)
-    if not num_compared:
+    if not num_compared and not (folder / PULLED).is_file():
         raise RefusedBundleError(f"bundle {folder} holds no ONNX model or no golden samples")
     return num_compared
 
@@ -223,6 +237,15 @@ def _verify_golden_of(
     return num_compared
 
 
+def proof(folder: Path) -> str:
+    """Verify files and golden samples; one line that says so. Raises RefusedBundleError."""
+    manifest = verify_files(folder)
+    num = verify_golden(folder)
+    if not num:
+        return f"{manifest['name']}: all files are right; no ONNX model was pulled, none was run"
+    return f"{manifest['name']}: all files and {num} golden outputs are right on this machine"
+
+
 def open_session(path: Path) -> Any:
     """An ONNX Runtime session on the CPU."""
     import onnxruntime
@@ -237,23 +260,33 @@ def run(session: Any, graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> di
 
     ``graph`` is the manifest, or what it says of a part.
     """
+    numbers = {name: len(array) if array.ndim else 0 for name, array in inputs.items()}
+    if len(set(numbers.values())) > 1:
+        raise WrongInputError(f"the inputs have different numbers of samples: {numbers}")
     checked = {}
     for port in graph["interface"]["inputs"]:
         array = inputs[port["name"]]
-        if list(array.shape[1:]) != port["shape"] or not len(array):
+        if list(array.shape[1:]) != port["shape"] or not array.ndim or not len(array):
             raise WrongInputError(
                 f"input {port['name']} has shape {list(array.shape)}; expected "
                 f"[samples, {', '.join(map(str, port['shape']))}] with at least one sample"
             )
         checked[port["name"]] = _as_type(array, port)
     names = [port["name"] for port in graph["interface"]["outputs"]]
-    return dict(zip(names, session.run(names, checked), strict=True))
+    try:
+        return dict(zip(names, session.run(names, checked), strict=True))
+    except Exception as error:  # ONNX Runtime has classes of its own
+        raise WrongInputError(
+            f"ONNX Runtime cannot compute this input; is a value out of range? {_first_line(error)}"
+        ) from error
 
 
 def _as_type(array: Any, port: Mapping[str, Any]) -> Any:
     import numpy as np
 
     try:
+        if array.dtype.kind not in "iufb":
+            raise ValueError(f"values of type {array.dtype}, not numbers")
         with np.errstate(all="ignore"):
             found = array.astype(port["dtype"])
         if found.dtype.kind in "iub" and not np.array_equal(found, array):
@@ -262,6 +295,10 @@ def _as_type(array: Any, port: Mapping[str, Any]) -> Any:
         wanted = f"{port['name']} has a value that is no {port['dtype']}"
         raise WrongInputError(f"input {wanted}: {error}") from error
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def predict(folder: Path, source: Path, target: Path | None) -> None:
@@ -273,7 +310,12 @@ def predict(folder: Path, source: Path, target: Path | None) -> None:
     kind = source.suffix.lower()
     if kind not in INPUT_KINDS:
         raise WrongInputError(f"{source} is none of {', '.join(INPUT_KINDS)}")
-    outputs = run(open_session(folder / MODEL), manifest, read_inputs(source, manifest))
+    model = next((p for p in (MODEL, INT8_MODEL) if (folder / p).is_file()), None)
+    if model is None:
+        raise WrongInputError(f"{folder} was pulled without an ONNX model; pull it with onnx")
+    if target is not None and not target.parent.is_dir():
+        raise WrongInputError(f"there is no folder {target.parent} to write {target.name} to")
+    outputs = run(open_session(folder / model), manifest, read_inputs(source, manifest))
     kind = target.suffix.lower() if target else (".json" if kind == ".json" else ".csv")
     if target is not None and kind not in INPUT_KINDS:
         raise WrongInputError(f"{target} is none of {', '.join(INPUT_KINDS)}")
@@ -283,8 +325,9 @@ def predict(folder: Path, source: Path, target: Path | None) -> None:
 def read_inputs(source: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays by input name.
 
-    A CSV file has a header and one sample a row, all inputs side by side, each flattened. An NPY
-    file holds the only input. A JSON file holds a list of samples, or an object of such lists.
+    A CSV file has a header and one sample a row, all inputs side by side, each flattened; an empty
+    cell is NaN. An NPY file holds the only input. A JSON file holds a list of samples, or an object
+    of such lists.
     """
     import numpy as np
 
@@ -298,8 +341,8 @@ def read_inputs(source: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
             arrays = {ports[0]["name"]: _load_array(source)}
         else:
             arrays = _split_columns(_read_csv(np, source), ports)
-    except (OSError, ValueError) as error:
-        raise WrongInputError(f"{source} cannot be read: {error}") from error
+    except (OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
+        raise WrongInputError(f"{source} cannot be read: {_first_line(error)}") from error
     names = {port["name"] for port in ports}
     if set(arrays) != names:
         raise WrongInputError(f"{source} has inputs {sorted(arrays)}; expected {sorted(names)}")
@@ -354,10 +397,23 @@ def _read_csv(np: Any, source: Path) -> Any:
         rows = [row for row in csv.reader(stream) if row]
     if len(rows) < 2:
         raise ValueError(f"expected a header and at least one row, found {len(rows)} rows")
+    is_numbered = rows[0] == [str(number) for number in range(len(rows[0]))]
+    if not is_numbered and all(_is_number(value) for value in rows[0]):
+        raise ValueError("its first row holds numbers; expected a header with a name for each")
     for number, row in enumerate(rows[1:], start=2):
         if len(row) != len(rows[0]):
             raise ValueError(f"row {number} has {len(row)} values, the header has {len(rows[0])}")
+        for name, value in zip(rows[0], row, strict=True):
+            if value and not _is_number(value):
+                raise ValueError(f"row {number}, column {name}: {value!r} is no number")
     return np.array([[float(value or "nan") for value in row] for row in rows[1:]])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return "_" not in text and float(text) is not None
+    except ValueError:
+        return False
 
 
 def _split_columns(table: Any, ports: list[dict[str, Any]]) -> dict[str, Any]:
@@ -408,9 +464,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "predict":
             predict(options.folder, options.input, options.to)
         else:
-            manifest = verify_files(options.folder)
-            num = verify_golden(options.folder)
-            print(f"{manifest['name']}: all files and {num} golden outputs are right")
+            print(proof(options.folder))
+    except ModuleNotFoundError as error:
+        print(f"error: this needs {error.name}: pip install onnxruntime numpy", file=sys.stderr)
+        return 1
     except (RefusedBundleError, WrongInputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, WrongInputError) else 1

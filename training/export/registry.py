@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from training.durable_json import create_json_durably, read_json, sync_folder
-from training.errors import BundleError, InputError
+from training.errors import BundleError, DataFormatError, InputError
 from training.export import consumer
 from training.export.sources import FolderSource
 from training.run_paths import checked_store
@@ -138,11 +138,13 @@ class Registry:
         moves = []
         for path in sorted(folder.glob("*.json")):
             content: Any = read_json(path)
-            moves.append(
-                AliasMove(
-                    int(path.stem), content["version"], content["moved_at"], content["reason"]
-                )
-            )
+            try:
+                moves.append(AliasMove(number=int(path.stem), **content))
+            except (TypeError, ValueError) as error:
+                raise DataFormatError(
+                    f"{path} is no position of an alias ({error}); move it away: the one before it "
+                    "holds then"
+                ) from error
         return moves
 
     def aliases(self, name: str) -> dict[str, int]:
@@ -176,7 +178,12 @@ class Registry:
         )
 
     def point_alias(self, name: str, alias: str, version: int, reason: str) -> None:
-        """Let an alias stand for a version, wherever it stands now. Raises InputError."""
+        """Let an alias stand for a version, wherever it stands now.
+
+        Raises InputError where there is no such version, BundleError where it is altered.
+        """
+        if version in self.versions(name):
+            _verified(self.bundle(name, version))
         while not self.move_alias(
             name, alias, version, reason=reason, after=self.position(name, alias)
         ):

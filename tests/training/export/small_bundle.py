@@ -32,6 +32,7 @@ def make_bundle(folder: Path, number: int = 0) -> Path:
             "onnx": {"path": "1/model.onnx"},
             "weights": {"path": "model.safetensors"},
         },
+        "interface": {"class_names": {}, "inputs": [], "outputs": []},
         "name": "digits",
         "run": {"run_id": f"run-{number}"},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -22,7 +23,9 @@ from tests.training.export.whole_export import arguments, choose, export
 from training.errors import ExportError, ParityError
 from training.export import consumer
 from training.export.promotion import run_promotion
+from training.export.pull import pull
 from training.export.registry import Registry
+from training.export.sources import FolderSource
 from training.export.stage import run_export
 from training.stage import prepared_stage
 
@@ -204,6 +207,68 @@ def test_a_wrong_input_says_what_is_expected(bundle: Path, tmp_path: Path) -> No
     done = run_alone(bundle, "predict", str(bundle), str(source))
     assert done.returncode == 2
     assert "found 2 columns, the model takes 36" in done.stderr
+
+
+WRONG_INPUTS: dict[str, tuple[str, bytes, str]] = {
+    "text in a cell": (".csv", b"x" + b",x" * 35 + b"\n" + b"cat" + b",1" * 35, r"row 2, column x"),
+    "underscores": (".csv", b"x" + b",x" * 35 + b"\n" + b"1_0" + b",1" * 35, r"'1_0' is no number"),
+    "no header": (".csv", b"0.5" + b",1" * 35 + b"\n1" + b",1" * 35, "expected a header"),
+    "empty CSV": (".csv", b"", "expected a header and at least one row"),
+    "empty NPY": (".npy", b"", "cannot be read"),
+    "text": (".json", b'["a", "b"]', r"shape \[2\]"),
+    "deep": (".json", b"[" * 100_000, "cannot be read"),
+    "huge": (".json", b"[[[[" + b"1" * 400 + b"]]]]", "."),
+    "other kind": (".txt", b"", r"none of \.csv"),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG_INPUTS))
+def test_each_wrong_input_is_one_line_and_exit_code_2(
+    two_bundles: tuple[Path, Path], tmp_path: Path, case: str
+) -> None:
+    suffix, content, message = WRONG_INPUTS[case]
+    source = tmp_path / f"in{suffix}"
+    source.write_bytes(content)
+    done = run_alone(two_bundles[0], "predict", str(two_bundles[0]), str(source))
+    assert done.returncode == 2, done.stderr
+    assert re.search(message, done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_predictions_are_not_written_to_a_folder_that_is_not_there(
+    two_bundles: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source = two_bundles[0] / "golden/ordinary.input.images.npy"
+    words = (str(two_bundles[0]), str(source), "--to", str(tmp_path / "nowhere/out.json"))
+    done = run_alone(two_bundles[0], "predict", *words)
+    assert done.returncode == 2
+    assert f"there is no folder {tmp_path / 'nowhere'}" in done.stderr
+
+
+def test_a_partial_pull_is_proved_as_far_as_it_goes(bundle: Path, tmp_path: Path) -> None:
+    target = tmp_path / "weights"
+    pull(FolderSource(bundle), target, ("weights",))
+    assert not (target / "1").exists(), "what describes the model that is not there"
+    done = run_alone(target)
+    assert done.returncode == 0, done.stderr
+    assert "no ONNX model was pulled, none was run" in done.stdout
+    words = ("predict", str(target), str(target / "golden/ordinary.input.images.npy"))
+    done = run_alone(target, *words)
+    assert done.returncode == 2
+    assert "was pulled without an ONNX model" in done.stderr
+
+    small = tmp_path / "small"
+    pull(FolderSource(bundle), small, ("onnx_int8",))
+    done = run_alone(small, "predict", str(small), *words[2:])
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_no_export_writes_is_refused_though_its_digests_are_right(bundle: Path) -> None:
+    manifest = {**consumer.read_manifest(bundle), "interface": None}
+    manifest["manifest_digest"] = consumer.manifest_digest(manifest)
+    (bundle / "manifest.json").write_bytes(consumer.canonical_bytes(manifest))
+    with pytest.raises(consumer.RefusedBundleError, match="does not describe a bundle"):
+        consumer.verify_files(bundle)
 
 
 def spoiled(bundle: Path) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ import pytest
 
 from flows.command_line import exit_code_of
 from tests.training.export.small_bundle import files_of, make_bundle
-from training.errors import BundleError, InputError, StorageError
+from training.errors import BundleError, DataFormatError, InputError, StorageError
 from training.export import console, consumer
 from training.export.pull import pull
 from training.export.registry import AliasMove, BundleReference, Registry
@@ -247,6 +247,31 @@ def test_the_commands_tell_what_there_is_and_pull_it(
     assert "every digest is right" in capsys.readouterr().out
     assert console.main(["pull", "digits@9", "--store", store, "--to", f"{there}2"]) == 2
     assert "no version 9" in capsys.readouterr().err
+
+
+def test_an_altered_version_hides_no_other_and_takes_no_alias(
+    registry: Registry, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry.publish(source)
+    registry.publish(make_bundle(tmp_path / "second", 1))
+    path = registry.bundle("digits", 2) / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"run-1", b"run-7"))
+    assert console.main(["bundles", "--store", str(tmp_path / "store")]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert "loss=0.25" in first
+    assert "digits@2    unreadable: manifest.json was altered" in second
+    with pytest.raises(BundleError, match="was altered"):
+        registry.point_alias("digits", "champion", 2, "by hand")
+    assert registry.aliases("digits") == {}
+
+
+def test_a_position_of_an_alias_that_is_none_is_named(registry: Registry, source: Path) -> None:
+    registry.publish(source)
+    registry.point_alias("digits", "champion", 1, "by hand")
+    path = registry.folder / "digits/aliases/champion/000001.json"
+    path.write_text('{"version": 7}')
+    with pytest.raises(DataFormatError, match=r"000001\.json is no position of an alias"):
+        registry.aliases("digits")
 
 
 def test_the_commands_need_neither_torch_nor_click() -> None:
