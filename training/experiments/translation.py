@@ -51,7 +51,7 @@ from training.experiments.translation_search import (
     greedy,
 )
 from training.experiments.translation_synthetic import number_pairs
-from training.experiments.translation_vocabulary import BOS, EOS, PAD, Vocabulary
+from training.experiments.translation_vocabulary import BOS, EOS, PAD, SPECIAL, Vocabulary
 from training.export.parts import Part
 from training.export.specification import ExportSpec
 from training.figures import Measure, Sentence, Sentences
@@ -311,7 +311,8 @@ class Translation:
 
     def export_parts(self) -> Mapping[str, Part]:
         """The encoder, and one step of the decoder."""
-        return translation_parts(self._build)
+        probes = {name: (source,) for name, (source, _) in self._probes().items()}
+        return translation_parts(self._build, probes)
 
     def assemble(self, runs: Mapping[str, Runner], batch: Batch) -> Mapping[str, Tensor]:
         """Greedy translations and their counts for BLEU."""
@@ -334,10 +335,28 @@ class Translation:
                 "What each token of a translation costs in nats, given the source sentence. Tokens "
                 "are those of the tokenizers library's file that is the weights' tensor "
                 f"'vocabulary'; {PAD} pads, {BOS} begins a target, {EOS} ends source and target. "
-                f"BLEU in this project is sacrebleu's {signature()}."
+                "`nll` is the token's own cost, `uniform_nll` the mean cost of all tokens in its "
+                "place, which label smoothing needs. To translate, run `parts/encoder` once and "
+                "`parts/decoder_step` for each token; text becomes tokens by `tokenizer.json`. "
+                f"BLEU, by beam search, is sacrebleu's {signature()}."
             ),
+            probes=self._probes(),
             task="translation",
         )
+
+    def _probes(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Source and target of no words, and of as many as there may be; two sentences of each."""
+        most = self._settings.max_tokens - 1
+        words = [len(SPECIAL) + n % (self.vocabulary.size - len(SPECIAL)) for n in range(most)]
+        padding = [PAD] * most
+        rows = {
+            "shortest": ([EOS, *padding], [BOS, EOS, *padding]),
+            "longest": ([*words, EOS], [BOS, *words, EOS]),
+        }
+        return {
+            name: (torch.tensor([source] * 2), torch.tensor([target] * 2))
+            for name, (source, target) in rows.items()
+        }
 
     def _build(self, of_class: type[TranslationModel]) -> TranslationModel:
         return of_class(self.model_size(), self.vocabulary.serialized)

@@ -15,6 +15,7 @@ from training.experiments.translation_model import (
     TranslationModel,
 )
 from training.export.parts import Part
+from training.export.specification import Inputs
 
 Runner = Callable[[tuple[Tensor, ...]], list[Tensor]]
 ENCODER, STEP = "encoder", "decoder_step"
@@ -46,10 +47,11 @@ class GraphTranslator:
 
 def translation_parts(
     build: Callable[[type[TranslationModel]], TranslationModel],
+    encoder_probes: Mapping[str, Inputs],
 ) -> Mapping[str, Part]:
     """Both graphs; ``build`` makes a fresh model of a class."""
     return {
-        ENCODER: Part(lambda: build(EncoderGraph), ("source",), ("memory",)),
+        ENCODER: Part(lambda: build(EncoderGraph), ("source",), ("memory",), encoder_probes),
         STEP: Part(
             lambda: build(StepGraph),
             ("token", "position", "source", "memory", "cache"),

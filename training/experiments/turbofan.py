@@ -264,7 +264,9 @@ class Turbofan:
                 "Remaining useful life in cycles and health class of a jet engine, from the raw "
                 f"settings 1 to 3 and sensors {', '.join(map(str, SENSORS))} of its last "
                 f"{windows.shape[1]} cycles, oldest first; where there are fewer cycles, the "
-                "first is repeated in front. The readings are standardised within the model."
+                "first is repeated in front. The readings are standardised within the model. "
+                f"Trained on C-MAPSS {self._settings.subset}; RUL is capped at "
+                f"{self._settings.rul_cap:g} cycles."
             ),
             task="tabular-regression",
         )

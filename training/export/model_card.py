@@ -10,7 +10,7 @@ USES = {
     "weights": "`model.safetensors`: weights for PyTorch",
     "onnx": "`1/model.onnx`: ONNX, for every ONNX runtime",
     "exported_program": "`exported_program/model.pt2`: `torch.export.load`",
-    "torchscript": "`torchscript/model.pt`: TorchScript; legacy, prefer the two above",
+    "torchscript": "`torchscript/model.pt`: TorchScript; legacy, prefer ONNX or `torch.export`",
     "onnx_int8": "`onnx_int8/model.onnx`: 8-bit ONNX, smaller and less exact",
 }
 
@@ -32,9 +32,7 @@ def model_card(manifest: Mapping[str, Any], parity: Mapping[str, Any], task: str
             *_port_table(
                 "Outputs", manifest["interface"]["outputs"], manifest["interface"]["class_names"]
             ),
-            "The first dimension counts samples. Inputs are raw: what they are scaled with is part "
-            "of the graph. A sample with a NaN or an infinity gives NaN in every output and leaves "
-            "its neighbours alone.",
+            _about_inputs(manifest["interface"]["inputs"]),
             "",
             *_file_table(parity),
             "## Check it, use it",
@@ -105,18 +103,29 @@ def _port_table(
     return [f"## {title}", "", "| name | type | shape | classes |", "|---|---|---|---|", *rows, ""]
 
 
+def _about_inputs(ports: list[dict[str, Any]]) -> str:
+    about = "The first dimension counts samples."
+    if any(port["dtype"].startswith("float") for port in ports):
+        about += (
+            " Inputs are raw: what they are scaled with is part of the graph. A sample with a NaN "
+            "or an infinity gives NaN in every output and leaves its neighbours alone."
+        )
+    return about
+
+
 def _file_table(parity: Mapping[str, Any]) -> list[str]:
     rows = []
     for row in parity["artifacts"]:
         error, bound = row["max_error"], row["bound"]
         proof = "metric and classes"
         if error is not None and bound:
-            proof = f"{error:.2g}, {error / bound:.0%} of what is allowed"
+            proof = f"{error:.2g}, {error / bound:.0%} of what may be"
         part, _, form = row["format"].rpartition(".")
         use = f"`{row['name']}`: {part.replace('_', ' ')}, {form}" if part else USES[form]
         rows.append(f"| {use} | {row['size_bytes']:,} | {proof} |")
-    head = ["## Files", "", "| file | bytes | difference from the champion |", "|---|---|---|"]
-    return [*head, *rows, ""]
+    head = ["## Files", "", "| file | bytes | parity |", "|---|---|---|"]
+    text = "Parity: the largest error against the champion in fp64, relative to the largest value."
+    return [*head, *rows, "", text, ""]
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,7 @@ together; what the parts do together is compared on the whole test set: see ``as
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -41,11 +41,13 @@ class Part:
     Attributes:
         build: a fresh module whose state dict has the names of the experiment's model.
         input_names, output_names: one for each argument and each returned tensor.
+        probes: further inputs that parity must hold on.
     """
 
     build: Callable[[], nn.Module]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    probes: Mapping[str, Inputs] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -113,8 +115,9 @@ class PartExperiment:
         return {}
 
     def export_spec(self) -> ExportSpec:
-        """The names of the part."""
-        return ExportSpec(self._part.input_names, self._part.output_names)
+        """The names and probes of the part."""
+        part = self._part
+        return ExportSpec(part.input_names, part.output_names, probes=part.probes)
 
 
 class RecordedInputs:

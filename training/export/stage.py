@@ -30,12 +30,13 @@ MAX_SHOWN = 5
 
 @dataclass(frozen=True)
 class ChosenChampion:
-    """What ``evaluation.json`` says about the champion."""
+    """What ``evaluation.json`` says about the champion: its metrics on validation and test data."""
 
     name: str
     path: Path
     digest: str
     metrics: Mapping[str, Any]
+    test_metrics: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,9 @@ class Export:
             _parity_row(name, path, reports[name], (self.staging / path).stat().st_size)
             for name, path in paths.items()
         ]
-        test = {name: pair["champion"] for name, pair in reports["weights"]["metrics"].items()}
+        test = self.champion.test_metrics
+        if test is None:
+            test = {name: two["champion"] for name, two in reports["weights"]["metrics"].items()}
         return BundleFacts(
             name=experiment_name(stage.arguments.experiment),
             run_id=stage.record.run_id,
@@ -168,7 +171,7 @@ class Export:
                 "metrics": dict(self.champion.metrics),
                 "name": self.champion.name,
                 "sha256": self.champion.digest,
-                "test_metrics": test,
+                "test_metrics": dict(test),
             },
             formats=self.formats,
             parity={"artifacts": rows, "comparison": reports["champion"], "details": reports},
@@ -226,7 +229,8 @@ def read_champion(run: RunDirectory) -> ChosenChampion:
             f"the champion {chosen['path']} was altered after it was chosen: sha256 {found[:12]}…, "
             f"evaluation.json says {digest}; run the evaluation again"
         )
-    return ChosenChampion(chosen["name"], path, found, chosen.get("metrics", {}))
+    test = evaluation.get("test", {}).get("metrics")
+    return ChosenChampion(chosen["name"], path, found, chosen.get("metrics", {}), test)
 
 
 def is_done(bundle: Path, champion: ChosenChampion, names: tuple[str, ...]) -> bool:

@@ -100,6 +100,8 @@ def test_the_bundle_has_every_part_and_the_proof_that_they_translate_alike(bundl
     assert set(details) == {"champion", "weights", "onnx", *check_names(translation(), ("onnx",))}
     assert all(report["is_good"] for report in details.values())
     assert details["decoder_step.onnx"]["num_tensors"] > 15
+    for name in ("onnx", "encoder.onnx"):
+        assert {"shortest", "longest"} <= set(details[name]["numbers"])
     assert set(details["together.onnx"]["metrics"]) == {"bleu"}
     assert "nrefs:var|" in manifest["description"]
 
