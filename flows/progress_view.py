@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tasks.run_summary import promotion_line
+from training.export.summary import promotion_line, published_name
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -135,7 +135,7 @@ def line_of(event: Event) -> str | None:
     if kind == "restored":
         return f"goes on from step {event.get('step')}"
     if kind == "promotion":
-        return f"{event['name']}@{event['version']} {promotion_line(event)}"
+        return f"{published_name(event)} {promotion_line(event)}"
     if kind == "exported" and event.get("saved") is not None:
         size_kb = float(event["weights_bytes"]) / 1e3
         return f"weights {size_kb:,.1f} kB, {event['saved']:.0%} less than the full checkpoint"

@@ -5,10 +5,10 @@ Reads JSON only, and takes a run at any moment of its life: whatever is not ther
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from training.export.summary import promotion_line, published_name
 from training.lease import LeaseView, read_lease
 from training.ledger import ledger
 from training.run_directory import (
@@ -89,7 +89,7 @@ def summarize(run: RunDirectory) -> RunSummary:
         holder=lease.holder if lease is not None and is_alive else None,
         champion=champion_name(evaluation),
         test_metrics=test_metrics(evaluation),
-        published=f"{promotion['name']}@{promotion['version']}" if promotion else None,
+        published=published_name(promotion) if promotion else None,
         promotion=promotion_line(promotion) if promotion else None,
         ledger_s={
             name.removesuffix("_s"): round(seconds, 3)
@@ -145,12 +145,6 @@ def test_metrics(evaluation: Any) -> dict[str, float]:
     test = evaluation.get("test") if isinstance(evaluation, dict) else None
     metrics = test.get("metrics") if isinstance(test, dict) else None
     return numbers_in(metrics)
-
-
-def promotion_line(promotion: Mapping[str, Any]) -> str:
-    """What became of a published bundle, in words."""
-    verdict = "became" if promotion["is_promoted"] else "did not become"
-    return f"{verdict} {promotion['alias']}: {promotion['reason']}"
 
 
 def numbers_in(values: Any) -> dict[str, float]:

@@ -149,6 +149,11 @@ def record_with(bad: str) -> RunRecord:
     return record.model_copy(update={"run_id": bad, "config": config, "versions": {bad: bad}})
 
 
+def test_the_page_says_whether_the_bundle_became_the_champion_of_its_name_and_why() -> None:
+    reason = "version 3 held it; worse: loss 0.03 against the holder&#x27;s 0.02"
+    assert f"Published as pictures@4; did not become champion: {reason}." in page(full_facts())
+
+
 def test_a_failed_export_is_named() -> None:
     facts = full_facts()
     facts = replace(facts, exports=({**facts.exports[0], "is_passed": False},))

@@ -5,6 +5,7 @@ Imports the standard library alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +28,14 @@ def artifact_rows(bundle: Path) -> list[dict[str, Any]]:
         return []
     latency = manifest["measured"]["latency"]
     return [{**row, "latency": latency.get(row["format"], {})} for row in parity["artifacts"]]
+
+
+def published_name(promotion: Mapping[str, Any]) -> str:
+    """``name@version`` in the registry, of what ``promotion.json`` holds."""
+    return f"{promotion['name']}@{promotion['version']}"
+
+
+def promotion_line(promotion: Mapping[str, Any]) -> str:
+    """What became of a published bundle, in words."""
+    verdict = "became" if promotion["is_promoted"] else "did not become"
+    return f"{verdict} {promotion['alias']}: {promotion['reason']}"

@@ -85,6 +85,7 @@ class RunFacts:
     Attributes:
         champion: name of the candidate that won; None until it was chosen.
         exports: artifacts with parity, size and latency; empty where there is no bundle.
+        promotion: content of ``promotion.json``; empty where the bundle was not published.
     """
 
     record: RunRecord
@@ -97,6 +98,7 @@ class RunFacts:
     rule: str = ""
     test: TestFacts | None = None
     exports: tuple[Mapping[str, Any], ...] = ()
+    promotion: Mapping[str, Any] = field(default_factory=dict)
     figures: Sequence[Figure] = ()
 
     @property
@@ -135,6 +137,7 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
         rule=str(evaluation.get("rule", "")),
         test=_test(evaluation),
         exports=tuple(artifact_rows(run.bundle)),
+        promotion=_mapping(_optional(run.promotion_json)),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.config import RunConfig
+from training.export.summary import promotion_line, published_name
 from training.reporting.choice import ranked_candidates
 from training.reporting.comparisons import SourceChart
 from training.reporting.facts import RunFacts
@@ -121,7 +122,15 @@ def _exports(facts: RunFacts) -> Html:
         f"The champion in {plural(len(rows), 'artifact')}; errors against the eager model in fp64, "
         "relative to the largest value of each output."
     )
-    return Html(head + note(words) + table(columns, name="exports") + _latencies(rows))
+    tables = Html(table(columns, name="exports") + _latencies(rows))
+    return Html(head + note(words) + tables + _promotion(facts.promotion))
+
+
+def _promotion(promotion: Mapping[str, Any]) -> Html:
+    if not promotion:
+        return Html("")
+    words = f"Published as {published_name(promotion)}; {promotion_line(promotion)}."
+    return element("p", text(words), "note", varies=True)  # versions count all runs of a store
 
 
 def _latencies(rows: Sequence[Mapping[str, Any]]) -> Html:
