@@ -94,7 +94,8 @@ def parse_manifest(content: bytes) -> dict[str, Any]:
             check_name(name)
             if type(entry["size_bytes"]) is not int or len(bytes.fromhex(entry["sha256"])) != 32:
                 raise ValueError(f"{name} has {entry}")
-        for _, graph in graphs(manifest):
+        for prefix, graph in graphs(manifest):
+            check_name(f"{prefix}{MODEL}")
             _check_graph(graph, manifest["files"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RefusedBundleError(f"{MANIFEST} does not describe a bundle: {error!r}") from error
@@ -192,7 +193,7 @@ def verify_files(folder: Path) -> dict[str, Any]:
 def verify_golden(folder: Path) -> int:
     """Run the golden samples on this machine; the number of compared arrays.
 
-    None where a partial pull left the ONNX files out. Call ``verify_files`` before. Raises
+    0 where a partial pull left the ONNX files out. Call ``verify_files`` before. Raises
     RefusedBundleError with the case, the output, and figures.
     """
     manifest = read_manifest(folder)
@@ -224,7 +225,11 @@ def _verify_golden_of(
     for case in golden["cases"]:
         ports = graph["interface"]["inputs"]
         inputs = {port["name"]: array(case["name"], "input", port["name"]) for port in ports}
-        outputs = run(session, graph, inputs)
+        try:
+            outputs = run(session, graph, inputs)
+        except WrongInputError as refusal:
+            message = f"{path} does not run here on golden case {case['name']}: {refusal}"
+            raise RefusedBundleError(message) from refusal
         for name, tolerance in case["tolerances"].items():
             limit = golden["int8_tolerance"] if path.endswith(INT8_MODEL) else tolerance
             error = _scaled_error(np, outputs[name], array(case["name"], "output", name))

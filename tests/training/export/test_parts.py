@@ -138,6 +138,14 @@ def test_golden_samples_prove_each_part_on_the_consumers_machine(
         consumer.verify_golden(copy)
 
 
+def test_a_part_that_would_be_read_from_elsewhere_is_refused(bundle: Path) -> None:
+    manifest = consumer.read_manifest(bundle)
+    manifest["parts"] = {"../../elsewhere": manifest["parts"]["encoder"]}
+    manifest["manifest_digest"] = consumer.manifest_digest(manifest)
+    with pytest.raises(consumer.RefusedBundleError, match="is not a path in the bundle"):
+        consumer.parse_manifest(consumer.canonical_bytes(manifest))
+
+
 def test_a_partial_pull_leaves_out_the_other_formats_of_parts(bundle: Path) -> None:
     wanted = consumer.chosen_files(consumer.read_manifest(bundle), ["weights"])
     assert not [name for name in wanted if name.endswith(".onnx")]
