@@ -98,7 +98,7 @@ AVERAGING = (
             ),
             (
                 "FD002",
-                30,
+                50,
                 "13.81",
                 "22.36 (CNN, Li et al. 2018) and 24.49 (LSTM, Zheng et al. 2017)",
             ),

@@ -114,10 +114,17 @@ class TurbofanDataset:
         rows = torch.from_numpy(window_rows(self._engines, engine, cycles, self._window))
         windows = self._rows[rows]
         if self._noise is not None:
-            windows += self._noise[rows] * torch.randn(windows.shape)
+            windows += self._noise[rows] * self._draws(cycles)
         rul = self._engines.lengths[engine] - cycles + self._engines.final_rul[engine]
         targets = (rul.astype(np.float32), self._engines.ids[engine], cycles)
         return windows, tuple(map(torch.from_numpy, targets))
+
+    def _draws(self, cycles: Integers) -> Tensor:
+        """Normal draws [B, window, 17]; a repeated first cycle stays a repetition."""
+        draws = torch.randn(len(cycles), self._window, self._rows.shape[1])
+        padding = torch.from_numpy(np.maximum(self._window - cycles, 0))
+        place = torch.maximum(torch.arange(self._window), padding[:, None])
+        return draws.gather(1, place[..., None].expand_as(draws))
 
 
 class Turbofan:

@@ -128,6 +128,11 @@ def test_training_adds_noise_to_sensors_in_units_of_their_condition_and_to_nothi
     expected, expected_targets = calm.dataset("train").fetch(indices)
     assert all(map(torch.equal, targets, expected_targets))
     assert torch.equal(windows[..., :3], expected[..., :3])
+    is_padding = targets[2] < windows.shape[1]
+    assert is_padding.any()
+    for window, cycle in zip(windows[is_padding], targets[2][is_padding], strict=True):
+        repeated = window[: len(window) - int(cycle) + 1]
+        assert (repeated == repeated[0]).all(), "padding repeats the first cycle, noise and all"
     scaler = calm.model().scaler
     added = (windows.double() - expected.double())[..., 3:]
     in_units = added / scaler.deviations[scaler.condition(expected)][..., 3:]
