@@ -31,8 +31,9 @@ from training.checkpointing.local_files import read_file
 from training.checkpointing.tensor_file import parse_tensors
 from training.evaluation import evaluate
 from training.experiment import Dataset
+from training.experiment_loading import experiment_name
 from training.reproducibility import child_environment
-from training.run_directory import read_segments
+from training.run_directory import RunDirectory, read_segments
 from training.stage import EXIT_PREEMPTED, Stage, StageArguments, prepared_stage
 from training.state import load_model
 
@@ -71,7 +72,8 @@ def measure(arguments: argparse.Namespace, store: Path, seed: int) -> Seed:
     options += ["--progress", "none"]
     options += ["--config", str(arguments.config)] if arguments.config else []
     options += [part for override in overrides for part in ("--set", override)]
-    for stage in STAGES:
+    run = RunDirectory(store / experiment_name(arguments.experiment) / run_id)
+    for stage in () if run.evaluation_json.exists() else STAGES:
         finish([sys.executable, "-m", "training", stage, *options], arguments.num_threads)
     stage_arguments = StageArguments(
         experiment=arguments.experiment,
