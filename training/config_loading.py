@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from training.config import RunConfig, Section
+from training.config import RunConfig, Section, SelectionConfig
 from training.config_errors import Table, explanation, nearest, parse_value, require_tables
 from training.errors import ConfigError
 
@@ -55,10 +55,14 @@ def resolve_config(
     sources = [dict(defaults or {})]
     if file is not None:
         sources.append(read_toml(file))
-    for source in itertools.chain(sources, map(_parse_override, overrides)):
+    asked: Table = {}
+    for number, source in enumerate(itertools.chain(sources, map(_parse_override, overrides))):
         require_tables(RunConfig, source)
         require_tables(settings_class, source.get("experiment", {}), "experiment.")
         _merge(table, source)
+        if number > 0:
+            _merge(asked, source)
+    _require_mode(sources[0].get("selection", {}), asked.get("selection", {}))
     config = validated(RunConfig, table, prefix="")
     settings = validated(settings_class, config.experiment, prefix="experiment.")
     return config.model_copy(update={"experiment": settings.model_dump(mode="json")})
@@ -125,6 +129,19 @@ def read_toml(file: Path) -> Table:
         raise ConfigError(f"configuration file {file} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"configuration file {file} is not valid TOML: {error}") from error
+
+
+def _require_mode(preferred: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Who chooses by another metric says which direction is good; the default's may be wrong.
+
+    Raises ConfigError where it is not said.
+    """
+    usual = preferred.get("metric", SelectionConfig().metric)
+    if asked.get("metric", usual) != usual and "mode" not in asked:
+        raise ConfigError(
+            f"selection.metric = {asked['metric']!r}: is more of it better, or less? Say so with "
+            "selection.mode=max or selection.mode=min"
+        )
 
 
 def _parse_override(override: str) -> Table:

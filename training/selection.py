@@ -31,6 +31,7 @@ from training.candidates import (
     plan_candidates,
     preempted,
     publish_json,
+    used_steps,
 )
 from training.checkpointing.local_files import read_file
 from training.checkpointing.tensor_file import parse_tensors
@@ -58,10 +59,11 @@ Metrics = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Made:
-    """A candidate that is there, and the digest of its file."""
+    """A candidate that is there, the digest of its file, and the checkpoints that are in it."""
 
     candidate: Candidate
     digest: str
+    steps: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def run_evaluation(stage: Stage) -> StageOutcome:
             return preempted(stage)
         publish_json(lease, stage.run.evaluation_json, {**choice, "test": test})
     champion = choice["champion"]["name"]
-    stage.progress.emit("chosen", champion=champion, metrics=test["metrics"])
+    stage.progress.emit("chosen", champion=champion, test_metrics=test["metrics"])
     return StageOutcome("completed", 0)
 
 
@@ -126,14 +128,21 @@ def choice_json(measured: Sequence[Measured], metric: str, mode: Mode) -> dict[s
     There are no times in it, so the same run gives the same bytes.
     """
     champion, best = choose(measured, metric, mode), single_best(measured)
+    others = [
+        one for one in measured if one is not champion and one.validation.get(metric) is not None
+    ]
+    rival = best if champion is not best else choose(others, metric, mode) if others else None
+    told = f"{champion.candidate.name} has validation {metric} {champion.validation[metric]}"
+    if rival is not None:
+        rank = "the single best checkpoint" if rival is best else "the next"
+        told += f"; {rank} ({rival.candidate.name}) has {rival.validation[metric]}"
+        if rival.validation[metric] == champion.validation[metric]:
+            told += ", and of equal ones the simpler wins"
     return {
         "candidates": [_entry(one) for one in measured],
         "champion": {**_entry(champion), "metrics": champion.validation},
         "format_version": 1,
-        "reason": (
-            f"{champion.candidate.name} has validation {metric} {champion.validation[metric]}; the "
-            f"single best checkpoint ({best.candidate.name}) has {best.validation[metric]}"
-        ),
+        "reason": told,
         "rule": RULE.format(metric=metric, mode=mode),
         "single_best": best.candidate.name,
     }
@@ -157,7 +166,7 @@ def _entry(one: Measured) -> dict[str, Any]:
         "kind": one.candidate.kind,
         "name": one.candidate.name,
         "path": f"candidates/{one.candidate.name}/{WEIGHTS_NAME}",
-        "steps": one.candidate.steps,
+        "steps": list(one.steps),
         "validation": one.validation,
     }
 
@@ -171,7 +180,7 @@ def _made(stage: Stage) -> list[Made]:
                 f"the candidate {candidate.name} is missing in {stage.run.candidates}, or was "
                 "altered: run the stage 'candidates' first"
             )
-        made.append(Made(candidate, digest))
+        made.append(Made(candidate, digest, used_steps(stage.run, candidate)))
     return made
 
 
@@ -200,7 +209,7 @@ def _choice(stage: Stage, lease: Lease, made: Sequence[Made]) -> dict[str, Any] 
             return None
         metrics = metrics_of(stage.experiment, records)
         named_metric(metrics, selection.metric, "selection.metric")
-        measured.append(Measured(one.candidate, one.digest, _finite(metrics)))
+        measured.append(Measured(one.candidate, one.digest, one.steps, _finite(metrics)))
     choice = choice_json(measured, selection.metric, selection.mode)
     publish_json(lease, path, choice)
     return choice

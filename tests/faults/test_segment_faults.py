@@ -32,7 +32,8 @@ def test_bad_values_end_with_2_before_anything_is_written(tmp_path: Path) -> Non
     for override, part in [
         ("train.num_epoch=1", "did you mean 'num_epochs'"),
         ("optimizer.name=AdamX", "optimizer.name"),
-        ("selection.metric=f1", "selection.metric = 'f1' is not a metric"),
+        ("selection.metric=f1", "is more of it better, or less?"),
+        ('selection={metric="f1",mode="max"}', "selection.metric = 'f1' is not a metric"),
         ("train.device=cuda", "GPU"),
     ]:
         training = Training(tmp_path / "store", "bad", overrides=(override,))

@@ -49,6 +49,22 @@ def test_values_of_overrides_are_toml_or_text() -> None:
     assert config.data.folder == Path("/some/where")
 
 
+def test_who_chooses_by_another_metric_says_which_direction_is_good() -> None:
+    with pytest.raises(ConfigError, match=r"'accuracy': is more of it better, or less\? Say so"):
+        resolve("selection.metric=accuracy")
+    config = resolve("selection.metric=accuracy", "selection.mode=max")
+    assert (config.selection.metric, config.selection.mode) == ("accuracy", "max")
+    preferred = {"selection": {"metric": "rmse", "mode": "min"}}
+    with pytest.raises(ConfigError, match=r"selection\.mode=max or selection\.mode=min"):
+        resolve_config(
+            settings_class=Settings, defaults=preferred, overrides=["selection.metric=accuracy"]
+        )
+    again = resolve_config(
+        settings_class=Settings, defaults=preferred, overrides=["selection.metric=rmse"]
+    )
+    assert again.selection.mode == "min"
+
+
 def test_another_optimizer_drops_the_arguments_of_the_first() -> None:
     config = resolve_config(
         settings_class=NoSettings,

@@ -44,7 +44,7 @@ def measured(kind: Kind, value: float | None, number: int = 0) -> Measured:
     candidate = Candidate(
         f"{kind}-{number}", kind, (Source(number, "model.safetensors", "digest"),)
     )
-    return Measured(candidate, f"sha256:{number}", {"loss": value})
+    return Measured(candidate, f"sha256:{number}", (number,), {"loss": value})
 
 
 values = st.one_of(
@@ -107,6 +107,15 @@ def test_the_choice_tells_the_rule_all_scores_and_the_reason() -> None:
     assert choice["reason"] == (
         "ema-0 has validation loss 0.25; the single best checkpoint (best-0) has 0.5"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "end"), [(0.75, "has 0.75"), (0.5, "has 0.5, and of equal ones the simpler wins")]
+)
+def test_the_reason_names_the_next_where_the_single_best_wins(value: float, end: str) -> None:
+    others = [measured("ema", 0.9, 1), measured("average", value, 2)]
+    choice = choice_json([measured("best", 0.5), *others], "loss", "min")
+    assert choice["reason"] == f"best-0 has validation loss 0.5; the next (average-2) {end}"
 
 
 # --- the stage, in this process

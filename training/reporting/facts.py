@@ -175,7 +175,9 @@ def _candidates(run: RunDirectory, evaluation: Mapping[str, Any]) -> tuple[Candi
 
 def _candidate(provenance: Mapping[str, Any], measured: Mapping[str, Any]) -> CandidateFacts:
     both = {**provenance, **measured}
-    steps = both.get("steps") or [source["step"] for source in both.get("sources", ())]
+    steps = both.get("steps") or [
+        source["step"] for source in both.get("sources", ()) if source["weight"] != 0
+    ]
     return CandidateFacts(
         name=str(both["name"]),
         kind=str(both["kind"]),
