@@ -288,7 +288,10 @@ class Translation:
         return (
             Sentences(
                 title="Translations",
-                data=f"{len(shown)} of {len(dataset)} validation sentences, in the corpus's order",
+                data=(
+                    f"{len(shown)} of {len(dataset)} validation sentences, in the corpus's order; "
+                    f"BLEU is sacrebleu's {signature()}"
+                ),
                 rows=tuple(
                     Sentence(one.source, one.translations[0], output)
                     for one, output in zip(shown, outputs, strict=True)

@@ -73,7 +73,11 @@ svg text.strong{fill:var(--ink);font-weight:600}
 rect.right{fill:var(--main)}rect.wrong{fill:var(--second)}
 rect.right,rect.wrong{stroke:var(--faint);stroke-width:1}
 svg text.deep{fill:var(--paper);font-weight:600}svg text.shallow{fill:var(--ink);font-weight:600}
-.scroll{overflow-x:auto;margin-top:.6rem}
+.scroll{overflow-x:auto;margin-top:.6rem;background:
+linear-gradient(90deg,var(--paper) 40%,transparent) 0/2rem 100% no-repeat local,
+linear-gradient(270deg,var(--paper) 40%,transparent) 100%/2rem 100% no-repeat local,
+linear-gradient(90deg,var(--faint),transparent) 0/.7rem 100% no-repeat scroll,
+linear-gradient(270deg,var(--faint),transparent) 100%/.7rem 100% no-repeat scroll}
 .scroll:focus-visible{outline:2px solid var(--main);outline-offset:2px}
 .beside .scroll{margin-top:0}
 table{border-collapse:collapse;font-size:.875rem;line-height:1.4;min-width:min(100%,24rem)}
@@ -124,7 +128,7 @@ body{font-size:10pt}main{max-width:none;padding:0}
 section{margin-top:1.6rem;padding-top:.8rem}
 h2,h3,.lead,.note{break-after:avoid}
 figure,tr,.tile,.bar{break-inside:avoid}
-.scroll{overflow:visible}td,th{white-space:normal;padding-right:.8rem}
+.scroll{overflow:visible;background:none}td,th{white-space:normal;padding-right:.8rem}
 td:first-child{white-space:nowrap}td:last-child:not(.number),
 .beside td:last-child:not(.number){min-width:0}
 .charts{grid-template-columns:repeat(2,1fr)}.charts.three{grid-template-columns:repeat(3,1fr)}

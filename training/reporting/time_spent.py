@@ -80,6 +80,8 @@ def _progress(facts: RunFacts) -> Html:
         if points and begin > points[-1][0]:
             words = f"waiting {duration(begin - points[-1][0])}"
             bands.append(Band(points[-1][0], begin, words, "waiting"))
+        if points:  # steps that were lost are lost at the end of a segment, not little by little
+            points.append((points[-1][0], record.start_step))
         points += [(begin, record.start_step), (working, record.start_step)]
         points.append((life.end_s - first, record.end_step))
     size, unit = _clock(points[-1][0])
