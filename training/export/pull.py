@@ -42,12 +42,13 @@ def pull(
     Raises:
         BundleError: a byte differs from the manifest, or there is something that the manifest does
             not name, a link, or a path that would leave the folder; the message names it.
-        InputError: ``target`` exists and is something else, or ``only`` names no format.
+        InputError: ``target`` is neither missing, empty nor this bundle, or ``only`` names no
+            format.
         StorageError: the source cannot be read now, or the target cannot be written.
     """
     manifest = source.manifest()
     _check_only(manifest, only)
-    if target.exists() or target.is_symlink():
+    if (target.exists() or target.is_symlink()) and not _is_empty_folder(target):
         return _already_there(manifest, target, only)
     source.refuse_additions(manifest)
     partial = target.with_name(f"{target.name}.partial")
@@ -62,6 +63,10 @@ def pull(
     except OSError as error:
         raise storage_error("write", partial, error) from error
     return manifest
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def _fill(

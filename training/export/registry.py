@@ -178,16 +178,17 @@ class Registry:
         )
 
     def point_alias(self, name: str, alias: str, version: int, reason: str) -> None:
-        """Let an alias stand for a version, wherever it stands now.
+        """Let an alias stand for a version, wherever it stands now; no move where it does already.
 
         Raises InputError where there is no such version, BundleError where it is altered.
         """
         if version in self.versions(name):
             _verified(self.bundle(name, version))
-        while not self.move_alias(
-            name, alias, version, reason=reason, after=self.position(name, alias)
-        ):
-            continue  # it moved between the look and the move
+        while True:  # again where it moved between the look and the move
+            position = self.position(name, alias)
+            is_there = position is not None and position.version == version
+            if is_there or self.move_alias(name, alias, version, reason=reason, after=position):
+                return
 
     def resolve(self, reference: BundleReference) -> int:
         """The version that a reference means. Raises InputError that lists what there is."""

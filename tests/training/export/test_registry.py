@@ -249,6 +249,20 @@ def test_the_commands_tell_what_there_is_and_pull_it(
     assert "no version 9" in capsys.readouterr().err
 
 
+def test_an_alias_that_stands_there_already_does_not_move(registry: Registry, source: Path) -> None:
+    registry.publish(source)
+    for reason in ("by hand", "again"):
+        registry.point_alias("digits", "staging", 1, reason)
+    assert [move.reason for move in registry.history("digits", "staging")] == ["by hand"]
+
+
+def test_a_bundle_is_pulled_into_an_empty_folder(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "empty"
+    target.mkdir()
+    pull(FolderSource(source), target)
+    assert files_of(target) == files_of(source)
+
+
 def test_an_altered_version_hides_no_other_and_takes_no_alias(
     registry: Registry, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
