@@ -25,7 +25,7 @@ from tests.training.checkpointing.test_damage import (
     DAMAGES,
     add_pickle,
     edit,
-    flip_bit,
+    flip_weight,
     lose,
     put_folder,
     truncate,
@@ -113,7 +113,7 @@ def test_the_folder_one_stands_in_can_be_named(
 
 
 def test_what_was_set_aside_is_shown_and_is_no_fault_of_the_run(small: RunDirectory) -> None:
-    flip_bit(small.checkpoint(20))
+    flip_weight(small.checkpoint(20))
     with managing(small) as manager:
         manager.restore()
     rows = json_of("list", small.path)
@@ -249,7 +249,7 @@ def test_two_seeds_differ_in_what_they_should(store: Path) -> None:
 
 
 def test_a_flipped_bit_is_found_in_its_tensor(run: RunDirectory, store: Path) -> None:
-    flip_bit(newest(run))
+    flip_weight(newest(run))
     [difference] = json_of("diff", run.path, store / "one")["differences"]
     assert difference["section"] == "model"
     assert difference["num_differing"] == 1
