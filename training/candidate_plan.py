@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -49,6 +49,11 @@ class Source:
     digest: str
     weight: float | None = 1.0
     track: str | None = None
+
+
+def used_steps(provenance: Mapping[str, Any]) -> list[int]:
+    """The checkpoints that a candidate holds; those that a soup left out have the weight 0."""
+    return sorted({source["step"] for source in provenance["sources"] if source["weight"] != 0})
 
 
 @dataclass(frozen=True)

@@ -118,15 +118,6 @@ def made_digest(run: RunDirectory, candidate: Candidate) -> str | None:
     return digest if is_same and digest == provenance.get("digest") else None
 
 
-def used_steps(run: RunDirectory, candidate: Candidate) -> list[int]:
-    """Checkpoints that a candidate that is there holds; those that a soup left out count nothing.
-
-    Raises DataFormatError or KeyError where its provenance is none.
-    """
-    provenance: Any = read_json(run.candidates / candidate.name / PROVENANCE_NAME)
-    return sorted({source["step"] for source in provenance["sources"] if source["weight"] != 0})
-
-
 def publish_json(lease: Lease, path: Path, value: Any) -> None:
     """Write a JSON file as the run's writer: it is renamed out of the lease's staging folder."""
     staged = lease.staging / path.name

@@ -23,15 +23,16 @@ from training.bootstrap import (
     resampled_metrics,
     units_of,
 )
+from training.candidate_plan import used_steps
 from training.candidates import (
     DIGEST,
+    PROVENANCE_NAME,
     WEIGHTS_NAME,
     Candidate,
     made_digest,
     plan_candidates,
     preempted,
     publish_json,
-    used_steps,
 )
 from training.checkpointing.local_files import read_file
 from training.checkpointing.tensor_file import parse_tensors
@@ -128,24 +129,33 @@ def choice_json(measured: Sequence[Measured], metric: str, mode: Mode) -> dict[s
     There are no times in it, so the same run gives the same bytes.
     """
     champion, best = choose(measured, metric, mode), single_best(measured)
-    others = [
-        one for one in measured if one is not champion and one.validation.get(metric) is not None
-    ]
-    rival = best if champion is not best else choose(others, metric, mode) if others else None
-    told = f"{champion.candidate.name} has validation {metric} {champion.validation[metric]}"
-    if rival is not None:
-        rank = "the single best checkpoint" if rival is best else "the next"
-        told += f"; {rank} ({rival.candidate.name}) has {rival.validation[metric]}"
-        if rival.validation[metric] == champion.validation[metric]:
-            told += ", and of equal ones the simpler wins"
     return {
         "candidates": [_entry(one) for one in measured],
         "champion": {**_entry(champion), "metrics": champion.validation},
         "format_version": 1,
-        "reason": told,
+        "reason": _reason(measured, champion, best, metric, mode),
         "rule": RULE.format(metric=metric, mode=mode),
         "single_best": best.candidate.name,
     }
+
+
+def _reason(
+    measured: Sequence[Measured], champion: Measured, best: Measured, metric: str, mode: Mode
+) -> str:
+    """The champion's metric beside the single best's, or the next one's where that is champion."""
+    told = f"{champion.candidate.name} has validation {metric} {champion.validation[metric]}"
+    rival, rank = best, "the single best checkpoint"
+    if champion is best:
+        others = [
+            one for one in measured if one is not best and one.validation.get(metric) is not None
+        ]
+        if not others:
+            return told
+        rival, rank = choose(others, metric, mode), "the next"
+    told += f"; {rank} ({rival.candidate.name}) has {rival.validation[metric]}"
+    if rival.validation[metric] == champion.validation[metric]:
+        told += ", and of equal ones the simpler wins"
+    return told
 
 
 def difference_json(
@@ -180,7 +190,8 @@ def _made(stage: Stage) -> list[Made]:
                 f"the candidate {candidate.name} is missing in {stage.run.candidates}, or was "
                 "altered: run the stage 'candidates' first"
             )
-        made.append(Made(candidate, digest, used_steps(stage.run, candidate)))
+        provenance: Any = read_json(stage.run.candidates / candidate.name / PROVENANCE_NAME)
+        made.append(Made(candidate, digest, used_steps(provenance)))
     return made
 
 

@@ -45,20 +45,17 @@ def main() -> None:
 
 def check_parity(request: CheckRequest, names: list[str]) -> None:
     """Write a report for each name; ``champion`` stands for the comparison itself."""
-    experiment = request.build_experiment()
-    batch_size = request.build_config().data.evaluation_batch_size
+    experiment, config = request.build_experiment(), request.build_config()
+    batch_size, num_golden = config.data.evaluation_batch_size, config.export.num_golden
     folders = Path(request.bundle), Path(request.scratch)
-    num_golden = request.build_config().export.num_golden
     parts = PartChecks(experiment, Path(request.champion), folders, batch_size, num_golden)
     champion = Champion.load(experiment, Path(request.champion), batch_size, _say)
-    place = Place(Path(request.bundle), Path(request.scratch), experiment.model, champion.interface)
+    place = Place(*folders, experiment.model, champion.interface)
     table = formats()
-    selection = request.build_config().selection
-    export = request.build_config().export
     limits = Int8Limits(
-        export.int8_metric or selection.metric,
-        export.int8_max_metric_change,
-        export.int8_min_agreement,
+        config.export.int8_metric or config.selection.metric,
+        config.export.int8_max_metric_change,
+        config.export.int8_min_agreement,
     )
     for name in names:
         _say(f"parity of {name}")

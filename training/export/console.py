@@ -85,7 +85,7 @@ def _add_pull(commands: Any) -> None:
     pulling.add_argument(
         "reference", metavar="NAME[@VERSION|@ALIAS]", help="default alias champion"
     )
-    pulling.add_argument("--to", type=Path, required=True, metavar="DIR", help="must not exist yet")
+    pulling.add_argument("--to", type=Path, required=True, metavar="DIR", help="missing or empty")
     pulling.add_argument(
         "--store", default=DEFAULT_STORE, help=f"{STORE_HELP}; or the http address of one"
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from training.candidate_plan import used_steps
 from training.config import RunConfig
 from training.durable_json import read_json
 from training.export.summary import artifact_rows
@@ -175,9 +176,7 @@ def _candidates(run: RunDirectory, evaluation: Mapping[str, Any]) -> tuple[Candi
 
 def _candidate(provenance: Mapping[str, Any], measured: Mapping[str, Any]) -> CandidateFacts:
     both = {**provenance, **measured}
-    steps = both.get("steps") or [
-        source["step"] for source in both.get("sources", ()) if source["weight"] != 0
-    ]
+    steps = both.get("steps") or (used_steps(provenance) if provenance else [])
     return CandidateFacts(
         name=str(both["name"]),
         kind=str(both["kind"]),
