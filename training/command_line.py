@@ -98,15 +98,22 @@ def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _add_stage(name: str, help_text: str) -> None:
+def _add_stage(name: str, help_text: str) -> click.Command:
     @main.command(name, help=help_text)
     @_stage_options
     def command(outcome_file: Path | None, **options: Any) -> None:
         sys.exit(run_stage_process(name, outcome_file, options))
 
+    return command
 
-for _name, _help in STAGE_HELP.items():
-    _add_stage(_name, _help)
+
+STAGE_COMMANDS = {name: _add_stage(name, help_text) for name, help_text in STAGE_HELP.items()}
+click.option(
+    "--again",
+    "should_decide_again",
+    is_flag=True,
+    help="Decide again where this run has decided before.",
+)(STAGE_COMMANDS["promote"])
 main.add_command(checkpoints)
 main.add_command(configuration)
 

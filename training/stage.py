@@ -63,6 +63,7 @@ class StageArguments:
         num_threads: CPU threads of this process; the run record keeps those of the first segment.
         is_resume: take the configuration from ``run.json``; files and overrides go over it.
         should_allow_mismatch: restore checkpoints of another configuration or model, too.
+        should_decide_again: of the promotion; what was decided before is replaced.
     """
 
     experiment: str
@@ -73,6 +74,7 @@ class StageArguments:
     overrides: tuple[str, ...] = ()
     is_resume: bool = False
     should_allow_mismatch: bool = False
+    should_decide_again: bool = False
     progress_format: ProgressFormat = "text"
 
     @property

@@ -31,8 +31,7 @@ Examples:
 def command(run: str, store: str) -> int:
     """Promote it."""
     directory = find_run(store_path(store), run)
-    directory.promotion_json.unlink(missing_ok=True)
-    argv = [sys.executable, "-m", "training", "promote", "--resume"]
+    argv = [sys.executable, "-m", "training", "promote", "--resume", "--again"]
     argv += ["--experiment", experiment_reference(directory), "--run-id", directory.path.name]
     argv += ["--store", str(directory.path.absolute().parent.parent)]
     return subprocess.run(argv, check=False).returncode

@@ -81,9 +81,9 @@ def run_promotion(stage: Stage) -> StageOutcome:
     """Publish the run's bundle, and let it take ``champion`` if it is not worse than the holder.
 
     A bundle that does not take the alias stays in the registry under its version. What was decided
-    stands in ``promotion.json`` and is not decided again: an alias that somebody moved since stays
-    where it is. Raises BundleError where the run's bundle does not verify, ExportError where there
-    is none.
+    stands in ``promotion.json`` and is not decided again unless it is asked for: an alias that
+    somebody moved since stays where it is. Raises BundleError where the run's bundle does not
+    verify, ExportError where there is none.
     """
     if not stage.run.bundle.is_dir():
         raise ExportError(f"run {stage.run.path.name} has no bundle; export it first")
@@ -92,7 +92,7 @@ def run_promotion(stage: Stage) -> StageOutcome:
         bundle = registry.publish(stage.run.bundle)
         assert bundle[0] == experiment_name(stage.arguments.experiment)
         decision = _decided(stage.run.promotion_json, bundle)
-        if decision is None:
+        if decision is None or stage.arguments.should_decide_again:
             decision = promote(registry, bundle, DEFAULT_ALIAS, stage.experiment, stage.config)
             publish_json(lease, stage.run.promotion_json, asdict(decision))
     stage.progress.emit("promotion", **asdict(decision))

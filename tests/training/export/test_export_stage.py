@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,18 @@ def test_a_run_that_is_resumed_does_not_take_an_alias_back(
         assert run_promotion(stage).outcome == "completed"
     assert registry.aliases(name) == {"champion": 2}
     assert [move.version for move in registry.history(name, "champion")] == [1, 2]
+
+    again = replace(arguments(store), should_decide_again=True)
+    decided = again.run.promotion_json.read_bytes()
+    with prepared_stage(again) as stage, pytest.raises(Exception, match="Load model"):
+        run_promotion(stage)  # against a holder that serves nothing
+    assert again.run.promotion_json.read_bytes() == decided, "lost with the new decision"
+    registry.point_alias(name, "champion", 1, "by hand, back")
+    with prepared_stage(again) as stage:
+        run_promotion(stage)
+    assert json.loads(stage.run.promotion_json.read_text())["reason"] == (
+        "held already: by hand, back"
+    )
 
 
 def test_an_altered_champion_is_not_exported(tmp_path: Path) -> None:
