@@ -6,12 +6,11 @@ tells a model's memory, not what it does with an engine that it has not seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,12 +20,11 @@ from training.experiment import Batch, Context, Records, example_inputs
 from training.experiments.turbofan_data import (
     SENSORS,
     Engines,
-    Integers,
     read_test_engines,
     read_training_engines,
-    window_rows,
 )
-from training.experiments.turbofan_model import TurbofanModel, fit_scaler, sensor_noise
+from training.experiments.turbofan_dataset import SensorNoise, TurbofanDataset, blocks, cut_off
+from training.experiments.turbofan_model import TurbofanModel, fit_scaler, sensor_deviations
 from training.export.specification import ExportSpec
 from training.figures import Measure, Panel, Series
 
@@ -34,10 +32,6 @@ HEALTHY_ABOVE = 80.0
 CRITICAL_UP_TO = 30.0
 HEALTH_CLASSES = ("healthy", "degrading", "critical")
 NUM_SHOWN_ENGINES = 6
-GOLDEN_RATIO = 0.6180339887498949
-FIRST_CUT = 0.25
-"""Least fraction of a life after which validation cuts it off. Test histories have about 0.63 of
-a training engine's length on average, as fractions between a quarter and one would have."""
 
 
 class TurbofanSettings(Section):
@@ -47,6 +41,9 @@ class TurbofanSettings(Section):
     """Part of the data: 1 and 3 have one operating condition, 2 and 4 six; 3 and 4 two faults."""
     window: int = Field(30, ge=2, le=1000)
     """Cycles that the model sees."""
+    with_age: bool = False
+    """Whether the number of each cycle is a feature, too, the last one. The literature leaves it
+    out; where a model is served, how long an engine has run is known."""
     rul_cap: float = Field(125.0, gt=0)
     """Remaining lives above this many cycles count as this many."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -59,6 +56,9 @@ class TurbofanSettings(Section):
     train_noise: float = Field(0.5, ge=0)
     """Standard deviation of normal noise that training adds to each sensor's reading, as a multiple
     of the sensor's own within its operating condition: few engines are easily learnt by heart."""
+    train_offset: float = Field(0.0, ge=0)
+    """The same of what training adds to all of a window's readings of a sensor: by their levels
+    single engines can be told apart, and their lives learnt by heart."""
     train_stride: int = Field(20, ge=1)
     """An epoch takes one window, at a random place, from every so many cycles of an engine: the
     windows of neighbouring cycles are nearly the same. 1 takes all."""
@@ -66,65 +66,6 @@ class TurbofanSettings(Section):
     """Training windows end at this cycle or later; those before a full window are padded."""
     validation_windows: int = Field(10, ge=1)
     """Places at which each validation engine's history is cut off."""
-
-
-class TurbofanDataset:
-    """Windows fp32 [window, 17] of raw readings, each with what is known of its last cycle.
-
-    An item stands for ``spread`` consecutive cycles, of which one is drawn as the last one. Normal
-    noise is added, of the standard deviation ``noise`` [N, 17], where it is given.
-    Targets: RUL in cycles (not capped), number of the engine, and the last cycle.
-    """
-
-    def __init__(
-        self,
-        engines: Engines,
-        engine: Integers,
-        cycles: Integers,
-        window: int,
-        spread: Integers,
-        noise: Tensor | None = None,
-    ) -> None:
-        self._engines = engines
-        self._rows = torch.from_numpy(engines.rows.astype(np.float32))
-        self._engine = engine
-        self._cycles = cycles
-        self._window = window
-        self._spread = spread
-        self._noise = noise
-        self.fingerprint = engines.fingerprint()
-
-    def __len__(self) -> int:
-        return len(self._engine)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        windows, targets = self.fetch(np.array([index]))
-        return windows[0], tuple(target[0] for target in targets)
-
-    def fetch(self, indices: Sequence[int] | Integers) -> Batch:
-        """A batch (windows [B, window, 17], (rul [B], engine [B], cycle [B])): one gather."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        engine, cycles, spread = (
-            array[chosen] for array in (self._engine, self._cycles, self._spread)
-        )
-        if (spread > 1).any():
-            # Without a draw where nothing is random: validation needs no generator.
-            draws = torch.rand(len(spread), dtype=torch.float64).numpy()
-            cycles = cycles - (draws * spread).astype(np.int64)
-        rows = torch.from_numpy(window_rows(self._engines, engine, cycles, self._window))
-        windows = self._rows[rows]
-        if self._noise is not None:
-            windows += self._noise[rows] * self._draws(cycles)
-        rul = self._engines.lengths[engine] - cycles + self._engines.final_rul[engine]
-        targets = (rul.astype(np.float32), self._engines.ids[engine], cycles)
-        return windows, tuple(map(torch.from_numpy, targets))
-
-    def _draws(self, cycles: Integers) -> Tensor:
-        """Normal draws [B, window, 17]; a repeated first cycle stays a repetition."""
-        draws = torch.randn(len(cycles), self._window, self._rows.shape[1])
-        padding = torch.from_numpy(np.maximum(self._window - cycles, 0))
-        place = torch.maximum(torch.arange(self._window), padding[:, None])
-        return draws.gather(1, place[..., None].expand_as(draws))
 
 
 class Turbofan:
@@ -154,7 +95,7 @@ class Turbofan:
     @cached_property
     def _engines(self) -> tuple[Engines, Engines]:
         """Training and validation engines; only the training file is opened."""
-        engines = read_training_engines(self._folder, self._settings.subset)
+        engines = self._featured(read_training_engines(self._folder, self._settings.subset))
         num = len(engines.ids)
         # RandomState's streams are frozen by NumPy's compatibility policy.
         order = np.random.RandomState(self._settings.split_seed).permutation(num)
@@ -166,14 +107,14 @@ class Turbofan:
         """Windows of a split.
 
         ``train``: windows of the training engines, their last cycles spread over whole lives, with
-        ``train_noise``.
+        ``train_noise`` and ``train_offset``.
         ``validation``: the validation engines' histories, each cut off at
         ``validation_windows`` places as the test engines' are cut off at one.
         ``test``: the window at each test engine's last cycle.
         """
         settings, noise = self._settings, None
         if split == "test":
-            engines = read_test_engines(self._folder, settings.subset)
+            engines = self._featured(read_test_engines(self._folder, settings.subset))
             numbers, cycles = np.arange(len(engines.ids)), engines.lengths
             spread = np.ones_like(cycles)
         elif split == "validation":
@@ -183,8 +124,9 @@ class Turbofan:
         else:
             engines = self._engines[0]
             numbers, cycles, spread = blocks(engines, settings.min_cycles, settings.train_stride)
-            if settings.train_noise:
-                noise = sensor_noise(engines.rows, settings.train_noise)
+            if settings.train_noise or settings.train_offset:
+                deviations = sensor_deviations(engines.rows)
+                noise = SensorNoise(deviations, settings.train_noise, settings.train_offset)
         return TurbofanDataset(engines, numbers, cycles, settings.window, spread, noise)
 
     def model(self) -> TurbofanModel:
@@ -261,6 +203,7 @@ class Turbofan:
     def export_spec(self) -> ExportSpec:
         """Names of what goes in and comes out, and windows that have to be padded."""
         (windows,) = example_inputs(self, num_samples=8)
+        age = " and the number (from 1)" if self._settings.with_age else ""
         padded = {f"padded-{num}": (_padded(windows, num),) for num in (1, windows.shape[1] // 2)}
         return ExportSpec(
             input_names=("windows",),
@@ -269,7 +212,7 @@ class Turbofan:
             probes=padded,
             description=(
                 "Remaining useful life in cycles and health class of a jet engine, from the raw "
-                f"settings 1 to 3 and sensors {', '.join(map(str, SENSORS))} of its last "
+                f"settings 1 to 3 and sensors {', '.join(map(str, SENSORS))}{age} of its last "
                 f"{windows.shape[1]} cycles, oldest first; where there are fewer cycles, the "
                 "first is repeated in front. The readings are standardised within the model. "
                 f"Trained on C-MAPSS {self._settings.subset}; RUL is capped at "
@@ -277,6 +220,9 @@ class Turbofan:
             ),
             task="tabular-regression",
         )
+
+    def _featured(self, engines: Engines) -> Engines:
+        return engines.with_age() if self._settings.with_age else engines
 
     def _errors(self, outputs: tuple[Tensor, Tensor], rul: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted squared error [B] and cross entropy [B]; errors at the end of life cost more."""
@@ -319,31 +265,3 @@ def nasa_penalty(error: Any) -> Any:
     """
     error = np.clip(error, -1000.0, 1000.0)
     return np.expm1(np.where(error < 0, -error / 13, error / 10))
-
-
-def blocks(engines: Engines, min_cycles: int, stride: int) -> tuple[Integers, Integers, Integers]:
-    """Engine, last cycle and size of blocks of consecutive cycles that cover each history.
-
-    Blocks are counted back from the end of a life, so that failure is always in one; they have
-    ``stride`` cycles, but for an engine's first block, which has what is left.
-    """
-    first = np.minimum(min_cycles, engines.lengths)
-    num = -(-(engines.lengths - first + 1) // stride)
-    numbers = np.repeat(np.arange(len(num)), num)
-    place = np.arange(len(numbers)) - np.repeat(np.cumsum(num) - num, num)
-    last = engines.lengths[numbers] - place * stride
-    return numbers, last, np.minimum(stride, last - first[numbers] + 1)
-
-
-def cut_off(engines: Engines, num_cuts: int) -> tuple[Integers, Integers]:
-    """Engine and last cycle of each history cut off at evenly spread fractions of its life.
-
-    The fractions run from FIRST_CUT to 1 and are shifted from engine to engine by the golden ratio:
-    the RUL at the cuts is spread evenly, without a draw. NASA's test engines are cut off at such
-    random places, at one each; many places make the criterion steady.
-    """
-    num = len(engines.ids)
-    shift = (np.arange(num) * GOLDEN_RATIO) % 1
-    fraction = FIRST_CUT + (1 - FIRST_CUT) * (np.arange(num_cuts) + shift[:, None]) / num_cuts
-    cycles = np.maximum(1, np.floor(fraction * engines.lengths[:, None])).astype(np.int64)
-    return np.repeat(np.arange(num), num_cuts), cycles.reshape(-1)

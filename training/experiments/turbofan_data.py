@@ -7,7 +7,7 @@ engines and their cycles are numbered from 1 without gaps.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ class Engines:
         ids: number of each engine, [E].
         starts: first row of each engine, [E].
         lengths: cycles of each engine, [E].
-        rows: features of each cycle, [N, 17].
+        rows: features of each cycle, [N, F]: settings, sensors, and the age where it is asked for.
         final_rul: cycles that each engine still ran after its last row, [E].
     """
 
@@ -52,6 +52,12 @@ class Engines:
             rows=self.rows[np.repeat(is_chosen, self.lengths)],
             final_rul=self.final_rul[is_chosen],
         )
+
+    def with_age(self) -> Engines:
+        """The same with each cycle's number, from 1, as the last feature."""
+        first = np.repeat(self.starts, self.lengths)
+        age = np.arange(len(self.rows)) - first + 1.0
+        return replace(self, rows=np.column_stack((self.rows, age)))
 
     def fingerprint(self) -> str:
         """Digest of the histories."""

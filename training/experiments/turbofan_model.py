@@ -1,6 +1,7 @@
 """The dual-task network: a window of raw readings to remaining useful life and health class.
 
-Shapes: B windows, T cycles, F features (3 settings, then 14 sensors), K operating conditions.
+Shapes: B windows, T cycles, F features (3 settings, 14 sensors, and the cycle's number where the
+experiment is told so), K operating conditions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 NUM_SETTINGS = 3
-NUM_FEATURES = 17
+NUM_SENSORS = 14
 NUM_HEALTH_CLASSES = 3
 HIDDEN_SIZE = 256
 NUM_HEADS = 8
@@ -76,16 +77,17 @@ class ConditionScaler(nn.Module):
         return (raw_BTF.double() - self.means[condition_BT]) / self.deviations[condition_BT]
 
 
-def sensor_noise(rows: Array, level: float) -> Tensor:
-    """``level`` times the deviation of each reading [N, F] within its condition, fp32 [N, F].
+def sensor_deviations(rows: Array) -> Tensor:
+    """Standard deviation of each reading [N, F] within its operating condition, fp32 [N, F].
 
-    Zero for the settings, which tell the condition.
+    Zero for all but the sensors: the settings tell the condition, and an age is known.
     """
     parameters = fit_scaler(rows)
     condition_N = ConditionScaler(parameters).condition(torch.from_numpy(rows)).numpy()
-    noise = level * parameters.deviations[condition_N]
-    noise[:, :NUM_SETTINGS] = 0.0
-    return torch.from_numpy(noise.astype(np.float32))
+    deviations = parameters.deviations[condition_N]
+    deviations[:, :NUM_SETTINGS] = 0.0
+    deviations[:, NUM_SETTINGS + NUM_SENSORS :] = 0.0
+    return torch.from_numpy(deviations.astype(np.float32))
 
 
 class LastStepAttention(nn.Module):
@@ -121,7 +123,7 @@ class LastStepAttention(nn.Module):
 
 
 class TurbofanModel(nn.Module):
-    """Raw windows fp32 [B, T, 17] to RUL in cycles [B, 1] and health logits [B, 3].
+    """Raw windows fp32 [B, T, F] to RUL in cycles [B, 1] and health logits [B, 3].
 
     Classes: 0 healthy, 1 degrading, 2 critical.
     """
@@ -131,7 +133,7 @@ class TurbofanModel(nn.Module):
         self._rul_scale = rul_scale
         self.scaler = ConditionScaler(scaler)
         self.convolutions = nn.Sequential(
-            *_convolution(NUM_FEATURES, 64, dropout),
+            *_convolution(scaler.means.shape[1], 64, dropout),
             *_convolution(64, 128, dropout),
             *_convolution(128, 64, dropout),
         )

@@ -16,12 +16,11 @@ from training.experiment import Context, Experiment, Records, collate, example_i
 from training.experiments.turbofan import (
     Turbofan,
     TurbofanSettings,
-    blocks,
-    cut_off,
     health_class,
     nasa_penalty,
 )
 from training.experiments.turbofan_data import Engines
+from training.experiments.turbofan_dataset import blocks, cut_off
 from training.experiments.turbofan_synthetic import Fleet, write_fleet
 
 
@@ -142,6 +141,53 @@ def test_training_adds_noise_to_sensors_in_units_of_their_condition_and_to_nothi
     )
     shown = [one.dataset("validation").fetch(np.arange(9))[0] for one in (noisy, calm)]
     assert torch.equal(*shown)
+
+
+def test_an_age_is_the_last_feature_without_noise_and_repeated_where_a_window_is_padded(
+    folder: Path,
+) -> None:
+    experiment = make(folder, with_age=True, min_cycles=1, train_stride=1)
+    for split in ("train", "validation", "test"):
+        dataset = experiment.dataset(split)
+        windows, (_, _, cycle) = dataset.fetch(np.arange(len(dataset)))
+        assert windows.shape[1:] == (30, 18)
+        counted = cycle[:, None] + torch.arange(-29, 1)
+        assert torch.equal(windows[..., -1], counted.clamp(min=1).float())
+        assert split == "validation" or (cycle < 30).any()
+    example = example_inputs(experiment, num_samples=4)[0]
+    aged = example.clone()
+    aged[..., -1] += 40
+    torch.manual_seed(0)
+    model = experiment.model().eval()
+    assert not torch.equal(model(example)[0], model(aged)[0])
+    assert "21 and the number (from 1) of its last 30 cycles" in str(
+        experiment.export_spec().description
+    )
+
+
+def test_without_its_age_an_engine_has_the_features_of_the_literature(folder: Path) -> None:
+    plain, aged = (
+        make(folder, with_age=one).dataset("test").fetch([0, 1])[0] for one in (False, True)
+    )
+    assert torch.equal(plain, aged[..., :-1])
+    assert "number" not in str(make(folder).export_spec().description)
+
+
+def test_an_offset_is_common_to_the_readings_of_a_sensor_in_a_window(folder: Path) -> None:
+    offset, calm = (
+        make(folder, train_stride=1, train_noise=0, train_offset=one) for one in (0.3, 0)
+    )
+    indices = np.arange(len(calm.dataset("train")))
+    torch.manual_seed(0)
+    windows, _ = offset.dataset("train").fetch(indices)
+    expected, _ = calm.dataset("train").fetch(indices)
+    assert torch.equal(windows[..., :3], expected[..., :3])
+    scaler = calm.model().scaler
+    added = (scaler(windows) - scaler(expected))[..., 3:]
+    torch.testing.assert_close(added, added[:, :1].expand_as(added), rtol=0, atol=2e-3)
+    torch.testing.assert_close(
+        added[:, 0].std(0), torch.full((14,), 0.3).double(), rtol=0.15, atol=0
+    )
 
 
 @given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=30), num=st.integers(1, 30))
