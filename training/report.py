@@ -40,10 +40,10 @@ def run_report(stage: Stage) -> StageOutcome:
         return preempted(stage)
     content = page(facts).encode()
     path = stage.run.report_html
-    if path.is_file() and path.read_bytes() == content:
-        return StageOutcome("completed", 0)
-    with stage.writing() as lease:
-        _publish(lease, path, content)
+    if not path.is_file() or path.read_bytes() != content:
+        with stage.writing() as lease:
+            _publish(lease, path, content)
+    stage.progress.emit("report", path=str(path))
     return StageOutcome("completed", 0)
 
 

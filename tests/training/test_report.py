@@ -127,6 +127,14 @@ def test_a_report_that_says_the_same_is_left_alone(calm: Path) -> None:
     assert report(calm).read_bytes() == content
 
 
+def test_the_stage_says_where_the_report_is(calm: Path) -> None:
+    said = []
+    with resumed(calm) as stage:
+        stage.progress.listeners.append(lambda event, values: said.append((event, dict(values))))
+        run_report(stage)
+    assert said == [("report", {"path": str(stage.run.report_html)})]
+
+
 def test_the_report_opens_no_test_data(calm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with resumed(calm) as stage:
         own = stage.experiment.dataset
