@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from training.config_loading import nearest
 from training.constructor_arguments import check_arguments
 from training.errors import CheckpointMismatchError, ConfigError, ExperimentError
 from training.json_state import Tensors, decode, encode
+from training.rate_trace import RateTrace
 
 # What needs a closure, sparse gradients, other schedulers or functions is not configurable.
 UNSUPPORTED_OPTIMIZERS = {"LBFGS", "SparseAdam", "Optimizer"}
@@ -70,7 +72,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
 class Schedule:
     """Linear warm-up, then the configured scheduler.
 
-    The scheduler does not move during the warm-up.
+    The scheduler does not move during the warm-up. ``trace`` is what the rate was.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class Schedule:
         self._scheduler = build_scheduler(scheduler, optimizer)
         self._targets: list[float] = [group["lr"] for group in optimizer.param_groups]
         self._apply_warmup()
+        self.trace = RateTrace()
+        self.trace.record(0, self.rate)
 
     @property
     def rate(self) -> float:
@@ -101,6 +105,7 @@ class Schedule:
             self._apply_warmup()
         elif self._config.interval == "step" and not self._is_plateau and self._scheduler:
             self._move(self._scheduler)
+        self.trace.record(self._num_steps, self.rate)
 
     def after_epoch(self, metrics: Mapping[str, float]) -> None:
         """Move on by one epoch, whose validation metrics are given."""
@@ -110,6 +115,7 @@ class Schedule:
             self._scheduler.step(named_metric(metrics, self._config.metric, "scheduler.metric"))
         elif self._config.interval == "epoch" and self._scheduler:
             self._move(self._scheduler)
+        self.trace.record(self._num_steps, self.rate)
 
     def require_length(self, num_steps: int, num_steps_per_epoch: int) -> None:
         """Make sure that a scheduler which has an end does not reach it before training does.
@@ -131,13 +137,14 @@ class Schedule:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps taken and the scheduler's own state."""
+        """Steps taken, the scheduler's own state, and the trace."""
         inner = self._scheduler.state_dict() if self._scheduler else {}
-        return {"num_steps": self._num_steps, "scheduler": inner}
+        return {"num_steps": self._num_steps, "scheduler": inner, "trace": asdict(self.trace)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken. The optimizer restores the rates themselves."""
         self._num_steps = state["num_steps"]
+        self.trace = RateTrace(**state["trace"])
         if self._scheduler:
             self._scheduler.load_state_dict(state["scheduler"])
 

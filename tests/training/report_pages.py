@@ -72,7 +72,7 @@ def full_facts() -> RunFacts:
     """A run that came to its end, with one figure of each kind."""
     found = segments()
     epochs = tuple(
-        Epoch(step, 1e-3 * 0.9**i, 2 * 0.7**i + 0.05, {"loss": 2 * 0.72**i + 0.03, "accuracy": 0.9})
+        Epoch(step, 2 * 0.7**i + 0.05, {"loss": 2 * 0.72**i + 0.03, "accuracy": 0.9})
         for i, step in enumerate(range(20, 401, 20))
     )
     test = TestFacts(
@@ -90,6 +90,7 @@ def full_facts() -> RunFacts:
         segments=found,
         ledger=ledger([one.record for one in found]),
         history=epochs,
+        rates=tuple((step, 1e-3 * min(1, step / 60) * 0.99**step) for step in range(400)),
         candidates=(
             candidate("best", "best", (380,), 0.0261),
             candidate("last", "last", (400,), 0.0302),

@@ -255,6 +255,23 @@ def test_a_restored_schedule_goes_on_with_the_same_rates(scheduler: dict[str, An
     restore_optimizer(other_optimizer, model, {}, saved)
     other.load_state_dict(state)
     assert advance(other, other_optimizer, 12) == advance(schedule, optimizer, 12)
+    assert other.trace == schedule.trace
+    assert len(other.trace.rates) == 21
+
+
+def test_the_trace_has_the_rate_of_each_step() -> None:
+    optimizer = optimizer_of(small_model())
+    step_lr = {"name": "StepLR", "args": {"step_size": 1, "gamma": 0.5}}
+    schedule = schedule_of(optimizer, step_lr, {"num_steps": 2, "start_factor": 0.5})
+    taken = []
+    for step in range(6):
+        taken.append((step, schedule.rate))
+        optimizer.step()
+        schedule.after_step()
+        if step % 3 == 2:
+            schedule.after_epoch({})
+    assert schedule.trace.points()[:6] == taken
+    assert [rate for _, rate in taken] == pytest.approx([0.05, 0.075, 0.1, 0.05, 0.05, 0.05])
 
 
 def test_the_state_of_another_optimizer_is_refused_in_words() -> None:

@@ -14,6 +14,7 @@ from training.durable_json import read_json
 from training.export.summary import artifact_rows
 from training.figures import Figure
 from training.ledger import Ledger, Life, ledger, lives
+from training.rate_trace import RateTrace
 from training.run_directory import (
     LedgerOutcome,
     RunDirectory,
@@ -41,7 +42,6 @@ class Epoch:
     """One finished epoch: its last step, and finite values by name."""
 
     step: int
-    learning_rate: float | None
     train_loss: float | None
     metrics: Mapping[str, float]
 
@@ -84,6 +84,7 @@ class RunFacts:
     """All that a page is made from; the same facts give the same page.
 
     Attributes:
+        rates: steps and their learning rates.
         champion: name of the candidate that won; None until it was chosen.
         exports: artifacts with parity, size and latency; empty where there is no bundle.
         promotion: content of ``promotion.json``; empty where the bundle was not published.
@@ -94,6 +95,7 @@ class RunFacts:
     segments: tuple[SegmentFacts, ...] = ()
     ledger: Ledger = field(default_factory=lambda: ledger([]))
     history: tuple[Epoch, ...] = ()
+    rates: tuple[tuple[int, float], ...] = ()
     candidates: tuple[CandidateFacts, ...] = ()
     champion: str | None = None
     rule: str = ""
@@ -123,6 +125,7 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
     Raises DataFormatError or StorageError where a file is not readable.
     """
     records = read_segments(run)
+    state = newest_state(run)
     evaluation = _mapping(_optional(run.evaluation_json))
     return RunFacts(
         record=record,
@@ -132,7 +135,8 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
             for one, life in zip(records, lives(records), strict=True)
         ),
         ledger=ledger(records),
-        history=tuple(map(_epoch, newest_history(run))),
+        history=tuple(map(_epoch, state.get("history", ()))),
+        rates=_rates(state),
         candidates=_candidates(run, evaluation),
         champion=_mapping(evaluation.get("champion")).get("name"),
         rule=str(evaluation.get("rule", "")),
@@ -142,26 +146,29 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
     )
 
 
-def newest_history(run: RunDirectory) -> list[dict[str, Any]]:
-    """One entry per finished epoch, from the newest checkpoint that can be resumed from."""
+def newest_state(run: RunDirectory) -> dict[str, Any]:
+    """``state.json`` of the newest checkpoint that can be resumed from; empty without one."""
     names = [path.name for path in run.checkpoints.iterdir()] if run.checkpoints.is_dir() else []
     steps = sorted((step for step in map(parse_step, names) if step is not None), reverse=True)
     for step in steps:
         state = _mapping(_optional(run.checkpoint(step) / "state.json"))
         if state:
-            history: list[dict[str, Any]] = state["history"]
-            return history
-    return []
+            return state
+    return {}
 
 
 def _epoch(entry: Mapping[str, Any]) -> Epoch:
     metrics = {name: _number(value) for name, value in entry["metrics"].items()}
     return Epoch(
         step=int(entry["step"]),
-        learning_rate=_number(entry.get("learning_rate")),
         train_loss=_number(entry.get("train_loss")),
         metrics={name: value for name, value in metrics.items() if value is not None},
     )
+
+
+def _rates(state: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
+    trace = _mapping(_mapping(state.get("scheduler")).get("trace"))
+    return tuple(RateTrace(**trace).points())
 
 
 def _candidates(run: RunDirectory, evaluation: Mapping[str, Any]) -> tuple[CandidateFacts, ...]:

@@ -85,9 +85,11 @@ def _chart(facts: RunFacts, name: str) -> LineChart | None:
 
 
 def _rate_chart(facts: RunFacts) -> LineChart | None:
-    line = _line(facts, "learning rate", lambda epoch: epoch.learning_rate, "main")
-    if not line.points:
+    last = facts.history[-1].step
+    points = [(float(step), rate) for step, rate in facts.rates if step < last]
+    if not points:
         return None
+    line = Line("learning rate", points, "main")
     return LineChart(
         key="curve-rate",
         title="learning rate",
@@ -96,7 +98,7 @@ def _rate_chart(facts: RunFacts) -> LineChart | None:
         lines=[line],
         marks=tuple(stops(facts)),
         bands=tuple(repeats(facts)),
-        x_range=(0, facts.history[-1].step),
+        x_range=(0, last),
         has_legend=False,
     )
 
