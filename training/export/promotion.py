@@ -124,12 +124,15 @@ def promote(
             return PromotionDecision(name, version, alias, True, f"held already: {holder.reason}")
         reason, is_good = "the first of its name", True
         if holder is not None:
-            found = compare_bundles(
-                registry.bundle(name, version),
-                registry.bundle(name, holder.version),
-                experiment,
-                config,
-            )
+            bundles = registry.bundle(name, version), registry.bundle(name, holder.version)
+            if differences := port_differences(*bundles):
+                reason = (
+                    f"version {holder.version} held it, and whoever serves {alias} would break: "
+                    f"{'; '.join(differences)}; it moves by hand: holdfast alias {name}@{version} "
+                    f"{alias}, once they are ready for it"
+                )
+                return PromotionDecision(name, version, alias, False, reason)
+            found = compare_bundles(*bundles, experiment, config)
             reason = f"version {holder.version} held it; {found.explain()}"
             is_good = found.is_good_enough
         if not is_good:
@@ -137,6 +140,27 @@ def promote(
         if registry.move_alias(name, alias, version, reason=reason, after=holder):
             return PromotionDecision(name, version, alias, True, reason)
     raise ExportError(f"{name}@{alias} moved {MAX_ATTEMPTS} times meanwhile; try again")
+
+
+def port_differences(new: Path, holder: Path) -> list[str]:
+    """In words, each input and output that the two bundles' ONNX files do not have in common."""
+    there, here = (_ports(bundle) for bundle in (holder, new))
+    return [
+        f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+        for name in dict.fromkeys([*here, *there])
+        if there.get(name) != here.get(name)
+    ]
+
+
+def _ports(bundle: Path) -> dict[str, str]:
+    """Types and shapes by name, in words."""
+    described = {}
+    inputs, outputs = OnnxArtifact(bundle / OnnxFormat.path, lineage=None).signature()
+    for kind, ports in (("input", inputs), ("output", outputs)):
+        for port in ports:
+            sizes = ", ".join("samples" if size is None else str(size) for size in port.shape)
+            described[f"{kind} {port.name}"] = f"{port.dtype} [{sizes}]"
+    return described
 
 
 def compare_bundles(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,17 @@ def test_a_worse_champion_is_kept_but_not_promoted(exported: Any, tmp_path: Path
     assert again.is_promoted
     assert again.reason == "held already: the first of its name"
     assert len(registry.history("p", "champion")) == 1
+
+
+def test_a_model_with_other_inputs_is_kept_but_cannot_take_the_alias(
+    exported: Any, tmp_path: Path
+) -> None:
+    case, other = exported["Pictures"], exported["Sequences"]
+    registry = TwoVersions(tmp_path, {1: other.place.bundle, 2: case.place.bundle})
+    registry.move_alias("p", "champion", 1, reason="the first of its name", after=None)
+    decision = promote(registry, ("p", 2), "champion", case.experiment, RunConfig())
+    assert not decision.is_promoted
+    assert "version 1 held it, and whoever serves champion would break" in decision.reason
+    assert re.search(r"\w+ is absent there, float32 \[samples, [\d, ]+\] here", decision.reason)
+    assert decision.reason.endswith("holdfast alias p@2 champion, once they are ready for it")
+    assert registry.aliases("p") == {"champion": 1}
