@@ -16,6 +16,9 @@ from training.config_loading import (
 )
 from training.errors import ConfigError
 from training.experiment import NoSettings
+from training.experiment_loading import default_values, load_experiment, settings_class
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 class Settings(Section):
@@ -202,3 +205,15 @@ def test_a_recorded_configuration_comes_back_with_the_same_digest() -> None:
     assert again == config
     assert experiment_settings(Settings, again) == experiment_settings(Settings, config)
     assert config_digest(again) == config_digest(config)
+
+
+@pytest.mark.parametrize(
+    "path", [*REPOSITORY.glob("benchmarks/configurations/*.toml"), *REPOSITORY.glob("docs/*.toml")]
+)
+def test_the_configurations_that_are_published_are_valid(path: Path) -> None:
+    experiment = load_experiment(path.stem.partition("_")[0])
+    settings = settings_class(experiment)
+    config = resolve_config(
+        settings_class=settings, defaults=default_values(experiment), file=path, overrides=()
+    )
+    assert experiment_settings(settings, config) is not None
