@@ -30,7 +30,8 @@ STAGE_HELP = {
     "candidates": "Make the candidates: averages and moving averages of a finished training.",
     "evaluate": "Measure the candidates on validation data, choose, then test the champion.",
     "export": "Export the champion, prove the exports, and publish the bundle.",
-    "promote": "Publish the bundle; it takes the alias champion if it is not worse.",
+    "promote": "Publish the bundle; it takes the alias champion if it is not worse than the holder "
+    "and has the same inputs and outputs.",
     "report": "Write report.html.",
 }
 

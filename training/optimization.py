@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -139,12 +138,13 @@ class Schedule:
     def state_dict(self) -> dict[str, Any]:
         """Steps taken, the scheduler's own state, and the trace."""
         inner = self._scheduler.state_dict() if self._scheduler else {}
-        return {"num_steps": self._num_steps, "scheduler": inner, "trace": asdict(self.trace)}
+        trace = self.trace.state_dict()
+        return {"num_steps": self._num_steps, "scheduler": inner, "trace": trace}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` was taken. The optimizer restores the rates themselves."""
         self._num_steps = state["num_steps"]
-        self.trace = RateTrace(**state["trace"])
+        self.trace = RateTrace.restored(state.get("trace"))
         if self._scheduler:
             self._scheduler.load_state_dict(state["scheduler"])
 

@@ -15,8 +15,9 @@ from tasks.run_summary import experiment_reference
 HELP = """Publish a run's bundle; it takes the alias champion if it is not worse than the holder.
 
 Both models answer the same test data; section [promotion] of the configuration says how much worse
-is too much. A bundle that does not take the alias is kept under its version. A run decides once, at
-its end; this command decides again.
+is too much. A bundle with other inputs or outputs than the holder's does not take it by itself:
+holdfast alias moves it. A bundle that does not take the alias is kept under its version. A run
+decides once, at its end; this command decides again.
 
 \b
 Examples:

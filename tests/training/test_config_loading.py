@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import Field, ValidationError
+from torch import nn
 
 from training.config import RunConfig, Section
 from training.config_loading import (
@@ -17,6 +18,7 @@ from training.config_loading import (
 from training.errors import ConfigError
 from training.experiment import NoSettings
 from training.experiment_loading import default_values, load_experiment, settings_class
+from training.optimization import build_optimizer, build_scheduler
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -207,13 +209,16 @@ def test_a_recorded_configuration_comes_back_with_the_same_digest() -> None:
     assert config_digest(again) == config_digest(config)
 
 
-@pytest.mark.parametrize(
-    "path", [*REPOSITORY.glob("benchmarks/configurations/*.toml"), *REPOSITORY.glob("docs/*.toml")]
-)
+PUBLISHED = [*REPOSITORY.glob("benchmarks/configurations/*.toml"), *REPOSITORY.glob("docs/*.toml")]
+
+
+@pytest.mark.parametrize("path", PUBLISHED or ["there are none"])
 def test_the_configurations_that_are_published_are_valid(path: Path) -> None:
     experiment = load_experiment(path.stem.partition("_")[0])
     settings = settings_class(experiment)
     config = resolve_config(
         settings_class=settings, defaults=default_values(experiment), file=path, overrides=()
     )
-    assert experiment_settings(settings, config) is not None
+    experiment_settings(settings, config)
+    optimizer = build_optimizer(config.optimizer, nn.Linear(2, 2))
+    build_scheduler(config.scheduler, optimizer)

@@ -256,7 +256,7 @@ def test_a_restored_schedule_goes_on_with_the_same_rates(scheduler: dict[str, An
     other.load_state_dict(state)
     assert advance(other, other_optimizer, 12) == advance(schedule, optimizer, 12)
     assert other.trace == schedule.trace
-    assert len(other.trace.rates) == 21
+    assert len(other.trace.points) == 21
 
 
 def test_the_trace_has_the_rate_of_each_step() -> None:
@@ -270,7 +270,7 @@ def test_the_trace_has_the_rate_of_each_step() -> None:
         schedule.after_step()
         if step % 3 == 2:
             schedule.after_epoch({})
-    assert schedule.trace.points()[:6] == taken
+    assert schedule.trace.points[:6] == taken
     assert [rate for _, rate in taken] == pytest.approx([0.05, 0.075, 0.1, 0.05, 0.05, 0.05])
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.rate_trace import MAX_RATES, RateTrace
+from training.rate_trace import MAX_POINTS, RateTrace
 
 
 def rate(step: int) -> float:
@@ -26,12 +25,19 @@ def test_a_trace_keeps_true_rates_evenly_however_often_it_is_interrupted(
     trace, calm = RateTrace(), RateTrace()
     for step in range(num_steps):
         if step in stops:
-            trace = RateTrace(**json.loads(json.dumps(asdict(trace))))
+            trace = RateTrace.restored(json.loads(json.dumps(trace.state_dict())))
         if step % num_steps_per_epoch == 0:
             trace.record(step, -1.0)  # the rate before the epoch's end changed it
         trace.record(step, rate(step))
         calm.record(step, rate(step))
     assert trace == calm
-    assert trace.points() == [(step, rate(step)) for step in range(0, num_steps, trace.every)]
-    assert len(trace.rates) <= MAX_RATES
-    assert trace.every == 1 or len(trace.rates) >= MAX_RATES // 2
+    assert trace.points == [(step, rate(step)) for step in range(0, num_steps, trace.every)]
+    assert len(trace.points) <= MAX_POINTS
+    assert trace.every == 1 or len(trace.points) >= MAX_POINTS // 2
+
+
+def test_a_checkpoint_from_before_there_were_traces_is_traced_from_there_on() -> None:
+    trace = RateTrace.restored(None)
+    for step in range(700, 1400):
+        trace.record(step, rate(step))
+    assert trace.points == [(step, rate(step)) for step in range(700, 1400, trace.every)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -14,7 +16,9 @@ from training.candidates import run_candidates
 from training.config import Split
 from training.experiment import Dataset
 from training.report import run_report
+from training.reporting.facts import read_facts
 from training.reporting.markup import VARIES
+from training.reporting.page import page
 from training.selection import run_evaluation
 from training.stage import Stage, StageArguments, prepared_stage
 
@@ -125,6 +129,23 @@ def test_a_report_that_says_the_same_is_left_alone(calm: Path) -> None:
     assert again.stat().st_ino == before.st_ino
     path.unlink()
     assert report(calm).read_bytes() == content
+
+
+def test_the_learning_rate_is_the_one_of_each_step_and_one_that_overflowed_is_left_out(
+    calm: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(calm, tmp_path / "store"))
+    with resumed(store) as stage:
+        facts = read_facts(stage.run, stage.record, stage.config)
+        num_steps = facts.history[-1].step
+        assert [step for step, _ in facts.rates] == list(range(num_steps + 1))
+        newest = stage.run.checkpoint(num_steps) / "state.json"
+        state = json.loads(newest.read_text())
+        state["scheduler"]["trace"]["points"][3][1] = {"$float": "inf"}
+        newest.write_text(json.dumps(state))
+        facts = read_facts(stage.run, stage.record, stage.config)
+        assert [step for step, _ in facts.rates if step < 5] == [0, 1, 2, 4]
+        assert "learning rate" in page(facts)
 
 
 def test_the_stage_says_where_the_report_is(calm: Path) -> None:

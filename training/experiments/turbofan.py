@@ -42,8 +42,8 @@ class TurbofanSettings(Section):
     window: int = Field(30, ge=2, le=1000)
     """Cycles that the model sees."""
     with_age: bool = False
-    """Whether the number of each cycle is a feature, too, the last one. The literature leaves it
-    out; where a model is served, how long an engine has run is known."""
+    """Whether the number of each cycle is a feature, too, the last one: whoever asks the model has
+    to know how long the engine has run."""
     rul_cap: float = Field(125.0, gt=0)
     """Remaining lives above this many cycles count as this many."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -203,7 +203,7 @@ class Turbofan:
     def export_spec(self) -> ExportSpec:
         """Names of what goes in and comes out, and windows that have to be padded."""
         (windows,) = example_inputs(self, num_samples=8)
-        age = " and the number (from 1)" if self._settings.with_age else ""
+        age = ", and the cycle's number from 1," if self._settings.with_age else ""
         padded = {f"padded-{num}": (_padded(windows, num),) for num in (1, windows.shape[1] // 2)}
         return ExportSpec(
             input_names=("windows",),
@@ -214,8 +214,8 @@ class Turbofan:
                 "Remaining useful life in cycles and health class of a jet engine, from the raw "
                 f"settings 1 to 3 and sensors {', '.join(map(str, SENSORS))}{age} of its last "
                 f"{windows.shape[1]} cycles, oldest first; where there are fewer cycles, the "
-                "first is repeated in front. The readings are standardised within the model. "
-                f"Trained on C-MAPSS {self._settings.subset}; RUL is capped at "
+                "first is repeated in front, as it is. The readings are standardised within the "
+                f"model. Trained on C-MAPSS {self._settings.subset}; RUL is capped at "
                 f"{self._settings.rul_cap:g} cycles."
             ),
             task="tabular-regression",

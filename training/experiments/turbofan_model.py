@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from training.experiments.turbofan_data import SENSORS
+
 NUM_SETTINGS = 3
-NUM_SENSORS = 14
 NUM_HEALTH_CLASSES = 3
 HIDDEN_SIZE = 256
 NUM_HEADS = 8
@@ -86,7 +87,7 @@ def sensor_deviations(rows: Array) -> Tensor:
     condition_N = ConditionScaler(parameters).condition(torch.from_numpy(rows)).numpy()
     deviations = parameters.deviations[condition_N]
     deviations[:, :NUM_SETTINGS] = 0.0
-    deviations[:, NUM_SETTINGS + NUM_SENSORS :] = 0.0
+    deviations[:, NUM_SETTINGS + len(SENSORS) :] = 0.0
     return torch.from_numpy(deviations.astype(np.float32))
 
 

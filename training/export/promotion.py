@@ -7,6 +7,7 @@ Runtime, so that what is compared is what is served. What is chance says the pai
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,14 @@ def run_promotion(stage: Stage) -> StageOutcome:
         assert bundle[0] == experiment_name(stage.arguments.experiment)
         decision = _decided(stage.run.promotion_json, bundle)
         if decision is None or stage.arguments.should_decide_again:
-            decision = promote(registry, bundle, DEFAULT_ALIAS, stage.experiment, stage.config)
+            decision = promote(
+                registry,
+                bundle,
+                DEFAULT_ALIAS,
+                stage.experiment,
+                stage.config,
+                before_move=lambda: stage.run.promotion_json.unlink(missing_ok=True),
+            )
             publish_json(lease, stage.run.promotion_json, asdict(decision))
     stage.progress.emit("promotion", **asdict(decision))
     return StageOutcome("completed", 0)
@@ -115,8 +123,12 @@ def promote(
     alias: str,
     experiment: Experiment,
     config: RunConfig,
+    before_move: Callable[[], None] = lambda: None,
 ) -> PromotionDecision:
-    """Move the alias to the bundle, or say why not. Several at once decide one after another."""
+    """Move the alias to the bundle, or say why not. Several at once decide one after another.
+
+    ``before_move`` is called before the alias moves: what was decided before is wrong from then on.
+    """
     name, version = bundle
     for _ in range(MAX_ATTEMPTS):
         holder = registry.position(name, alias)
@@ -128,8 +140,8 @@ def promote(
             if differences := port_differences(*bundles):
                 reason = (
                     f"version {holder.version} held it, and whoever serves {alias} would break: "
-                    f"{'; '.join(differences)}; it moves by hand: holdfast alias {name}@{version} "
-                    f"{alias}, once they are ready for it"
+                    f"{'; '.join(differences)}. Once they are ready for it, move the alias by hand "
+                    f"with holdfast alias {name}@{version} {alias}"
                 )
                 return PromotionDecision(name, version, alias, False, reason)
             found = compare_bundles(*bundles, experiment, config)
@@ -137,25 +149,32 @@ def promote(
             is_good = found.is_good_enough
         if not is_good:
             return PromotionDecision(name, version, alias, False, reason)
+        before_move()
         if registry.move_alias(name, alias, version, reason=reason, after=holder):
             return PromotionDecision(name, version, alias, True, reason)
     raise ExportError(f"{name}@{alias} moved {MAX_ATTEMPTS} times meanwhile; try again")
 
 
 def port_differences(new: Path, holder: Path) -> list[str]:
-    """In words, each input and output that the two bundles' ONNX files do not have in common."""
-    there, here = (_ports(bundle) for bundle in (holder, new))
+    """In words, each input and output that the two bundles' ONNX files do not have in common.
+
+    Raises ExportError if a file cannot be opened.
+    """
+    before, after = _ports(holder), _ports(new)
     return [
-        f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
-        for name in dict.fromkeys([*here, *there])
-        if there.get(name) != here.get(name)
+        f"{name} was {before.get(name, 'absent')} and is {after.get(name, 'absent')}"
+        for name in dict.fromkeys([*before, *after])
+        if before.get(name) != after.get(name)
     ]
 
 
 def _ports(bundle: Path) -> dict[str, str]:
     """Types and shapes by name, in words."""
     described = {}
-    inputs, outputs = OnnxArtifact(bundle / OnnxFormat.path, lineage=None).signature()
+    try:
+        inputs, outputs = OnnxArtifact(bundle / OnnxFormat.path, lineage=None).signature()
+    except Exception as error:  # runtimes raise anything
+        raise ExportError(f"{bundle} cannot be opened: {error}") from error
     for kind, ports in (("input", inputs), ("output", outputs)):
         for port in ports:
             sizes = ", ".join("samples" if size is None else str(size) for size in port.shape)

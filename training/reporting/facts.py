@@ -167,8 +167,9 @@ def _epoch(entry: Mapping[str, Any]) -> Epoch:
 
 
 def _rates(state: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
-    trace = _mapping(_mapping(state.get("scheduler")).get("trace"))
-    return tuple(RateTrace(**trace).points())
+    trace = RateTrace.restored(_mapping(state.get("scheduler")).get("trace"))
+    known = ((step, _number(rate)) for step, rate in trace.points)
+    return tuple((step, rate) for step, rate in known if rate is not None)
 
 
 def _candidates(run: RunDirectory, evaluation: Mapping[str, Any]) -> tuple[CandidateFacts, ...]:

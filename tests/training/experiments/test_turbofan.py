@@ -160,12 +160,12 @@ def test_an_age_is_the_last_feature_without_noise_and_repeated_where_a_window_is
     torch.manual_seed(0)
     model = experiment.model().eval()
     assert not torch.equal(model(example)[0], model(aged)[0])
-    assert "21 and the number (from 1) of its last 30 cycles" in str(
+    assert "20, 21, and the cycle's number from 1, of its last 30 cycles" in str(
         experiment.export_spec().description
     )
 
 
-def test_without_its_age_an_engine_has_the_features_of_the_literature(folder: Path) -> None:
+def test_without_their_age_engines_have_settings_and_sensors_alone(folder: Path) -> None:
     plain, aged = (
         make(folder, with_age=one).dataset("test").fetch([0, 1])[0] for one in (False, True)
     )
@@ -173,9 +173,14 @@ def test_without_its_age_an_engine_has_the_features_of_the_literature(folder: Pa
     assert "number" not in str(make(folder).export_spec().description)
 
 
-def test_an_offset_is_common_to_the_readings_of_a_sensor_in_a_window(folder: Path) -> None:
+@pytest.mark.parametrize("subset", ["FD001", "FD002"])
+def test_an_offset_is_common_to_the_readings_of_a_sensor_in_a_window(
+    tmp_path: Path, subset: str
+) -> None:
+    write_fleet(tmp_path, Fleet(subset=subset, num_train=10, num_test=6))
     offset, calm = (
-        make(folder, train_stride=1, train_noise=0, train_offset=one) for one in (0.3, 0)
+        make(tmp_path, subset=subset, train_stride=1, train_noise=0, train_offset=one)
+        for one in (0.3, 0)
     )
     indices = np.arange(len(calm.dataset("train")))
     torch.manual_seed(0)

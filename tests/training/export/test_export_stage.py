@@ -134,7 +134,7 @@ def test_a_run_that_is_resumed_does_not_take_an_alias_back(
 
     again = replace(arguments(store), should_decide_again=True)
     decided = again.run.promotion_json.read_bytes()
-    with prepared_stage(again) as stage, pytest.raises(Exception, match="Load model"):
+    with prepared_stage(again) as stage, pytest.raises(ExportError, match="cannot be opened"):
         run_promotion(stage)  # against a holder that serves nothing
     assert again.run.promotion_json.read_bytes() == decided, "lost with the new decision"
     registry.point_alias(name, "champion", 1, "by hand, back")

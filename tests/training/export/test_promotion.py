@@ -119,11 +119,17 @@ def test_a_worse_champion_is_kept_but_not_promoted(exported: Any, tmp_path: Path
     onnx.save(model, tmp_path / "worse/1/model.onnx")
     registry = TwoVersions(tmp_path, {1: case.place.bundle, 2: tmp_path / "worse"})
 
-    first = promote(registry, ("p", 1), "champion", case.experiment, RunConfig())
+    before_moves: list[dict[str, int]] = []
+
+    def before_move() -> None:
+        before_moves.append(registry.aliases("p"))
+
+    first = promote(registry, ("p", 1), "champion", case.experiment, RunConfig(), before_move)
     assert first.is_promoted
     assert first.reason == "the first of its name"
-    second = promote(registry, ("p", 2), "champion", case.experiment, RunConfig())
+    second = promote(registry, ("p", 2), "champion", case.experiment, RunConfig(), before_move)
     assert not second.is_promoted
+    assert before_moves == [{}], "called once, and the alias had not moved"
     assert "worse: loss" in second.reason
     assert registry.aliases("p") == {"champion": 1}
     again = promote(registry, ("p", 1), "champion", case.experiment, RunConfig())
@@ -141,6 +147,7 @@ def test_a_model_with_other_inputs_is_kept_but_cannot_take_the_alias(
     decision = promote(registry, ("p", 2), "champion", case.experiment, RunConfig())
     assert not decision.is_promoted
     assert "version 1 held it, and whoever serves champion would break" in decision.reason
-    assert re.search(r"\w+ is absent there, float32 \[samples, [\d, ]+\] here", decision.reason)
-    assert decision.reason.endswith("holdfast alias p@2 champion, once they are ready for it")
+    assert re.search(r"was int64 \[samples, [\d, ]+\] and is absent", decision.reason)
+    assert re.search(r"was absent and is float32 \[samples, [\d, ]+\]", decision.reason)
+    assert decision.reason.endswith("move the alias by hand with holdfast alias p@2 champion")
     assert registry.aliases("p") == {"champion": 1}
