@@ -39,7 +39,7 @@ def test_digits_offers_a_confusion_matrix_of_all_validation_images() -> None:
 
 def test_turbofan_offers_whole_lives_of_validation_engines(tmp_path: Path) -> None:
     write_fleet(tmp_path, Fleet(num_train=10, num_test=2, shortest_life=50, longest_life=90))
-    (tmp_path / "test_FD001.txt").unlink()
+    (tmp_path / "test_FD001.txt").write_text("not opened")
     turbofan = Turbofan(Context(settings=TurbofanSettings(), data_folder=tmp_path))
     (figure,) = turbofan.figures(measure_with(turbofan))
     assert 1 <= len(figure.panels) <= 6

@@ -71,7 +71,7 @@ def read_training_engines(folder: Path | None, subset: str) -> Engines:
     """Engines that ran until they failed. Opens ``train_<subset>.txt`` alone.
 
     Raises:
-        DataNotFoundError: no folder is named, or the file is not in it.
+        DataNotFoundError: no folder is named, or one of the subset's files is not in it.
         DataFormatError: the file is not of the format; names the line.
     """
     path = _locate(folder, subset, f"train_{subset}.txt")
@@ -83,7 +83,7 @@ def read_test_engines(folder: Path | None, subset: str) -> Engines:
     """Engines that were stopped some time before they failed, and how long they had still to run.
 
     Raises:
-        DataNotFoundError: no folder is named, or a file is not in it.
+        DataNotFoundError: no folder is named, or one of the subset's files is not in it.
         DataFormatError: a file is not of the format; names the line.
     """
     engines = _read_cycles(_locate(folder, subset, f"test_{subset}.txt"))
@@ -119,7 +119,9 @@ def _with_final_rul(engines: Engines, final_rul: Floats) -> Engines:
 
 
 def _locate(folder: Path | None, subset: str, name: str) -> Path:
-    expected = f"train_{subset}.txt, test_{subset}.txt and RUL_{subset}.txt"
+    """The file of this name. That all three are there is asked before a training, not after it."""
+    names = [f"train_{subset}.txt", f"test_{subset}.txt", f"RUL_{subset}.txt"]
+    expected = f"{names[0]}, {names[1]} and {names[2]}"
     offer = (
         "NASA offers them as CMAPSSData.zip (Turbofan Engine Degradation Simulation) at "
         "https://www.nasa.gov/intelligent-systems-division/discovery-and-systems-health/pcoe/"
@@ -128,13 +130,14 @@ def _locate(folder: Path | None, subset: str, name: str) -> Path:
     )
     if folder is None:
         raise DataNotFoundError(f"turbofan needs a folder with {expected}; none is named. {offer}")
-    path = folder / name
-    if not path.is_file():
+    missing = [one for one in names if not (folder / one).is_file()]
+    if missing:
         state = "does not have it" if folder.is_dir() else "does not exist"
         raise DataNotFoundError(
-            f"turbofan needs {expected}; {name} is missing: the folder {folder} {state}. {offer}"
+            f"turbofan needs {expected}; {missing[0]} is missing: the folder {folder} {state}. "
+            f"{offer}"
         )
-    return path
+    return folder / name
 
 
 def _read_cycles(path: Path) -> Engines:

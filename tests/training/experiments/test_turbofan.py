@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.errors import DataNotFoundError
+from training.errors import DataFormatError, DataNotFoundError
 from training.experiment import Context, Experiment, Records, collate, example_inputs
 from training.experiments.turbofan import (
     Turbofan,
@@ -222,14 +222,20 @@ def test_test_windows_are_those_at_the_last_cycle_short_engines_included(folder:
 
 def test_test_files_stay_closed_until_the_test_split_is_asked_for(tmp_path: Path) -> None:
     _, test, rul = write_fleet(tmp_path, Fleet(num_train=5, num_test=2))
-    test.unlink()
-    rul.unlink()
+    test.write_text("what is not opened is not found to be wrong")
+    rul.write_text("nor is this")
     experiment = make(tmp_path)
     experiment.dataset("train")
     experiment.dataset("validation")
     experiment.model()
-    with pytest.raises(DataNotFoundError, match=r"test_FD001\.txt is missing"):
+    with pytest.raises(DataFormatError, match=r"test_FD001\.txt, line 1"):
         experiment.dataset("test")
+
+
+def test_a_missing_test_file_is_found_before_training(tmp_path: Path) -> None:
+    write_fleet(tmp_path, Fleet(num_train=5, num_test=2))[2].unlink()
+    with pytest.raises(DataNotFoundError, match=r"RUL_FD001\.txt is missing"):
+        make(tmp_path).dataset("train")
 
 
 def test_the_scaler_is_fitted_to_training_engines_only(tmp_path: Path, folder: Path) -> None:

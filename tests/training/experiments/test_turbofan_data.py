@@ -53,8 +53,8 @@ def test_test_engines_have_the_lives_that_the_rul_file_gives(tmp_path: Path) -> 
 
 def test_training_opens_no_test_file(tmp_path: Path) -> None:
     _, test, rul = write_fleet(tmp_path, SMALL)
-    test.unlink()
-    rul.unlink()
+    test.write_text("not opened")
+    rul.write_text("not opened")
     assert len(read_training_engines(tmp_path, "FD001").ids) == 4
 
 
@@ -120,7 +120,7 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path: Path, text: str, me
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xff\xfe\x00binary"])
 def test_a_file_without_rows_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "train_FD001.txt").write_bytes(content)
+    write_fleet(tmp_path, SMALL)[0].write_bytes(content)
     with pytest.raises(DataFormatError, match=r"train_FD001\.txt.*expected"):
         read_training_engines(tmp_path, "FD001")
 
