@@ -6,6 +6,7 @@ A reference is a row of the table in ``training.experiments``, ``package.module:
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import importlib
@@ -90,12 +91,41 @@ def source_file(experiment_class: type[Experiment]) -> Path | None:
 
 
 def source_digest(experiment_class: type[Experiment]) -> str | None:
-    """``sha256:...`` of that file, so that other code is noticed; None where it can't be read."""
+    """``sha256:...`` of the experiment's code, so that other code is noticed.
+
+    That is the file of its class, and the files in the same folder that it imports, directly or
+    through each other: there the network and the data often are. None where one can't be read.
+    """
     path = source_file(experiment_class)
-    try:
-        return None if path is None else f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-    except OSError:
+    if path is None:
         return None
+    package = experiment_class.__module__.rpartition(".")[0]
+    files = [path.resolve()]
+    try:
+        for file in files:  # grows meanwhile
+            files += sorted(_imported_beside(file, package).difference(files))
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)]
+    except (OSError, SyntaxError, ValueError):
+        return None
+    if len(digests) > 1:
+        digests = [hashlib.sha256("".join(digests).encode()).hexdigest()]
+    return f"sha256:{digests[0]}"
+
+
+def _imported_beside(path: Path, package: str) -> set[Path]:
+    """Files in the same folder that a file of this package imports; whether now or later."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package if node.level == 1 else ""
+            base = ".".join(filter(None, (start, node.module)))
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    prefix = f"{package}." if package else ""
+    stems = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    beside = {path.with_name(f"{stem}.py") for stem in stems if stem.isidentifier()}
+    return {file for file in beside if file.is_file()}
 
 
 def _copied(value: Any) -> Any:

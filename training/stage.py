@@ -241,9 +241,10 @@ def _warn_of_other_code(
     if None in digests or digests[0] == digests[1]:
         return
     logger.warning(
-        "the run %s was begun with other code: the file of %s had the digest %s, and %s has %s; "
-        "its result will not be that of a run without interruptions. Go on if you mean to, as "
-        "after fixing a bug; else go back to that file, or take another run id",
+        "the run %s was begun with other code: that of %s had the digest %s, and %s, with what it "
+        "imports from its folder, has %s; its result will not be that of a run without "
+        "interruptions. Go on if you mean to, as after fixing a bug; else go back to that code, or "
+        "take another run id",
         here.run_id,
         experiment_class.__name__,
         digests[0],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,8 +90,9 @@ def test_a_run_that_goes_on_with_other_code_says_so(
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 2
     assert (
-        f"the file of Hard had the digest sha256:{digests[0]}, and {path} has sha256:" in warned[0]
-    )
+        f"that of Hard had the digest sha256:{digests[0]}, and {path}, with what it imports from "
+        "its folder, has sha256:"
+    ) in warned[0]
     assert digests[1] in warned[0]
     assert "take another run id" in warned[0]
 
@@ -99,6 +102,32 @@ def test_an_experiment_of_a_module_is_known_by_its_file_too() -> None:
     expected = hashlib.sha256(path.read_bytes()).hexdigest()
     assert source_digest(load_experiment("digits")) == f"sha256:{expected}"
     assert source_digest(type("Dynamic", (), {"__module__": "builtins"})) is None
+
+
+def test_code_beside_an_experiment_belongs_to_it_if_it_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text("import net_of_task\n\nclass Task: pass\n")
+    (tmp_path / "net_of_task.py").write_text(
+        "def net():\n    from layers_of_task import DEPTH\n    return DEPTH\n"
+    )
+    (tmp_path / "layers_of_task.py").write_text("import json\nDEPTH = 3\n")
+    (tmp_path / "other.py").write_text("SIZE = 1\n")
+    program = (
+        "import sys; sys.path.append(sys.argv[1]); import task; "
+        "from training.experiment_loading import source_digest; print(source_digest(task.Task))"
+    )
+
+    def digest() -> str:
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    first = digest()
+    (tmp_path / "other.py").write_text("SIZE = 2\n")
+    assert digest() == first
+    for name in ("task", "net_of_task", "layers_of_task"):
+        before = digest()
+        with (tmp_path / f"{name}.py").open("a") as file:
+            file.write("# another\n")
+        assert digest() != before, name
 
 
 def told(
