@@ -71,7 +71,7 @@ class RunRecord(Record):
     seeds: dict[str, int] = Field(default_factory=dict)
     data_fingerprint: str | None = None
     experiment_digest: str | None = None
-    """Of the source file of the experiment's class; None where it has none."""
+    """Of the experiment's code, as ``source_digest`` has it; None where there is no file."""
     versions: dict[str, str] = Field(default_factory=dict)
     num_threads: int | None = None
     created_at: str
