@@ -192,7 +192,11 @@ PAGES = {
         "# What averaging is worth\n\nEvery candidate on test data, mean and standard deviation "
         "over seeds, beside the single best\ncheckpoint of the same seed. In a run, only the "
         "champion and the single best meet test data. The last row\nis no result: it shows how "
-        "much better one looks by choosing on test data.",
+        "much better one looks by choosing on test data.\n\n"
+        "Two decays with equal figures are one average: the training was too short for the\n"
+        "higher one, see [selection.md](selection.md). Names that end in `-bn` have statistics of\n"
+        "batch norm recomputed on training data; where such a row gains and the one without does\n"
+        "not, it is the statistics that gained.",
         AVERAGING,
     ),
 }

@@ -142,6 +142,11 @@ def _require_mode(preferred: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
             f"selection.metric = {asked['metric']!r}: is more of it better, or less? Say so with "
             "selection.mode=max or selection.mode=min"
         )
+    if asked.get("metric", usual) == "loss" and asked.get("mode") == "max":
+        raise ConfigError(
+            "selection.mode = 'max' would choose the largest loss: training makes it small; write "
+            "selection.mode=min, or name the metric that is meant in selection.metric"
+        )
 
 
 def _parse_override(override: str) -> Table:

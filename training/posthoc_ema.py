@@ -95,7 +95,7 @@ def reconstruct(
             f"an average of relative width {relative_width(target.gamma):.3g} up to step "
             f"{target.step} cannot be had from the {len(snapshots)} snapshots of steps "
             f"{sorted({profile.step for profile in snapshots})}: its profile would be off by "
-            f"{error:.2g} of its size, at most {max_error:.2g} is allowed; keep snapshots more "
+            f"{error:.4f} of its size, at most {max_error:g} is allowed; keep snapshots more "
             "often, or take other widths or gammas"
         )
     return found

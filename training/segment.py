@@ -51,7 +51,7 @@ def run_segment(stage: Stage) -> StageOutcome:
             num_steps_per_epoch = trainer.plan.num_steps(0)
             trainer.state.schedule.require_length(trainer.num_steps(), num_steps_per_epoch)
     with stage.writing() as lease:
-        keeper = RecordKeeper(stage.run, lease, costs.seconds)
+        keeper = RecordKeeper(stage.run, lease, costs.seconds, stage.config.logging.every_s)
         with keeper.failure_recorded(), closing(trainer.loader):
             return _train(stage, trainer, lease, keeper)
 
@@ -66,7 +66,7 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
     stage.progress.emit("started", step=start_step, segment=keeper.number)
     saver = build_saver(stage, trainer, manager)
     with saver.settled_on_error(), _event_log(stage, keeper.number, start_step):
-        ended = trainer.fit(saver, on_report=keeper.advance)
+        ended = trainer.fit(saver, on_step=keeper.advance)
     keeper.end(ended.outcome, ended.step, ended.notice, manager.save_s())
     exit_code = EXIT_PREEMPTED if ended.outcome == "preempted" else 0
     notice = None if ended.notice is None else ended.notice.as_record(time.monotonic())

@@ -26,19 +26,28 @@ from training.versions import library_versions
 
 logger = logging.getLogger(__name__)
 
+MAX_WRITE_EVERY_S = 1.0
+
 
 class RecordKeeper:
     """Writes ``segments/<number>.json``: at the start, while training, and at the end.
 
     A segment that lost its lease writes nothing any more. A record that cannot be written once
     training has begun costs the record alone: it is told, and training goes on.
+
+    While training it is written every ``write_every_s`` seconds, at least once a second: of a
+    segment that is killed, no more than that is unknown.
     """
 
-    def __init__(self, run: RunDirectory, lease: Lease, costs_s: dict[str, float]) -> None:
+    def __init__(
+        self, run: RunDirectory, lease: Lease, costs_s: dict[str, float], write_every_s: float
+    ) -> None:
         self._run = run
         self._lease = lease
         self._costs_s = costs_s
         self._start_s = time.monotonic()
+        self._write_every_s = min(write_every_s, MAX_WRITE_EVERY_S)
+        self._written_s = float("-inf")
         self._is_failing = False
         self._record = SegmentRecord(
             number=next_segment_number(run),
@@ -59,8 +68,9 @@ class RecordKeeper:
         self._write()
 
     def advance(self, step: int) -> None:
-        """Note how far training has come."""
-        self._rewrite(end_step=step)
+        """Note how far training has come, if the last note is old enough."""
+        if time.monotonic() - self._written_s >= self._write_every_s:
+            self._rewrite(end_step=step)
 
     def end(self, outcome: str, step: int, notice: Notice | None, save_s: dict[str, float]) -> None:
         """Write the record for the last time."""
@@ -101,5 +111,6 @@ class RecordKeeper:
         self._record = self._record.model_copy(update={**changes, "costs_s": costs_s})
 
     def _write(self) -> None:
+        self._written_s = time.monotonic()
         self._lease.check()
         write_segment(self._run, self._record)

@@ -61,8 +61,8 @@ class Trainer:
     progress: Progress
     costs: Costs
 
-    def fit(self, saver: Saver, on_report: Callable[[int], None]) -> SegmentOutcome:
-        """Train until the configured end or a notice. ``on_report`` is told steps now and then.
+    def fit(self, saver: Saver, on_step: Callable[[int], None]) -> SegmentOutcome:
+        """Train until the configured end or a notice. ``on_step`` is told each step that is done.
 
         After return with ``completed`` the final checkpoint is durable; with ``preempted``, too,
         unless the notice left too little time, and then the last one counts.
@@ -82,7 +82,7 @@ class Trainer:
             self.train_step(next(steps))
             if self.progress.is_due():
                 self._report(pace)
-                on_report(self.state.counters.step)
+            on_step(self.state.counters.step)
             if not self._is_at_epoch_end():
                 saver.after_step()
             elif not self._end_epoch(saver):

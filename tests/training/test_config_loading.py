@@ -70,6 +70,12 @@ def test_who_chooses_by_another_metric_says_which_direction_is_good() -> None:
     assert again.selection.mode == "min"
 
 
+def test_nobody_chooses_the_largest_loss() -> None:
+    with pytest.raises(ConfigError, match=r"would choose the largest loss.*selection\.mode=min"):
+        resolve("selection.mode=max")
+    assert resolve("selection.metric=bleu", "selection.mode=max").selection.mode == "max"
+
+
 def test_another_optimizer_drops_the_arguments_of_the_first() -> None:
     config = resolve_config(
         settings_class=NoSettings,

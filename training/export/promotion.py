@@ -141,7 +141,7 @@ def promote(
                 reason = (
                     f"version {holder.version} held it, and whoever serves {alias} would break: "
                     f"{'; '.join(differences)}. Once they are ready for it, move the alias by hand "
-                    f"with holdfast alias {name}@{version} {alias}"
+                    f"with holdfast alias {name}@{version} {alias} --store {registry.folder.parent}"
                 )
                 return PromotionDecision(name, version, alias, False, reason)
             found = compare_bundles(*bundles, experiment, config)

@@ -149,5 +149,7 @@ def test_a_model_with_other_inputs_is_kept_but_cannot_take_the_alias(
     assert "version 1 held it, and whoever serves champion would break" in decision.reason
     assert re.search(r"was int64 \[samples, [\d, ]+\] and is absent", decision.reason)
     assert re.search(r"was absent and is float32 \[samples, [\d, ]+\]", decision.reason)
-    assert decision.reason.endswith("move the alias by hand with holdfast alias p@2 champion")
+    assert decision.reason.endswith(
+        f"move the alias by hand with holdfast alias p@2 champion --store {tmp_path}"
+    )
     assert registry.aliases("p") == {"champion": 1}
