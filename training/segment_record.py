@@ -111,6 +111,8 @@ class RecordKeeper:
         self._record = self._record.model_copy(update={**changes, "costs_s": costs_s})
 
     def _write(self) -> None:
-        self._written_s = time.monotonic()
         self._lease.check()
-        write_segment(self._run, self._record)
+        try:
+            write_segment(self._run, self._record)
+        finally:  # counted from the end: a slow store is not written to at every step
+            self._written_s = time.monotonic()
