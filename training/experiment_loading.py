@@ -100,22 +100,25 @@ def source_digest(experiment_class: type[Experiment]) -> str | None:
     if path is None:
         return None
     package = experiment_class.__module__.rpartition(".")[0]
-    files = [path.resolve()]
+    contents: dict[Path, bytes] = {}
+    waiting = {path.resolve()}
     try:
-        for file in files:  # grows meanwhile
-            files += sorted(_imported_beside(file, package).difference(files))
-        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(files)]
+        while waiting:
+            file = waiting.pop()
+            contents[file] = file.read_bytes()
+            waiting |= _imported_beside(file, contents[file], package) - contents.keys()
     except (OSError, SyntaxError, ValueError):
         return None
+    digests = [hashlib.sha256(content).hexdigest() for _, content in sorted(contents.items())]
     if len(digests) > 1:
         digests = [hashlib.sha256("".join(digests).encode()).hexdigest()]
     return f"sha256:{digests[0]}"
 
 
-def _imported_beside(path: Path, package: str) -> set[Path]:
+def _imported_beside(path: Path, content: bytes, package: str) -> set[Path]:
     """Files in the same folder that a file of this package imports; whether now or later."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    for node in ast.walk(ast.parse(content)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
