@@ -23,9 +23,9 @@ from statistics import median
 import torch
 from interleaving import interleaved, markdown_table, median_ratio
 
-from training import averaging
-from training.averaging import Term, write_average, write_weights
-from training.checkpointing.local_files import read_file
+from holdfast.training.averages import averaging
+from holdfast.training.averages.averaging import Term, write_average, write_weights
+from holdfast.training.checkpointing.local_files import read_file
 
 NUM_FILES = 5
 TENSOR_BYTES = 40 * 10**6
@@ -41,7 +41,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import torch
-from training.averaging import Term, write_average
+from holdfast.training.averages.averaging import Term, write_average
 def peak_bytes():
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -26,15 +26,15 @@ from statistics import fmean, stdev
 from interleaving import markdown_table
 from torch import nn
 
-from training.checkpointing.local_files import read_file
-from training.checkpointing.tensor_file import parse_tensors
-from training.evaluation import evaluate
-from training.experiment import Dataset
-from training.experiment_loading import experiment_name
-from training.reproducibility import child_environment
-from training.run_directory import RunDirectory, read_segments
-from training.stage import EXIT_PREEMPTED, Stage, StageArguments, prepared_stage
-from training.state import load_model
+from holdfast.training.checkpointing.local_files import read_file
+from holdfast.training.checkpointing.tensor_file import parse_tensors
+from holdfast.training.exactness.reproducibility import child_environment
+from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.experiment.protocol import Dataset
+from holdfast.training.loop.evaluation import evaluate
+from holdfast.training.loop.state import load_model
+from holdfast.training.runs.directory import RunDirectory, read_segments
+from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageArguments, prepared_stage
 
 STAGES = ("segment", "candidates", "evaluate")
 
@@ -73,7 +73,7 @@ def measure(arguments: argparse.Namespace, store: Path, seed: int) -> Seed:
     options += [part for override in overrides for part in ("--set", override)]
     run = RunDirectory(store / experiment_name(arguments.experiment) / run_id)
     for stage in () if run.evaluation_json.exists() else STAGES:
-        finish([sys.executable, "-m", "training", stage, *options], arguments.num_threads)
+        finish([sys.executable, "-m", "holdfast.training", stage, *options], arguments.num_threads)
     stage_arguments = StageArguments(
         experiment=arguments.experiment,
         store=store,

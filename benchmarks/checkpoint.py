@@ -30,14 +30,14 @@ import torch.distributed.checkpoint as dcp
 from interleaving import markdown_table, median_ratio
 from torch import Tensor
 
-from training.checkpointing.manager import (
+from holdfast.training.checkpointing.manager import (
     CheckpointContents,
     CheckpointIdentity,
     CheckpointManager,
 )
-from training.checkpointing.policy import KeepLast
-from training.lease import Lease
-from training.run_paths import RunDirectory
+from holdfast.training.checkpointing.policy import KeepLast
+from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.paths import RunDirectory
 
 Tensors = dict[str, dict[str, Tensor]]
 Timings = dict[str, list[float]]

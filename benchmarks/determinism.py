@@ -10,7 +10,7 @@ from typing import Literal
 
 from steps_per_second import parsed, rates_table, training_of
 
-from training.reproducibility import set_up_torch
+from holdfast.training.exactness.reproducibility import set_up_torch
 
 
 def in_mode(

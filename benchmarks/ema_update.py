@@ -19,8 +19,8 @@ from interleaving import interleaved, markdown_table, median_ratio
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from training.config import EmaConfig
-from training.ema import MovingAverages
+from holdfast.training.averages.ema import MovingAverages
+from holdfast.training.configuration.schema import EmaConfig
 
 DECAY = 0.999
 STAGES = ((64, 256, 3), (128, 512, 4), (256, 1024, 6), (512, 2048, 3))

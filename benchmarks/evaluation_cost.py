@@ -15,16 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.bootstrap import resampled_metrics
-from training.config import RunConfig
-from training.data import evaluation_batches
-from training.evaluation import evaluate
-from training.experiment import Context, Experiment, Records
-from training.experiment_loading import build_experiment, load_experiment, settings_class
-from training.lease import Lease
-from training.record_file import RecordFile
-from training.reproducibility import set_up_torch
-from training.run_paths import RunDirectory
+from holdfast.training.champion.bootstrap import resampled_metrics
+from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.data.loader import evaluation_batches
+from holdfast.training.exactness.reproducibility import set_up_torch
+from holdfast.training.experiment.loading import build_experiment, load_experiment, settings_class
+from holdfast.training.experiment.protocol import Context, Experiment, Records
+from holdfast.training.loop.evaluation import evaluate
+from holdfast.training.loop.record_file import RecordFile
+from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.paths import RunDirectory
 
 BATCH_SIZE = RunConfig().data.evaluation_batch_size
 NUM_RESAMPLES = 1000

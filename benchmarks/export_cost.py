@@ -19,17 +19,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.export.consumer import read_manifest
+from holdfast.training.bundles.consumer import read_manifest
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CHOOSE_UNTRAINED = """
 import sys
 from pathlib import Path
 import torch
-from training.averaging import write_weights
-from training.durable_json import write_json_durably
-from training.export.consumer import file_digest
-from training.stage import StageArguments, prepared_stage
+from holdfast.training.averages.averaging import write_weights
+from holdfast.training.runs.durable_json import write_json_durably
+from holdfast.training.bundles.consumer import file_digest
+from holdfast.training.stage import StageArguments, prepared_stage
 name, store, *overrides = sys.argv[1:]
 arguments = StageArguments(
     experiment=name, store=Path(store), run_id="cost", num_threads=1,
@@ -73,7 +73,7 @@ def measure(name: str, overrides: tuple[str, ...]) -> Cost:
     with tempfile.TemporaryDirectory() as store:
         choose = [sys.executable, "-c", CHOOSE_UNTRAINED, name, store, *overrides]
         subprocess.run(choose, check=True, env=ENVIRONMENT)
-        command = [sys.executable, "-m", "training", "export", "--experiment", name]
+        command = [sys.executable, "-m", "holdfast.training", "export", "--experiment", name]
         command += ["--store", store, "--run-id", "cost", "--progress", "none"]
         command += [word for override in overrides for word in ("--set", override)]
         duration_s, peak_mb = run_measured(command)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs/export.md"
-FAULTS = "tests/training/export/test_seeded_faults.py"
+FAULTS = "tests/training/parity/test_seeded_faults.py"
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from training.durable_json import read_json
-from training.export.summary import artifact_rows
+from holdfast.training.bundles.summary import artifact_rows
+from holdfast.training.runs.durable_json import read_json
 
 EXPORT = ['export.formats=["onnx_int8"]', "export.int8_metric=accuracy"]
 HEAD = "| artifact | test accuracy | same class as the champion | bytes |"
@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def call(stage: str, run: Path, *words: str) -> None:
-    command = [sys.executable, "-m", "training", stage, "--experiment", "digits"]
+    command = [sys.executable, "-m", "holdfast.training", stage, "--experiment", "digits"]
     command += ["--store", str(run.parents[1]), "--run-id", run.name, "--progress", "none"]
     subprocess.run([*command, *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 

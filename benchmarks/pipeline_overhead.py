@@ -1,8 +1,9 @@
 """What ``holdfast run`` adds to the same stages started by hand, and whose it is.
 
-Three cases, interleaved: each stage by ``python -m training``; ``holdfast run`` with a temporary
-server; an empty Prefect flow with a temporary server, which is Prefect's own part. What remains
-is ours. Processor seconds are told as well: on a busy machine they are the steadier figure. Usage:
+Three cases, interleaved: each stage by ``python -m holdfast.training``; ``holdfast run`` with a
+temporary server; an empty Prefect flow with a temporary server, which is Prefect's own part. What
+remains is ours. Processor seconds are told as well: on a busy machine they are the steadier
+figure. Usage:
 
     python benchmarks/pipeline_overhead.py [--repetitions 3] [--epochs 5]
 """
@@ -95,7 +96,7 @@ def measure(
         given = options()
         for stage in STAGES:
             resume = [] if stage == "segment" else ["--resume"]
-            call("-m", "training", stage, "--experiment", "digits", *given, *resume)
+            call("-m", "holdfast.training", stage, "--experiment", "digits", *given, *resume)
 
     processor_s: dict[str, list[float]] = {}
 
@@ -111,7 +112,7 @@ def measure(
 
     cases = {
         "by hand": by_hand,
-        "holdfast run": lambda: call("-m", "flows", "run", "digits", *options()),
+        "holdfast run": lambda: call("-m", "holdfast", "run", "digits", *options()),
         "empty flow": lambda: call("-c", EMPTY_FLOW),
     }
     wall_s = interleaved({name: counted(name, case) for name, case in cases.items()}, repetitions)

@@ -20,7 +20,7 @@ from interleaving import interleaved, markdown_table
 from torch import Tensor
 from torch.utils.data import BatchSampler, RandomSampler
 
-from training.data import FixedSizePlan, Loader
+from holdfast.training.data.loader import FixedSizePlan, Loader
 
 SIZES = (10**4, 10**6, 10**8)
 LARGEST_USUAL_SIZE = 10**6

@@ -22,12 +22,12 @@ from uuid import UUID
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tasks.attempts import newest_step
+from holdfast.tasks.attempts import newest_step
+from holdfast.training.runs.directory import RunDirectory, read_segments
+from holdfast.training.runs.ledger import ledger
 from tests.flows.cluster import Cluster, Machine, cluster, train_whole
 from tests.flows.prefect_server import make_template, wait_until
 from tests.flows.recovery import champion, final_bytes
-from training.ledger import ledger
-from training.run_directory import RunDirectory, read_segments
 
 PATIENCE_S = 900.0
 NUM_MACHINES = 2

@@ -23,10 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from holdfast.training.runs.directory import RunDirectory, read_segments
+from holdfast.training.runs.ledger import Ledger, ledger
 from tests.flows.cluster import Cluster, Machine, cluster
 from tests.flows.prefect_server import make_template
-from training.ledger import Ledger, ledger
-from training.run_directory import RunDirectory, read_segments
 
 NUM_PLACES = 3
 NOTICE_S = 30.0

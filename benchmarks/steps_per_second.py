@@ -19,13 +19,13 @@ from statistics import median
 import torch
 from interleaving import interleaved, markdown_table, median_ratio
 
-from training.checkpointing.manager import CheckpointManager
-from training.costs import Costs
-from training.evaluation import move
-from training.optimization import build_optimizer
-from training.segment import build_manager, build_saver, build_trainer
-from training.stage import Stage, StageArguments, prepared_stage
-from training.trainer import Trainer
+from holdfast.training.checkpointing.manager import CheckpointManager
+from holdfast.training.loop.evaluation import move
+from holdfast.training.loop.optimization import build_optimizer
+from holdfast.training.loop.segment import build_manager, build_saver, build_trainer
+from holdfast.training.loop.trainer import Trainer
+from holdfast.training.runs.costs import Costs
+from holdfast.training.stage import Stage, StageArguments, prepared_stage
 
 
 def bare_loop(stage: Stage, num_steps: int) -> Callable[[], None]:

@@ -19,10 +19,10 @@ from uuid import UUID
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tasks.attempts import newest_step
+from holdfast.tasks.attempts import newest_step
+from holdfast.training.runs.directory import RunDirectory, SegmentRecord, read_segments
 from tests.flows.cluster import Cluster, Machine, cluster
 from tests.flows.prefect_server import make_template, wait_until
-from training.run_directory import RunDirectory, SegmentRecord, read_segments
 
 OVERRIDES = ("train.num_epochs=100000", "checkpoint.every_s=2", "train.num_threads=1")
 PATIENCE_S = 180.0

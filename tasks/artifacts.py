@@ -14,10 +14,10 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
-from tasks.job import Job
-from tasks.learning_curves import data_uri, draw_learning_curves
-from tasks.run_summary import champion_name, history_of, numbers_in, read_optional
-from training.run_directory import RunDirectory, read_segments
+from holdfast.tasks.job import Job
+from holdfast.tasks.learning_curves import data_uri, draw_learning_curves
+from holdfast.tasks.run_summary import champion_name, history_of, numbers_in, read_optional
+from holdfast.training.runs.directory import RunDirectory, read_segments
 
 # Keys of an artifact in parity.json, in the order in which a reader asks for them.
 PARITY_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {

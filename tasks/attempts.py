@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from training.errors import StorageError
-from training.run_directory import RunDirectory, parse_step, utc_now
+from holdfast.training.errors import StorageError
+from holdfast.training.runs.directory import RunDirectory, parse_step, utc_now
 
 Ending = Literal["completed", "preempted", "failed", "lost"]
 LOG_NAME = "attempts.jsonl"

@@ -1,7 +1,7 @@
 """Run one stage of a run as a child process, and never leave it behind.
 
-Training and everything else that needs torch runs in ``python -m training STAGE``, so that the
-process which talks to Prefect stays light and a stage can be stopped at any moment.
+Training and everything else that needs torch runs in ``python -m holdfast.training STAGE``, so that
+the process which talks to Prefect stays light and a stage can be stopped at any moment.
 
 - A stop of this process is forwarded: the child gets SIGTERM and its grace period to save.
 - The death of this process is noticed: the kernel sends the child SIGTERM (``PR_SET_PDEATHSIG``),
@@ -25,8 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, Literal
 
-from tasks.deathwatch import EXIT_PREEMPTED, watched
-from tasks.job import Job
+from holdfast.tasks.deathwatch import EXIT_PREEMPTED, watched
+from holdfast.tasks.job import Job
 
 Stage = Literal["segment", "candidates", "evaluate", "export", "promote", "report"]
 Event = dict[str, Any]
@@ -41,7 +41,7 @@ KILL_MARGIN_S = 2.0
 
 @dataclass(frozen=True)
 class StageCommand:
-    """``python -m training STAGE`` for one run."""
+    """``python -m holdfast.training STAGE`` for one run."""
 
     stage: Stage
     job: Job
@@ -55,7 +55,7 @@ class StageCommand:
         options += ["--resume"] if job.is_resume or self.stage != "segment" else []
         options += ["--config", str(job.config_file)] if job.config_file else []
         options += [part for override in job.overrides for part in ("--set", override)]
-        return [sys.executable, "-m", "training", self.stage, *options]
+        return [sys.executable, "-m", "holdfast.training", self.stage, *options]
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ from contextlib import suppress
 from functools import partial
 from typing import Protocol
 
-from tasks.attempts import AttemptLog, crashes_in_a_row, idle_preemptions_in_a_row
-from tasks.child import Event, Stage, StageCommand, StageOutcome, run_stage
-from tasks.deathwatch import EXIT_PREEMPTED
-from tasks.engine_lease import read_engine, require_engine_is_here
-from tasks.job import Job
-from tasks.limits import Limits
-from tasks.stage_errors import stage_error
-from training.errors import HoldfastError, LeaseHeldError, StorageError
-from training.lease import read_lease
-from training.run_directory import RunDirectory
+from holdfast.tasks.attempts import AttemptLog, crashes_in_a_row, idle_preemptions_in_a_row
+from holdfast.tasks.child import Event, Stage, StageCommand, StageOutcome, run_stage
+from holdfast.tasks.deathwatch import EXIT_PREEMPTED
+from holdfast.tasks.engine_lease import read_engine, require_engine_is_here
+from holdfast.tasks.job import Job
+from holdfast.tasks.limits import Limits
+from holdfast.tasks.stage_errors import stage_error
+from holdfast.training.errors import HoldfastError, LeaseHeldError, StorageError
+from holdfast.training.runs.directory import RunDirectory
+from holdfast.training.runs.lease import read_lease
 
 GRACE_VARIABLE = "HOLDFAST_GRACE_PERIOD_S"
 LEASE_ERRORS = ("LeaseHeldError", "LeaseLostError")
@@ -50,7 +50,7 @@ class MachineLeavingError(HoldfastError):
 
 
 class Listener(Protocol):
-    """Whom a stage's events and log lines are told; ``tasks.reporter.Reporter`` is one."""
+    """Whom a stage's events and log lines are told; ``holdfast.tasks.reporter.Reporter`` is one."""
 
     def event(self, event: Event) -> None:
         """One event of a stage."""

@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from training.errors import DataFormatError, LeaseError, LeaseLostError, StorageError
-from training.lease import Lease, LeaseView, read_lease
-from training.process_identity import current_process
-from training.run_directory import RunDirectory, read_json, write_json_durably
+from holdfast.training.errors import DataFormatError, LeaseError, LeaseLostError, StorageError
+from holdfast.training.runs.directory import RunDirectory, read_json, write_json_durably
+from holdfast.training.runs.lease import Lease, LeaseView, read_lease
+from holdfast.training.runs.process_identity import current_process
 
 # A renewal that is four times late is no hiccup of a disk any more.
 ENGINE_TTL_S = 20.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.experiment_loading import experiment_name
-from training.run_directory import RunDirectory
+from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.runs.directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,20 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import ConfigDict
 
-from tasks.job import Job
-from training.config import RunConfig, Section
-from training.config_loading import resolve_config
-from training.errors import (
+from holdfast.tasks.job import Job
+from holdfast.training.configuration.loading import resolve_config
+from holdfast.training.configuration.schema import RunConfig, Section
+from holdfast.training.errors import (
     DataNotFoundError,
     ExperimentError,
     InputError,
     StorageError,
     StorageFullError,
 )
-from training.experiment_loading import experiment_name
-from training.experiments import EXPERIMENTS
-from training.run_directory import read_run_record, validate_run_id
-from training.run_paths import checked_store
+from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.experiments import EXPERIMENTS
+from holdfast.training.runs.directory import read_run_record, validate_run_id
+from holdfast.training.runs.paths import checked_store
 
 MIN_FREE_BYTES = 64 * 2**20
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.job import Job
-from tasks.preflight import check_job
+from holdfast.tasks.job import Job
+from holdfast.tasks.preflight import check_job
 
 
 @task(

@@ -17,7 +17,7 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
-from tasks.job import Job
+from holdfast.tasks.job import Job
 
 Event = dict[str, Any]
 EVENTS_FD_VARIABLE = "HOLDFAST_EVENTS_FD"

@@ -8,10 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from training.export.summary import promotion_line, published_name
-from training.lease import LeaseView, read_lease
-from training.ledger import ledger
-from training.run_directory import (
+from holdfast.training.bundles.summary import promotion_line, published_name
+from holdfast.training.runs.directory import (
     RunDirectory,
     SegmentRecord,
     ledger_outcome,
@@ -20,6 +18,8 @@ from training.run_directory import (
     read_run_record,
     read_segments,
 )
+from holdfast.training.runs.lease import LeaseView, read_lease
+from holdfast.training.runs.ledger import ledger
 
 State = Literal["new", "training", "preempted", "failed", "killed", "trained", "completed"]
 
@@ -39,7 +39,7 @@ class RunSummary:
         test_metrics: the champion's metrics on test data.
         published: ``name@version`` in the registry.
         promotion: whether it became the champion of its name, and why.
-        ledger_s: seconds by what they went to, over all segments, as ``training.ledger`` has them.
+        ledger_s: seconds by what they went to, over all segments, as ``ledger.py`` has them.
         goodput: useful training time divided by all time that was paid for.
         error: why the last segment failed.
     """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 
-from tasks.child import StageCommand, StageOutcome
-from training.errors import HoldfastError, InputError
+from holdfast.tasks.child import StageCommand, StageOutcome
+from holdfast.training.errors import HoldfastError, InputError
 
 
 class StageFailedError(HoldfastError):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.completion import complete_stage
-from tasks.job import Job
-from tasks.limits import Limits
-from tasks.reporter import Reporter
+from holdfast.tasks.completion import complete_stage
+from holdfast.tasks.job import Job
+from holdfast.tasks.limits import Limits
+from holdfast.tasks.reporter import Reporter
 
 
 @task(name="train", persist_result=False, cache_policy=NO_CACHE)

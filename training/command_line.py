@@ -1,4 +1,4 @@
-"""The command line of ``python -m training``.
+"""The command line of ``python -m holdfast.training``.
 
 ``__main__`` holds signals back before it imports this: a notice that arrives while Python starts
 is kept, and answered once training can save. Torch is imported once the environment is right.
@@ -13,17 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from training.checkpoint_commands import checkpoints
-from training.config_loading import read_toml
-from training.config_option import CONFIG_OPTION
-from training.configuration_page import configuration
-from training.durable_json import write_json_durably
-from training.errors import HoldfastError, InputError, StorageError
-from training.reproducibility import child_environment, default_num_threads, is_environment_ready
-from training.signals import exec_held, hold_signals, install_signal_flag, release_signals
+from holdfast.training.checkpointing.commands import checkpoints
+from holdfast.training.configuration.loading import read_toml
+from holdfast.training.configuration.option import CONFIG_OPTION
+from holdfast.training.configuration.page import configuration
+from holdfast.training.errors import HoldfastError, InputError, StorageError
+from holdfast.training.exactness.reproducibility import (
+    child_environment,
+    default_num_threads,
+    is_environment_ready,
+)
+from holdfast.training.preemption.signals import (
+    exec_held,
+    hold_signals,
+    install_signal_flag,
+    release_signals,
+)
+from holdfast.training.runs.durable_json import write_json_durably
 
 if TYPE_CHECKING:
-    from training.stage import StageOutcome
+    from holdfast.training.stage import StageOutcome
 
 STAGE_HELP = {
     "segment": "Train: restore the newest checkpoint and go on until the end or a notice.",
@@ -43,9 +52,9 @@ def main(context: click.Context) -> None:
 
     \b
     Train the digits example; call it again after any interruption until it exits with 0:
-      python -m training segment --experiment digits --store runs --run-id first
+      python -m holdfast.training segment --experiment digits --store runs --run-id first
     Look at its checkpoints:
-      python -m training checkpoints list runs/digits/first
+      python -m holdfast.training checkpoints list runs/digits/first
 
     Exit codes: 0 completed, 75 preempted (saved; run the same command again), 2 bad input, 1
     failed, 130 stopped at once by a second Ctrl-C.
@@ -136,9 +145,9 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
         print(f"error: {error}", file=sys.stderr)
         return _early_failure(error, outcome_file, options)
     if not is_environment_ready(num_threads):
-        exec_held(["-m", "training", *sys.argv[1:]], child_environment(num_threads))
+        exec_held(["-m", "holdfast.training", *sys.argv[1:]], child_environment(num_threads))
     install_signal_flag()
-    from training.stages import run_stage
+    from holdfast.training.stages import run_stage
 
     outcome = run_stage(name, {**options, "num_threads": num_threads})
     _write_outcome(outcome_file, outcome)
@@ -152,8 +161,8 @@ def _can_be_written(path: Path | None) -> bool:
 def _early_failure(error: HoldfastError, outcome_file: Path | None, options: dict[str, Any]) -> int:
     """Tell programs what ``run_stage`` tells them. Returns the exit code."""
     if outcome_file is not None or options["progress_format"] == "jsonl":
-        from training.stage import failed_outcome
-        from training.stages import emit_outcome
+        from holdfast.training.stage import failed_outcome
+        from holdfast.training.stages import emit_outcome
 
         outcome = failed_outcome(error)
         emit_outcome(outcome, options["progress_format"])
@@ -186,8 +195,8 @@ def _num_threads(options: dict[str, Any]) -> int:
 
 
 def _recorded_num_threads(options: dict[str, Any]) -> int | None:
-    from training.experiment_loading import experiment_name
-    from training.run_directory import RunDirectory, read_run_record, validate_run_id
+    from holdfast.training.experiment.loading import experiment_name
+    from holdfast.training.runs.directory import RunDirectory, read_run_record, validate_run_id
 
     folder = options["store"] / experiment_name(options["experiment"])
     try:

@@ -1,8 +1,8 @@
 """What all stages of a run share: configuration, run directory, lease, notices, outcome.
 
-A stage is a process: ``python -m training segment``, ``candidates``, ``evaluate``, ``export`` and
-so on. Each resolves the same configuration, becomes the run's only writer, works until it is done
-or a notice comes, and ends with a ``StageOutcome``.
+A stage is a process: ``python -m holdfast.training segment``, ``candidates``, ``evaluate``,
+``export`` and so on. Each resolves the same configuration, becomes the run's only writer, works
+until it is done or a notice comes, and ends with a ``StageOutcome``.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from training.config import Json, RunConfig
-from training.config_loading import (
+from holdfast.training.configuration.loading import (
     config_digest,
     config_from_record,
     experiment_settings,
     resolve_config,
 )
-from training.errors import HoldfastError, InputError
-from training.experiment import Context, Experiment
-from training.experiment_loading import (
+from holdfast.training.configuration.schema import Json, RunConfig
+from holdfast.training.errors import HoldfastError, InputError
+from holdfast.training.exactness.reproducibility import set_up_torch
+from holdfast.training.exactness.seeding import derive_seed
+from holdfast.training.exactness.versions import library_versions
+from holdfast.training.experiment.loading import (
     build_experiment,
     default_values,
     experiment_name,
@@ -33,12 +35,10 @@ from training.experiment_loading import (
     source_digest,
     source_file,
 )
-from training.lease import Lease
-from training.preemption import PreemptionMonitor
-from training.preemption_sources import build_sources
-from training.progress import Progress, ProgressFormat
-from training.reproducibility import set_up_torch
-from training.run_directory import (
+from holdfast.training.experiment.protocol import Context, Experiment
+from holdfast.training.preemption.notices import PreemptionMonitor
+from holdfast.training.preemption.sources import build_sources
+from holdfast.training.runs.directory import (
     RunDirectory,
     RunRecord,
     read_run_record,
@@ -46,8 +46,8 @@ from training.run_directory import (
     validate_run_id,
     write_run_record_once,
 )
-from training.seeding import derive_seed
-from training.versions import library_versions
+from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.progress import Progress, ProgressFormat
 
 logger = logging.getLogger(__name__)
 

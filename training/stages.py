@@ -9,19 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.error_places import described
-from training.errors import HoldfastError, LoaderError
-from training.progress import Progress, ProgressFormat
-from training.run_directory import RunDirectory, read_segments
-from training.stage import Stage, StageArguments, StageOutcome, failed_outcome, prepared_stage
+from holdfast.training.errors import HoldfastError, LoaderError
+from holdfast.training.experiment.error_places import described
+from holdfast.training.runs.directory import RunDirectory, read_segments
+from holdfast.training.runs.progress import Progress, ProgressFormat
+from holdfast.training.stage import (
+    Stage,
+    StageArguments,
+    StageOutcome,
+    failed_outcome,
+    prepared_stage,
+)
 
 STAGES = {
-    "segment": "training.segment:run_segment",
-    "candidates": "training.candidates:run_candidates",
-    "evaluate": "training.selection:run_evaluation",
-    "export": "training.export.stage:run_export",
-    "promote": "training.export.promotion:run_promotion",
-    "report": "training.report:run_report",
+    "segment": "holdfast.training.loop.segment:run_segment",
+    "candidates": "holdfast.training.champion.candidates:run_candidates",
+    "evaluate": "holdfast.training.champion.selection:run_evaluation",
+    "export": "holdfast.training.bundles.stage:run_export",
+    "promote": "holdfast.training.bundles.promotion:run_promotion",
+    "report": "holdfast.training.reporting.stage:run_report",
 }
 
 

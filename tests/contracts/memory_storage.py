@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.checkpointing.digests import digest_of
-from training.checkpointing.manifest import MANIFEST_NAME, FileEntry, Folder
-from training.checkpointing.snapshot import FileImage
-from training.checkpointing.storage import MakeManifest
-from training.errors import CheckpointCorruptError, StorageError, StorageFullError
+from holdfast.training.checkpointing.digests import digest_of
+from holdfast.training.checkpointing.manifest import MANIFEST_NAME, FileEntry, Folder
+from holdfast.training.checkpointing.snapshot import FileImage
+from holdfast.training.checkpointing.storage import MakeManifest
+from holdfast.training.errors import CheckpointCorruptError, StorageError, StorageFullError
 
 
 @dataclass

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from training.export.formats import formats
+from holdfast.training.export.formats import formats
 
-NEIGHBOUR = Path(__file__).parents[1] / "training/export/conftest.py"
+NEIGHBOUR = Path(__file__).parents[1] / "training/conftest.py"
 ROWS = formats()
 
 

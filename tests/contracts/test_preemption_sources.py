@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from training.config import PreemptionConfig
-from training.errors import ConfigError
-from training.preemption import Notice, PreemptionMonitor
-from training.preemption_sources import SOURCES, build_sources
-from training.signals import current_signal_flag
+from holdfast.training.configuration.schema import PreemptionConfig
+from holdfast.training.errors import ConfigError
+from holdfast.training.preemption.notices import Notice, PreemptionMonitor
+from holdfast.training.preemption.signals import current_signal_flag
+from holdfast.training.preemption.sources import SOURCES, build_sources
 
 WAIT_S = 10.0
 

@@ -9,12 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.checkpointing.digests import digest_of
+from holdfast.training.checkpointing.manifest import MANIFEST_NAME, FileEntry
+from holdfast.training.checkpointing.snapshot import FileImage
+from holdfast.training.checkpointing.storage import LocalStorage, Storage
+from holdfast.training.errors import (
+    CheckpointCorruptError,
+    LeaseLostError,
+    StorageError,
+    StorageFullError,
+)
 from tests.contracts.memory_storage import MemoryStorage
-from training.checkpointing.digests import digest_of
-from training.checkpointing.manifest import MANIFEST_NAME, FileEntry
-from training.checkpointing.snapshot import FileImage
-from training.checkpointing.storage import LocalStorage, Storage
-from training.errors import CheckpointCorruptError, LeaseLostError, StorageError, StorageFullError
 
 HUGE_BYTES = 2**62
 

@@ -194,7 +194,7 @@ def test_compose_gives_a_worker_longer_than_its_runs_need_to_save() -> None:
 
 
 def test_our_containers_run_commands_that_exist() -> None:
-    from flows.command_line import COMMANDS
+    from holdfast.flows.command_line.group import COMMANDS
 
     for service in compose()["services"].values():
         command = service.get("command", [])

@@ -24,7 +24,7 @@ KINDS = ("process", "docker", "kubernetes")
 
 def holdfast(server: PrefectServer, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "flows", *arguments],
+        [sys.executable, "-m", "holdfast", *arguments],
         env=server.environment,
         capture_output=True,
         text=True,
@@ -64,7 +64,7 @@ def test_both_deployments_stand_on_the_server(
         found = ask(prefect_server, f"/deployments/name/training-pipeline/{name}")
         assert found["work_pool_name"] == f"pool-{kind}"
         assert found["parameters"]["store"] == str(store)
-        assert found["entrypoint"] == "flows.training_pipeline.training_pipeline"
+        assert found["entrypoint"] == "holdfast.flows.pipeline.training_pipeline.training_pipeline"
         assert found["pull_steps"] == []
         assert found["tags"] == ["holdfast"]
 
@@ -163,7 +163,7 @@ def test_the_schedule_fires_and_each_night_is_a_run_of_its_own(
     deployed = holdfast(prefect_server, "deploy", *arguments, "--definitions", str(definitions))
     assert deployed.returncode == 0, deployed.stderr
     worker = subprocess.Popen(
-        [sys.executable, "-m", "flows", "worker", "--pool", "every-minute"],
+        [sys.executable, "-m", "holdfast", "worker", "--pool", "every-minute"],
         env=prefect_server.environment,
         start_new_session=True,
     )

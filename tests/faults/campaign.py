@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.checkpointing.manifest import read_manifest, verify
-from training.checkpointing.policy import KeepTopK
-from training.experiment_loading import experiment_name
-from training.reproducibility import child_environment
-from training.run_paths import RunDirectory, parse_step
+from holdfast.training.checkpointing.manifest import read_manifest, verify
+from holdfast.training.checkpointing.policy import KeepTopK
+from holdfast.training.exactness.reproducibility import child_environment
+from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.runs.paths import RunDirectory, parse_step
 
 HARD = f"{Path(__file__).with_name('hard_experiment.py')}:Hard"
 MAX_SEGMENTS = 60
@@ -46,7 +46,7 @@ class Training:
         stage: str = "segment",
     ) -> Segment:
         """Start a stage as a process in a group of its own."""
-        command = [sys.executable, "-m", "training", stage, "--progress", "jsonl"]
+        command = [sys.executable, "-m", "holdfast.training", stage, "--progress", "jsonl"]
         command += ["--experiment", self.experiment, "--store", str(self.store)]
         command += ["--run-id", self.run_id, *arguments]
         for override in self.overrides:

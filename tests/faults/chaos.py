@@ -14,6 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from holdfast.training.runs.faultpoints import FAULT_POINTS
 from tests.faults.campaign import (
     Training,
     complete,
@@ -21,7 +22,6 @@ from tests.faults.campaign import (
     final_state,
     kill_until_complete,
 )
-from training.faultpoints import FAULT_POINTS
 
 KILLS_PER_RUN = 8
 RARE = ("restore.", "replace.")  # they need a damaged checkpoint, or the same step saved twice

@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.config import Section, Split
-from training.experiment import Batch, Context, Records
+from holdfast.training.configuration.schema import Section, Split
+from holdfast.training.experiment.protocol import Batch, Context, Records
 
 NUM_SAMPLES: dict[Split, int] = {"train": 331, "validation": 64, "test": 64}
 

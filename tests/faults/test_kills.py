@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.runs.faultpoints import FAULT_POINTS
 from tests.faults.campaign import (
     Training,
     complete,
@@ -15,7 +16,6 @@ from tests.faults.campaign import (
     kill_at_fault_point,
     kill_until_complete,
 )
-from training.faultpoints import FAULT_POINTS
 
 OFTEN = ("checkpoint.every_steps=5",)
 COMMIT_POINTS = [name for name in FAULT_POINTS if not name.startswith(("restore.", "replace."))]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.runs.paths import parse_step
 from tests.faults.campaign import (
     Segment,
     Training,
@@ -19,7 +20,6 @@ from tests.faults.campaign import (
     final_state,
 )
 from tests.training.checkpointing.checkpoints import flip_bit, on_a_small_disk
-from training.run_paths import parse_step
 
 TIMEOUT_S = 120.0
 # Eleven steps an epoch, three calls of the loss a step; an epoch ends with a save.

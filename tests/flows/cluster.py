@@ -22,6 +22,7 @@ from uuid import UUID, uuid4
 
 import psutil
 
+from holdfast.training.runs.directory import RunDirectory
 from tests.flows.prefect_server import (
     REPOSITORY,
     Server,
@@ -29,10 +30,9 @@ from tests.flows.prefect_server import (
     free_port,
     wait_until,
 )
-from training.run_directory import RunDirectory
 
 POOL = "machines"
-FLOW = "flows.training_pipeline.training_pipeline"
+FLOW = "holdfast.flows.pipeline.training_pipeline.training_pipeline"
 # What follows training, as cheaply as it can be had.
 CHEAP_EXPORT = ('export.formats=["weights", "onnx"]', "export.num_latency_runs=10")
 
@@ -42,7 +42,7 @@ def train_whole(
 ) -> RunDirectory:
     """A run as it is when nothing happens to it, up to the choice of its champion."""
     for stage in ("segment", "candidates", "evaluate"):
-        argv = [sys.executable, "-m", "training", stage, "--experiment", experiment]
+        argv = [sys.executable, "-m", "holdfast.training", stage, "--experiment", experiment]
         argv += ["--store", str(store), "--run-id", "whole", "--progress", "none"]
         argv += [part for override in overrides for part in ("--set", override)]
         argv += [] if stage == "segment" else ["--resume"]
@@ -72,7 +72,9 @@ class Machine:
 
     def children(self, stage: str = "segment") -> list[psutil.Process]:
         """The processes of a stage on this machine."""
-        return [p for p in self.processes() if _has_arguments(p, ["-m", "training", stage])]
+        return [
+            p for p in self.processes() if _has_arguments(p, ["-m", "holdfast.training", stage])
+        ]
 
     def engines(self) -> list[psutil.Process]:
         return [p for p in self.processes() if _has_arguments(p, ["-m", "prefect.engine"])]
@@ -158,7 +160,7 @@ class Cluster:
         more = {"PREFECT_API_URL": self.server.api_url, "HOLDFAST_HOST": self.unique(name)}
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "flows", *arguments],
+                [sys.executable, "-m", "holdfast", *arguments],
                 env=environment(home, **more, **variables),
                 stdout=log,
                 stderr=log,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.runs.directory import RunDirectory
 from tests.flows.cluster import CHEAP_EXPORT, Cluster, cluster, train_whole
 from tests.flows.prefect_server import make_template
-from training.run_directory import RunDirectory
 
 # Ten seconds of training, with more checkpoints than anything that happens meanwhile.
 COMMON = ("checkpoint.every_s=1", "train.num_threads=1", *CHEAP_EXPORT)

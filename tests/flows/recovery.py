@@ -8,11 +8,11 @@ from uuid import UUID
 
 import psutil
 
-from tasks.attempts import newest_step
+from holdfast.tasks.attempts import newest_step
+from holdfast.training.runs.directory import RunDirectory, read_segments
 from tests.flows.cluster import Cluster, Machine
 from tests.flows.conftest import OVERRIDES
 from tests.flows.prefect_server import wait_until
-from training.run_directory import RunDirectory, read_segments
 
 GRACE_PERIOD_S = 30.0
 # Where the machine does other things as well, everything takes a multiple of its time.

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.attempts import newest_step
+from holdfast.tasks.attempts import newest_step
+from holdfast.training.runs.directory import RunDirectory, read_segments
 from tests.flows.cluster import Cluster
 from tests.flows.conftest import LONGER_OVERRIDES, OVERRIDES
 from tests.flows.prefect_server import wait_until
@@ -25,7 +26,6 @@ from tests.flows.recovery import (
     state_names,
     train_some_steps,
 )
-from training.run_directory import RunDirectory, read_segments
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -12,10 +12,10 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import AwaitingRetry, Cancelling, Running
 
-from flows.handover import FlowRunAttempt, is_ours_to_hand_over, is_running_as
-from flows.rescue import run_of
-from flows.worker_link import engine_environment, tell_worker_to_drain
-from tasks.completion import MachineLeavingError
+from holdfast.flows.fleet.rescue import run_of
+from holdfast.flows.fleet.worker_link import engine_environment, tell_worker_to_drain
+from holdfast.flows.pipeline.handover import FlowRunAttempt, is_ours_to_hand_over, is_running_as
+from holdfast.tasks.completion import MachineLeavingError
 
 
 def flow_run(**values: object) -> FlowRun:
@@ -50,7 +50,9 @@ def test_an_engine_gets_less_time_than_its_worker_has() -> None:
 
 
 def test_only_the_worker_that_is_the_parent_is_told_to_drain() -> None:
-    script = "from flows.worker_link import tell_worker_to_drain; tell_worker_to_drain()"
+    script = (
+        "from holdfast.flows.fleet.worker_link import tell_worker_to_drain; tell_worker_to_drain()"
+    )
     received: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _frame: received.append(number))
     try:

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
+from holdfast.training.runs.directory import RunDirectory, read_segments
 from tests.flows.cluster import CHEAP_EXPORT, Cluster
 from tests.flows.prefect_server import wait_until
-from training.run_directory import RunDirectory, read_segments
 
 NUM_RUNS = 20
 NUM_WORKERS = 4

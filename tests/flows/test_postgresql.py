@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.runs.directory import RunDirectory
 from tests.flows.cluster import cluster
 from tests.flows.postgresql import find_programs, postgresql
 from tests.flows.recovery import hand_over_at_a_notice
-from training.run_directory import RunDirectory
 
 PROGRAMS = find_programs()
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.runs.directory import RunDirectory, read_segments
 from tests.flows.prefect_server import REPOSITORY, environment, free_port
-from training.run_directory import RunDirectory, read_segments
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCK = re.compile(r"(?:<!-- tested: (.+?) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)

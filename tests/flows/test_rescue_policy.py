@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.rescue_policy import (
+from holdfast.flows.fleet.rescue_policy import (
     EngineSighting,
     RescueSettings,
     Sighting,
@@ -17,7 +17,7 @@ from flows.rescue_policy import (
     rescued_steps,
     rescues_without_progress,
 )
-from flows.rescue_watch import Watches
+from holdfast.flows.fleet.rescue_watch import Watches
 
 SETTINGS = RescueSettings()
 ALIVE = EngineSighting("held", unchanged_s=4, ttl_s=20, is_run_written=True)

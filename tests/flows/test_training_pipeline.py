@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tasks.run_summary import checkpoint_steps
+from holdfast.tasks.run_summary import checkpoint_steps
+from holdfast.training.runs.directory import RunDirectory, read_segments
 from tests.flows.prefect_server import environment, wait_until
-from training.run_directory import RunDirectory, read_segments
 
 SETTINGS = ("--set", "train.num_epochs=60", "--set", "train.num_threads=1")
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -31,7 +31,7 @@ class Terminal:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "flows", *arguments, "--store", str(self.store)],
+            [sys.executable, "-m", "holdfast", *arguments, "--store", str(self.store)],
             env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -80,7 +80,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     store = tmp_path_factory.mktemp("whole")
     argv = ["--experiment", "digits", "--store", str(store), "--run-id", "whole", *SETTINGS]
     subprocess.run(
-        [sys.executable, "-m", "training", "segment", *argv, "--progress", "none"], check=True
+        [sys.executable, "-m", "holdfast.training", "segment", *argv, "--progress", "none"],
+        check=True,
     )
     return RunDirectory(store / "digits" / "whole")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tasks.artifacts import candidate_rows, parity_rows
-from training.run_directory import RunDirectory
+from holdfast.tasks.artifacts import candidate_rows, parity_rows
+from holdfast.training.runs.directory import RunDirectory
 
 
 def test_candidates_are_told_with_their_metrics_and_the_champion_is_marked(tmp_path: Path) -> None:

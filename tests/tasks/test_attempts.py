@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tasks.attempts import (
+from holdfast.tasks.attempts import (
     Attempt,
     AttemptLog,
     crashes_in_a_row,
     idle_preemptions_in_a_row,
     newest_step,
 )
-from training.run_directory import RunDirectory
+from holdfast.training.runs.directory import RunDirectory
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tasks.child import StageCommand, run_stage
-from tasks.job import Job
-from tasks.stage_errors import StageFailedError, StageInputError, stage_error
+from holdfast.tasks.child import StageCommand, run_stage
+from holdfast.tasks.job import Job
+from holdfast.tasks.stage_errors import StageFailedError, StageInputError, stage_error
 
 SAVING_CHILD = """
 import json, signal, sys, time
@@ -158,7 +158,7 @@ def test_a_child_saves_when_its_parent_is_killed(tmp_path: Path) -> None:
         "print('up', flush=True); time.sleep(60)"
     )
     parent = (
-        "import subprocess, sys\nfrom tasks.deathwatch import watched\n"
+        "import subprocess, sys\nfrom holdfast.tasks.deathwatch import watched\n"
         f"subprocess.run(watched([sys.executable, '-c', {child!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)

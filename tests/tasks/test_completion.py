@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from tasks.attempts import AttemptLog
-from tasks.child import Event
-from tasks.completion import complete_stage, grace_period_s, wait_for_writer
-from tasks.job import Job
-from tasks.limits import Limits
-from tasks.stage_errors import StageFailedError, StageInputError
-from training.errors import LeaseHeldError
-from training.lease import Lease
-from training.process_identity import ProcessIdentity
+from holdfast.tasks.attempts import AttemptLog
+from holdfast.tasks.child import Event
+from holdfast.tasks.completion import complete_stage, grace_period_s, wait_for_writer
+from holdfast.tasks.job import Job
+from holdfast.tasks.limits import Limits
+from holdfast.tasks.stage_errors import StageFailedError, StageInputError
+from holdfast.training.errors import LeaseHeldError
+from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.process_identity import ProcessIdentity
 
 LIMITS = Limits(max_crashes=1, crash_backoff_s=0.1)
 ELSEWHERE = ProcessIdentity("elsewhere", "another boot", "1", 4711, 1)
 BROKEN = """
-from training.experiments.digits import Digits
+from holdfast.training.experiments.digits import Digits
 
 class Broken(Digits):
     def loss(self, model, batch):
@@ -65,7 +65,7 @@ def test_a_stage_that_keeps_crashing_fails_with_the_reason_and_the_command(
         complete_stage("segment", broken, LIMITS, heard)
     message = str(failure.value)
     assert "RuntimeError: the fan has stopped" in message
-    assert "-m training segment --experiment" in message
+    assert "-m holdfast.training segment --experiment" in message
     assert 'raise RuntimeError("the fan has stopped")' in message, "the last lines of its log"
     assert len(heard.warnings) == 1, "it was tried twice"
     endings = [attempt.ending for attempt in AttemptLog(broken.run, "segment").read()]

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tasks.engine_lease import engine_directory, engine_lease, read_engine, require_engine_is_here
-from training.errors import InputError, LeaseHeldError, LeaseLostError
-from training.lease import Lease
-from training.process_identity import ProcessIdentity
-from training.run_directory import RunDirectory
+from holdfast.tasks.engine_lease import (
+    engine_directory,
+    engine_lease,
+    read_engine,
+    require_engine_is_here,
+)
+from holdfast.training.errors import InputError, LeaseHeldError, LeaseLostError
+from holdfast.training.runs.directory import RunDirectory
+from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.process_identity import ProcessIdentity
 
 ELSEWHERE = ProcessIdentity("elsewhere", "another boot", "1", 4711, 1)
 

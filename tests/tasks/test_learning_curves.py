@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tasks.learning_curves import data_uri, draw_learning_curves, round_ticks
+from holdfast.tasks.learning_curves import data_uri, draw_learning_curves, round_ticks
 
 
 def entry(step: int, train: float, validation: float) -> dict[str, object]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.job import Job
-from tasks.preflight import check_job, store_path
-from training.errors import (
+from holdfast.tasks.job import Job
+from holdfast.tasks.preflight import check_job, store_path
+from holdfast.training.errors import (
     ConfigError,
     DataNotFoundError,
     ExperimentError,

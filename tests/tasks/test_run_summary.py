@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.run_summary import summarize
-from training.ledger import ledger
-from training.run_directory import RunDirectory, read_segments
+from holdfast.tasks.run_summary import summarize
+from holdfast.training.runs.directory import RunDirectory, read_segments
+from holdfast.training.runs.ledger import ledger
 
 
 def write_segment(run: RunDirectory, number: int, start_step: int, end_step: int) -> None:

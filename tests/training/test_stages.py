@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-import training.experiments.digits
+from holdfast.training.configuration.schema import Split
+from holdfast.training.experiment.error_places import described
+from holdfast.training.experiment.loading import load_experiment, source_digest
+from holdfast.training.experiment.protocol import Batch, Context, Records
+from holdfast.training.experiments import digits
+from holdfast.training.stage import StageArguments, prepared_stage
+from holdfast.training.stages import run_stage
 from tests.faults.campaign import HARD
 from tests.faults.hard_experiment import Hard, Spirals
-from training.config import Split
-from training.error_places import described
-from training.experiment import Batch, Context, Records
-from training.experiment_loading import load_experiment, source_digest
-from training.stage import StageArguments, prepared_stage
-from training.stages import run_stage
 
 OVERRIDES = ("preemption.sources=[]",)
 THIS = f"{Path(__file__)}"
@@ -98,7 +98,7 @@ def test_a_run_that_goes_on_with_other_code_says_so(
 
 
 def test_an_experiment_of_a_module_is_known_by_its_file_too() -> None:
-    path = Path(training.experiments.digits.__file__)
+    path = Path(digits.__file__)
     expected = hashlib.sha256(path.read_bytes()).hexdigest()
     assert source_digest(load_experiment("digits")) == f"sha256:{expected}"
     assert source_digest(type("Dynamic", (), {"__module__": "builtins"})) is None
@@ -113,7 +113,8 @@ def test_code_beside_an_experiment_belongs_to_it_if_it_is_imported(tmp_path: Pat
     (tmp_path / "other.py").write_text("SIZE = 1\n")
     program = (
         "import sys; sys.path.append(sys.argv[1]); import task; "
-        "from training.experiment_loading import source_digest; print(source_digest(task.Task))"
+        "from holdfast.training.experiment.loading import source_digest; "
+        "print(source_digest(task.Task))"
     )
 
     def digest() -> str:

@@ -37,20 +37,20 @@ def test_a_notice_in_the_first_moment_is_answered_also_across_the_new_start(
 
 def test_signals_are_held_before_anything_slow_is_imported() -> None:
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "training", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "holdfast.training", "--help"],
         capture_output=True,
         text=True,
         check=True,
     )
     imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines()]
-    before = imported[: imported.index("training.signals")]
+    before = imported[: imported.index("holdfast.training.preemption.signals")]
     assert "click" in imported
     assert not {"click", "pydantic", "multiprocessing"} & set(before)
 
 
 def test_what_is_no_stage_ends_at_ctrl_c_as_any_program_does(tmp_path: Path) -> None:
     code = (
-        "import runpy, sys, training.checkpoint_inspection as inspection\n"
+        "import runpy, sys, holdfast.training.checkpointing.inspection as inspection\n"
         "sys.argv = ['training', 'checkpoints', 'list', sys.argv[1]]\n"
         "def wait(place): print('waiting', flush=True); __import__('time').sleep(60)\n"
         "inspection.find_checkpoints = wait\n"

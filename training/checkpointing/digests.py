@@ -13,7 +13,7 @@ from typing import Protocol
 
 import blake3
 
-from training.errors import CheckpointCorruptError
+from holdfast.training.errors import CheckpointCorruptError
 
 Bytes = bytes | bytearray | memoryview
 ALGORITHM = "blake3"

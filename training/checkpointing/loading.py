@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from training.checkpointing.manifest import (
+from holdfast.training.checkpointing.manifest import (
     MIGRATIONS,
     STATE_NAME,
     TENSOR_SUFFIX,
@@ -22,9 +22,9 @@ from training.checkpointing.manifest import (
     verified_files,
     versions_to_migrate,
 )
-from training.checkpointing.tensor_file import parse_tensors
-from training.config import Json
-from training.errors import CheckpointCorruptError
+from holdfast.training.checkpointing.tensor_file import parse_tensors
+from holdfast.training.configuration.schema import Json
+from holdfast.training.errors import CheckpointCorruptError
 
 MODEL_NAME = f"model{TENSOR_SUFFIX}"
 

@@ -20,10 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.checkpointing.digests import ALGORITHM, CHUNK_BYTES, Bytes, digest_of, new_hasher
-from training.durable_json import storage_error
-from training.errors import CheckpointCorruptError, StorageError
-from training.faultpoints import reach
+from holdfast.training.checkpointing.digests import (
+    ALGORITHM,
+    CHUNK_BYTES,
+    Bytes,
+    digest_of,
+    new_hasher,
+)
+from holdfast.training.errors import CheckpointCorruptError, StorageError
+from holdfast.training.runs.durable_json import storage_error
+from holdfast.training.runs.faultpoints import reach
 
 NUM_WRITER_THREADS = 3  # one hashes, one flushes, one reads back
 

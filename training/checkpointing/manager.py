@@ -16,8 +16,12 @@ from typing import Any
 
 from torch import Tensor
 
-from training.checkpointing.loading import RestoredCheckpoint, load_checkpoint, load_weights
-from training.checkpointing.manifest import (
+from holdfast.training.checkpointing.loading import (
+    RestoredCheckpoint,
+    load_checkpoint,
+    load_weights,
+)
+from holdfast.training.checkpointing.manifest import (
     MIGRATIONS,
     STATE_NAME,
     FileEntry,
@@ -26,24 +30,24 @@ from training.checkpointing.manifest import (
     Migration,
     manifest_of,
 )
-from training.checkpointing.policy import (
+from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
     Retention,
     Trigger,
     plan_retention,
 )
-from training.checkpointing.snapshot import FileImage, SnapshotBuffers, json_image
-from training.checkpointing.storage import LocalStorage, Storage
-from training.config import Json
-from training.errors import (
+from holdfast.training.checkpointing.snapshot import FileImage, SnapshotBuffers, json_image
+from holdfast.training.checkpointing.storage import LocalStorage, Storage
+from holdfast.training.configuration.schema import Json
+from holdfast.training.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
     StorageError,
 )
-from training.faultpoints import reach
-from training.lease import Lease
-from training.run_directory import utc_now
-from training.run_paths import RunDirectory, parse_step
+from holdfast.training.runs.directory import utc_now
+from holdfast.training.runs.faultpoints import reach
+from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.paths import RunDirectory, parse_step
 
 __all__ = [
     "CheckpointContents",

@@ -15,13 +15,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
 
-from training.checkpointing.digests import ALGORITHM, HASHERS, digest_of
-from training.checkpointing.local_files import read_file
-from training.checkpointing.policy import CheckpointInfo, Kind, Trigger
-from training.config import Json
-from training.durable_json import json_bytes, storage_error, without_nan
-from training.errors import CheckpointCorruptError
-from training.run_paths import parse_step
+from holdfast.training.checkpointing.digests import ALGORITHM, HASHERS, digest_of
+from holdfast.training.checkpointing.local_files import read_file
+from holdfast.training.checkpointing.policy import CheckpointInfo, Kind, Trigger
+from holdfast.training.configuration.schema import Json
+from holdfast.training.errors import CheckpointCorruptError
+from holdfast.training.runs.durable_json import json_bytes, storage_error, without_nan
+from holdfast.training.runs.paths import parse_step
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
-from training.config import CheckpointConfig, EmaConfig, SelectionConfig
-from training.run_directory import SegmentRecord, ledger_outcome, segment_duration_s
+from holdfast.training.configuration.schema import CheckpointConfig, EmaConfig, SelectionConfig
+from holdfast.training.runs.directory import SegmentRecord, ledger_outcome, segment_duration_s
 
 Trigger = Literal["epoch", "steps", "time", "notice", "end"]
 Kind = Literal["full", "weights"]

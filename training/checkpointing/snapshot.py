@@ -14,11 +14,11 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from training.checkpointing.digests import Bytes
-from training.checkpointing.tensor_file import Layout, plan_layout
-from training.config import Json
-from training.durable_json import json_bytes
-from training.errors import UnsupportedStateError
+from holdfast.training.checkpointing.digests import Bytes
+from holdfast.training.checkpointing.tensor_file import Layout, plan_layout
+from holdfast.training.configuration.schema import Json
+from holdfast.training.errors import UnsupportedStateError
+from holdfast.training.runs.durable_json import json_bytes
 
 
 @dataclass(frozen=True)

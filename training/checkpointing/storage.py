@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from training.checkpointing.local_files import NUM_WRITER_THREADS, FileWriter
-from training.checkpointing.manifest import MANIFEST_NAME, FileEntry, Folder, local_folder
-from training.checkpointing.snapshot import FileImage
-from training.durable_json import storage_error, sync_folder
-from training.errors import LeaseError, StorageError, StorageFullError
-from training.faultpoints import reach
+from holdfast.training.checkpointing.local_files import NUM_WRITER_THREADS, FileWriter
+from holdfast.training.checkpointing.manifest import MANIFEST_NAME, FileEntry, Folder, local_folder
+from holdfast.training.checkpointing.snapshot import FileImage
+from holdfast.training.errors import LeaseError, StorageError, StorageFullError
+from holdfast.training.runs.durable_json import storage_error, sync_folder
+from holdfast.training.runs.faultpoints import reach
 
 MARGIN_BYTES = 2**20
 """For manifests, folders and the ends of blocks."""
@@ -101,7 +101,7 @@ class LocalReader:
 class LocalStorage(LocalReader):
     """Writes by renaming out of, or into, a staging folder that vanishes with the lease.
 
-    A writer that was replaced gets ENOENT from every rename, see ``training.lease``; therefore
+    A writer that was replaced gets ENOENT from every rename, see ``runs/lease.py``; therefore
     nothing here makes the staging folder itself. The one exception is setting a damaged folder
     aside: what lies in the staging folder may be deleted, so it never goes through there. The
     lease is checked just before, and it happens at the start of a segment only.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.errors import CheckpointCorruptError, UnsupportedStateError
+from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError
 
 LENGTH_BYTES = 8
 ALIGNMENT_BYTES = 64

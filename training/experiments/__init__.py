@@ -6,7 +6,7 @@ To add one, write a file here and a row below: its name, and ``module:Class``.
 from __future__ import annotations
 
 EXPERIMENTS: dict[str, str] = {
-    "digits": "training.experiments.digits:Digits",
-    "turbofan": "training.experiments.turbofan:Turbofan",
-    "translation": "training.experiments.translation:Translation",
+    "digits": "holdfast.training.experiments.digits:Digits",
+    "turbofan": "holdfast.training.experiments.turbofan.experiment:Turbofan",
+    "translation": "holdfast.training.experiments.translation.experiment:Translation",
 }

@@ -19,10 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.config import Section, Split
-from training.experiment import Batch, Context, Records
-from training.export.specification import ExportSpec
-from training.figures import Confusion, Measure, count_confusions
+from holdfast.training.configuration.schema import Section, Split
+from holdfast.training.experiment.protocol import Batch, Context, Records
+from holdfast.training.export.specification import ExportSpec
+from holdfast.training.reporting.figures import Confusion, Measure, count_confusions
 
 NUM_CLASSES = 10
 CLASS_NAMES = tuple(str(digit) for digit in range(NUM_CLASSES))

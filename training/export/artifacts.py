@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from training.config import ExportConfig
-from training.data import evaluation_batches
-from training.experiment import Experiment, example_inputs, model_inputs
-from training.export.formats import Place, Source, formats, unused_tensors
-from training.export.guard import GuardedModel
-from training.export.specification import Inputs, derive_interface, export_spec
-from training.export.weights import load_champion
+from holdfast.training.configuration.schema import ExportConfig
+from holdfast.training.data.loader import evaluation_batches
+from holdfast.training.experiment.protocol import Experiment, example_inputs, model_inputs
+from holdfast.training.export.formats import Place, Source, formats, unused_tensors
+from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.specification import Inputs, derive_interface, export_spec
+from holdfast.training.export.weights import load_champion
 
 NUM_EXAMPLES = 2
 CALIBRATION_BATCH_SIZE = 64

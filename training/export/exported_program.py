@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from training.export.archives import rewrite_reproducibly
-from training.export.formats import Place, PortSignature, Source
-from training.export.guard import PREFIX
-from training.export.specification import Inputs, Interface, dtype_name
+from holdfast.training.export.archives import rewrite_reproducibly
+from holdfast.training.export.formats import Place, PortSignature, Source
+from holdfast.training.export.guard import PREFIX
+from holdfast.training.export.specification import Inputs, Interface, dtype_name
 
 
 class ExportedProgramArtifact:

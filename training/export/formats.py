@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from training.errors import ExportError
-from training.export.guard import GuardedModel
-from training.export.specification import Inputs, Interface
+from holdfast.training.errors import ExportError
+from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.specification import Inputs, Interface
 
 MAX_MESSAGE_CHARS = 600
 
@@ -149,7 +149,7 @@ def capture(model: GuardedModel, examples: Inputs, max_batch_size: int) -> Expor
 
 def unused_tensors(program: ExportedProgram) -> set[str]:
     """Parameters and buffers of the champion that its graph does not use."""
-    from training.export.guard import PREFIX
+    from holdfast.training.export.guard import PREFIX
 
     signature = program.graph_signature
     by_node = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -162,11 +162,11 @@ def unused_tensors(program: ExportedProgram) -> set[str]:
 
 def formats() -> dict[str, Format]:
     """The table of formats, in the order in which they are made."""
-    from training.export.exported_program import ExportedProgramFormat
-    from training.export.int8 import Int8OnnxFormat
-    from training.export.onnx_export import OnnxFormat
-    from training.export.torchscript import TorchScriptFormat
-    from training.export.weights import WeightsFormat
+    from holdfast.training.export.exported_program import ExportedProgramFormat
+    from holdfast.training.export.int8 import Int8OnnxFormat
+    from holdfast.training.export.onnx_export import OnnxFormat
+    from holdfast.training.export.torchscript import TorchScriptFormat
+    from holdfast.training.export.weights import WeightsFormat
 
     return {
         "weights": WeightsFormat(),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from training.export.specification import as_columns, flat_outputs
+from holdfast.training.export.specification import as_columns, flat_outputs
 
 PREFIX = "model."
 

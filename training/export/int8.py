@@ -15,10 +15,10 @@ from typing import Any
 
 import onnx
 
-from training.errors import ExportError
-from training.export.formats import Place, Source
-from training.export.onnx_export import MAX_BYTES, OnnxArtifact, OnnxFormat
-from training.export.specification import Inputs, Interface
+from holdfast.training.errors import ExportError
+from holdfast.training.export.formats import Place, Source
+from holdfast.training.export.onnx_export import MAX_BYTES, OnnxArtifact, OnnxFormat
+from holdfast.training.export.specification import Inputs, Interface
 
 QUANTIZED_OPERATORS = ["Conv", "Gemm", "MatMul"]
 

@@ -20,10 +20,10 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from training.errors import ExportError
-from training.export.formats import Place, PortSignature, Source
-from training.export.guard import PREFIX
-from training.export.specification import Inputs, Interface
+from holdfast.training.errors import ExportError
+from holdfast.training.export.formats import Place, PortSignature, Source
+from holdfast.training.export.guard import PREFIX
+from holdfast.training.export.specification import Inputs, Interface
 
 OPSET = 20  # from 23 on, ONNX Runtime fails on the CPU for models with padding masks
 MAX_BYTES = 2_000_000_000  # a protobuf file ends at 2 GB

@@ -16,16 +16,16 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from training.config import ExportConfig, Split
-from training.data import evaluation_batches
-from training.experiment import Batch, Experiment, Records
-from training.export.artifacts import open_champion, write_artifacts
-from training.export.champion import Runner
-from training.export.formats import formats
-from training.export.guard import GuardedModel
-from training.export.serving import triton_config
-from training.export.specification import ExportSpec, Inputs, Interface, flat_outputs
-from training.export.weights import load_champion
+from holdfast.training.configuration.schema import ExportConfig, Split
+from holdfast.training.data.loader import evaluation_batches
+from holdfast.training.experiment.protocol import Batch, Experiment, Records
+from holdfast.training.export.artifacts import open_champion, write_artifacts
+from holdfast.training.export.formats import formats
+from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.serving import triton_config
+from holdfast.training.export.specification import ExportSpec, Inputs, Interface, flat_outputs
+from holdfast.training.export.weights import load_champion
+from holdfast.training.parity.champion import Runner
 
 FOLDER = "parts"
 OF_THE_WHOLE = ("weights", "onnx_int8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from training.export.specification import Interface, TensorSpec
+from holdfast.training.export.specification import Interface, TensorSpec
 
 TRITON_TYPES = {
     "float16": "TYPE_FP16",

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.errors import ExportError
-from training.experiment import Experiment
+from holdfast.training.errors import ExportError
+from holdfast.training.experiment.protocol import Experiment
 
 Inputs = tuple[Tensor, ...]
 
@@ -100,7 +100,7 @@ def export_spec(experiment: Experiment) -> ExportSpec:
     if not isinstance(spec, ExportSpec):
         raise ExportError(
             f"export_spec() of {type(experiment).__name__} returned {type(spec).__name__}; "
-            "it must return a training.export.specification.ExportSpec"
+            "it must return a holdfast.training.export.specification.ExportSpec"
         )
     return spec
 

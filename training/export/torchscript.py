@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.jit._trace import TracerWarning
 
-from training.errors import ExportError
-from training.export.archives import rewrite_reproducibly
-from training.export.formats import MAX_MESSAGE_CHARS, Place, PortSignature, Source
-from training.export.guard import PREFIX
-from training.export.specification import Inputs
+from holdfast.training.errors import ExportError
+from holdfast.training.export.archives import rewrite_reproducibly
+from holdfast.training.export.formats import MAX_MESSAGE_CHARS, Place, PortSignature, Source
+from holdfast.training.export.guard import PREFIX
+from holdfast.training.export.specification import Inputs
 
 
 class TorchScriptArtifact:

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.checkpointing.local_files import read_file
-from training.checkpointing.tensor_file import parse_tensors
-from training.errors import CheckpointCorruptError, ExportError, StorageError
-from training.export.formats import Place, PortSignature, Source
-from training.export.guard import GuardedModel
-from training.export.specification import Inputs
+from holdfast.training.checkpointing.local_files import read_file
+from holdfast.training.checkpointing.tensor_file import parse_tensors
+from holdfast.training.errors import CheckpointCorruptError, ExportError, StorageError
+from holdfast.training.export.formats import Place, PortSignature, Source
+from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.specification import Inputs
 
 
 class WeightsArtifact:

@@ -1,1 +1,1 @@
-"""The report's page: facts of a run, charts, sections. ``training.report`` is the stage."""
+"""The report's page: facts of a run, charts, sections. ``stage.py`` is the stage."""

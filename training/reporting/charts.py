@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from training.reporting.axes import Axis, fitted, tick_label
-from training.reporting.markup import VARIES, Html, element, joined, text
+from holdfast.training.reporting.axes import Axis, fitted, tick_label
+from holdfast.training.reporting.markup import VARIES, Html, element, joined, text
 
 WIDTH, HEIGHT = 400, 216
 LEFT, RIGHT, TOP, BOTTOM = 50, 8, 14, 34

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from training.reporting.comparisons import DotChart, DotRow
-from training.reporting.facts import CandidateFacts, Estimate, RunFacts, TestFacts
-from training.reporting.headline import difference_of
-from training.reporting.markup import (
+from holdfast.training.reporting.comparisons import DotChart, DotRow
+from holdfast.training.reporting.facts import CandidateFacts, Estimate, RunFacts, TestFacts
+from holdfast.training.reporting.headline import difference_of
+from holdfast.training.reporting.markup import (
     Cell,
     Column,
     Html,
@@ -18,7 +18,7 @@ from training.reporting.markup import (
     table,
     text,
 )
-from training.reporting.wording import decimals_for, number, plural, signed
+from holdfast.training.reporting.wording import decimals_for, number, plural, signed
 
 
 def candidates_section(facts: RunFacts) -> Html:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from training.figures import Confusion
-from training.reporting.axes import Axis, fitted, tick_label
-from training.reporting.charts import WIDTH, figure, label, svg
-from training.reporting.facts import Estimate
-from training.reporting.markup import Html, joined
+from holdfast.training.reporting.axes import Axis, fitted, tick_label
+from holdfast.training.reporting.charts import WIDTH, figure, label, svg
+from holdfast.training.reporting.facts import Estimate
+from holdfast.training.reporting.figures import Confusion
+from holdfast.training.reporting.markup import Html, joined
 
 ROW, HEAD, FOOT = 26, 8, 36
 LARGEST_CELL, MAX_CLASS_CHARS = 56.0, 5

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from training.candidate_plan import used_steps
-from training.config import RunConfig
-from training.durable_json import read_json
-from training.export.summary import artifact_rows
-from training.figures import Figure
-from training.ledger import Ledger, Life, ledger, lives
-from training.rate_trace import RateTrace
-from training.run_directory import (
+from holdfast.training.bundles.summary import artifact_rows
+from holdfast.training.champion.candidate_plan import used_steps
+from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.loop.rate_trace import RateTrace
+from holdfast.training.reporting.figures import Figure
+from holdfast.training.runs.directory import (
     LedgerOutcome,
     RunDirectory,
     RunRecord,
@@ -24,6 +22,8 @@ from training.run_directory import (
     parse_step,
     read_segments,
 )
+from holdfast.training.runs.durable_json import read_json
+from holdfast.training.runs.ledger import Ledger, Life, ledger, lives
 
 Metrics = Mapping[str, float | None]
 

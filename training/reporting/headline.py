@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from training.reporting.facts import Estimate, RunFacts, TestFacts
-from training.reporting.markup import Html, element, joined, text
-from training.reporting.wording import decimals_for, number, percent, plural, signed
+from holdfast.training.reporting.facts import Estimate, RunFacts, TestFacts
+from holdfast.training.reporting.markup import Html, element, joined, text
+from holdfast.training.reporting.wording import decimals_for, number, percent, plural, signed
 
 BETTER, WORSE = "better", "worse"
 

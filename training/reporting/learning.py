@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from training.reporting.charts import Band, Line, LineChart, Mark, Ring
-from training.reporting.facts import Epoch, RunFacts
-from training.reporting.markup import Html, element, joined, note, section, text
-from training.reporting.wording import number, plural
+from holdfast.training.reporting.charts import Band, Line, LineChart, Mark, Ring
+from holdfast.training.reporting.facts import Epoch, RunFacts
+from holdfast.training.reporting.markup import Html, element, joined, note, section, text
+from holdfast.training.reporting.wording import number, plural
 
 MAX_METRIC_CHARTS = 5
 SIGNS = {"preempted": "\u25bc", "killed": "\u2715", "failed": "!"}

@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.config import RunConfig
-from training.export.summary import promotion_line, published_name
-from training.reporting.choice import ranked_candidates
-from training.reporting.comparisons import SourceChart
-from training.reporting.facts import RunFacts
-from training.reporting.markup import (
+from holdfast.training.bundles.summary import promotion_line, published_name
+from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.reporting.choice import ranked_candidates
+from holdfast.training.reporting.comparisons import SourceChart
+from holdfast.training.reporting.facts import RunFacts
+from holdfast.training.reporting.markup import (
     Cell,
     Column,
     Html,
@@ -24,7 +24,7 @@ from training.reporting.markup import (
     table,
     text,
 )
-from training.reporting.wording import plural
+from holdfast.training.reporting.wording import plural
 
 ALONE = "run"
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from training.reporting.wording import NO_VALUE, decimals_for, number
+from holdfast.training.reporting.wording import NO_VALUE, decimals_for, number
 
 Cell = str | float | int | None
 # What tells times or segments carries this attribute: it differs between a run that was

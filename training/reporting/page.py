@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from training.reporting.choice import candidates_section
-from training.reporting.facts import RunFacts
-from training.reporting.headline import headline
-from training.reporting.learning import learning_section
-from training.reporting.making import configuration_section, provenance_section, versions_section
-from training.reporting.markup import Html, element, joined, text
-from training.reporting.predictions import predictions_section
-from training.reporting.style import STYLE
-from training.reporting.time_spent import time_section
+from holdfast.training.reporting.choice import candidates_section
+from holdfast.training.reporting.facts import RunFacts
+from holdfast.training.reporting.headline import headline
+from holdfast.training.reporting.learning import learning_section
+from holdfast.training.reporting.making import (
+    configuration_section,
+    provenance_section,
+    versions_section,
+)
+from holdfast.training.reporting.markup import Html, element, joined, text
+from holdfast.training.reporting.predictions import predictions_section
+from holdfast.training.reporting.style import STYLE
+from holdfast.training.reporting.time_spent import time_section
 
 # Even a page that somebody altered fetches nothing and runs nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"

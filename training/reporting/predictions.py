@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from training.figures import Confusion, Figure, Sentences, Series
-from training.reporting.charts import Line, LineChart
-from training.reporting.comparisons import confusion_chart
-from training.reporting.markup import Column, Html, element, joined, note, section, table, text
+from holdfast.training.reporting.charts import Line, LineChart
+from holdfast.training.reporting.comparisons import confusion_chart
+from holdfast.training.reporting.figures import Confusion, Figure, Sentences, Series
+from holdfast.training.reporting.markup import (
+    Column,
+    Html,
+    element,
+    joined,
+    note,
+    section,
+    table,
+    text,
+)
 
 SMALL = (300, 184)
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from html import escape
 
-from training.ledger import Ledger
-from training.reporting.charts import Band, Line, LineChart
-from training.reporting.facts import RunFacts, SegmentFacts
-from training.reporting.learning import stops
-from training.reporting.markup import Column, Html, element, joined, note, section, table, text
-from training.reporting.wording import duration, percent, plural
+from holdfast.training.reporting.charts import Band, Line, LineChart
+from holdfast.training.reporting.facts import RunFacts, SegmentFacts
+from holdfast.training.reporting.learning import stops
+from holdfast.training.reporting.markup import (
+    Column,
+    Html,
+    element,
+    joined,
+    note,
+    section,
+    table,
+    text,
+)
+from holdfast.training.reporting.wording import duration, percent, plural
+from holdfast.training.runs.ledger import Ledger
 
 KINDS = {
     "useful": "steps that count, and validation",

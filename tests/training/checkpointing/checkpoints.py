@@ -16,14 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.checkpointing.manager import (
+from holdfast.training.checkpointing.manager import (
     CheckpointContents,
     CheckpointIdentity,
     CheckpointManager,
 )
-from training.checkpointing.policy import KeepLast, Retention, Trigger
-from training.lease import Lease
-from training.run_paths import RunDirectory
+from holdfast.training.checkpointing.policy import KeepLast, Retention, Trigger
+from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.paths import RunDirectory
 
 IDENTITY = CheckpointIdentity(
     config_digest="digest-1",

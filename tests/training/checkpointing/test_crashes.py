@@ -17,6 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.checkpointing.manifest import Manifest, verify
+from holdfast.training.checkpointing.policy import KeepLast, KeepTopK, Retention
+from holdfast.training.runs.faultpoints import FAULT_POINTS, POINT_VARIABLE
+from holdfast.training.runs.paths import RunDirectory, parse_step
 from tests.training.checkpointing.checkpoints import (
     assert_holds,
     contents_at,
@@ -24,10 +28,6 @@ from tests.training.checkpointing.checkpoints import (
     managing,
     names,
 )
-from training.checkpointing.manifest import Manifest, verify
-from training.checkpointing.policy import KeepLast, KeepTopK, Retention
-from training.faultpoints import FAULT_POINTS, POINT_VARIABLE
-from training.run_paths import RunDirectory, parse_step
 
 NUM_STEPS = 6
 POLICIES: tuple[Retention, ...] = (KeepLast(2), KeepTopK(2, "loss", "min"))

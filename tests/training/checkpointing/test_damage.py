@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.checkpointing.digests import digest_of
+from holdfast.training.checkpointing.manifest import DIGEST_KEY
+from holdfast.training.errors import CheckpointCorruptError
+from holdfast.training.runs.durable_json import json_bytes
+from holdfast.training.runs.paths import RunDirectory
 from tests.training.checkpointing.checkpoints import (
     assert_holds,
     flip_bit,
@@ -18,11 +23,6 @@ from tests.training.checkpointing.checkpoints import (
     names,
     save_steps,
 )
-from training.checkpointing.digests import digest_of
-from training.checkpointing.manifest import DIGEST_KEY
-from training.durable_json import json_bytes
-from training.errors import CheckpointCorruptError
-from training.run_paths import RunDirectory
 
 
 class Exploit:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.checkpointing.digests import HASHERS, digest_of, new_hasher
-from training.errors import CheckpointCorruptError
+from holdfast.training.checkpointing.digests import HASHERS, digest_of, new_hasher
+from holdfast.training.errors import CheckpointCorruptError
 
 
 @pytest.mark.parametrize("algorithm", HASHERS)

@@ -12,6 +12,31 @@ from typing import Any
 import pytest
 import torch
 
+from holdfast.training.checkpointing.digests import digest_of
+from holdfast.training.checkpointing.loading import load_weights
+from holdfast.training.checkpointing.manager import CheckpointManager, Published
+from holdfast.training.checkpointing.manifest import (
+    DIGEST_KEY,
+    MANIFEST_NAME,
+    Migration,
+    StateParts,
+    read_manifest,
+    verify,
+)
+from holdfast.training.checkpointing.policy import KeepLast, KeepTopK
+from holdfast.training.checkpointing.snapshot import FileImage
+from holdfast.training.checkpointing.storage import MakeManifest
+from holdfast.training.errors import (
+    CheckpointCorruptError,
+    CheckpointMismatchError,
+    LeaseLostError,
+    StorageError,
+    UnsupportedStateError,
+)
+from holdfast.training.runs.durable_json import json_bytes, read_json
+from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.paths import RunDirectory
+from holdfast.training.runs.process_identity import current_process
 from tests.contracts.memory_storage import MemoryStorage
 from tests.training.checkpointing.checkpoints import (
     IDENTITY,
@@ -23,31 +48,6 @@ from tests.training.checkpointing.checkpoints import (
     save_steps,
     tensors_at,
 )
-from training.checkpointing.digests import digest_of
-from training.checkpointing.loading import load_weights
-from training.checkpointing.manager import CheckpointManager, Published
-from training.checkpointing.manifest import (
-    DIGEST_KEY,
-    MANIFEST_NAME,
-    Migration,
-    StateParts,
-    read_manifest,
-    verify,
-)
-from training.checkpointing.policy import KeepLast, KeepTopK
-from training.checkpointing.snapshot import FileImage
-from training.checkpointing.storage import MakeManifest
-from training.durable_json import json_bytes, read_json
-from training.errors import (
-    CheckpointCorruptError,
-    CheckpointMismatchError,
-    LeaseLostError,
-    StorageError,
-    UnsupportedStateError,
-)
-from training.lease import Lease
-from training.process_identity import current_process
-from training.run_paths import RunDirectory
 
 FILES = [
     "ema.safetensors",

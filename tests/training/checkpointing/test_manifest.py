@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.training.checkpointing.checkpoints import save_steps
-from training.checkpointing.digests import digest_of
-from training.checkpointing.manifest import (
+from holdfast.training.checkpointing.digests import digest_of
+from holdfast.training.checkpointing.manifest import (
     DIGEST_KEY,
     FORMAT_VERSION,
     FileEntry,
@@ -21,10 +20,11 @@ from training.checkpointing.manifest import (
     read_manifest,
     verify,
 )
-from training.checkpointing.policy import Kind, Trigger
-from training.durable_json import json_bytes
-from training.errors import CheckpointCorruptError
-from training.run_paths import RunDirectory
+from holdfast.training.checkpointing.policy import Kind, Trigger
+from holdfast.training.errors import CheckpointCorruptError
+from holdfast.training.runs.durable_json import json_bytes
+from holdfast.training.runs.paths import RunDirectory
+from tests.training.checkpointing.checkpoints import save_steps
 
 MANIFEST = Manifest(
     step=420,

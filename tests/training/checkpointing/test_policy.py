@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.checkpointing.policy import (
+from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
     KeepBest,
     KeepCrossing,
@@ -29,8 +29,8 @@ from training.checkpointing.policy import (
     to_slim,
     young_daly_interval_s,
 )
-from training.config import CheckpointConfig, EmaConfig, SelectionConfig
-from training.run_directory import SegmentRecord
+from holdfast.training.configuration.schema import CheckpointConfig, EmaConfig, SelectionConfig
+from holdfast.training.runs.directory import SegmentRecord
 
 METRICS = ("loss", "accuracy")
 values = st.floats(allow_nan=True, allow_infinity=True, width=16)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.checkpointing.snapshot import SnapshotBuffers, json_image
-from training.errors import UnsupportedStateError
+from holdfast.training.checkpointing.snapshot import SnapshotBuffers, json_image
+from holdfast.training.errors import UnsupportedStateError
 
 
 def test_a_snapshot_does_not_follow_later_changes() -> None:

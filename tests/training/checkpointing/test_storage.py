@@ -10,6 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.checkpointing import storage as storage_module
+from holdfast.training.checkpointing.digests import Bytes
+from holdfast.training.checkpointing.manifest import FileEntry, verify
+from holdfast.training.checkpointing.snapshot import FileImage
+from holdfast.training.checkpointing.storage import LocalStorage
+from holdfast.training.errors import CheckpointCorruptError, StorageError, StorageFullError
+from holdfast.training.runs.paths import RunDirectory
 from tests.training.checkpointing.checkpoints import (
     contents_at,
     managing,
@@ -17,13 +24,6 @@ from tests.training.checkpointing.checkpoints import (
     on_a_small_disk,
     save_steps,
 )
-from training.checkpointing import storage as storage_module
-from training.checkpointing.digests import Bytes
-from training.checkpointing.manifest import FileEntry, verify
-from training.checkpointing.snapshot import FileImage
-from training.checkpointing.storage import LocalStorage
-from training.errors import CheckpointCorruptError, StorageError, StorageFullError
-from training.run_paths import RunDirectory
 
 
 def no_manifest(entries: Mapping[str, FileEntry]) -> bytes:
@@ -163,7 +163,7 @@ def test_bytes_that_come_back_changed_are_told_before_they_are_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = make_storage(tmp_path)
-    monkeypatch.setattr("training.checkpointing.local_files._write_all", _write_damaged)
+    monkeypatch.setattr("holdfast.training.checkpointing.local_files._write_all", _write_damaged)
     with pytest.raises(StorageError, match=r"was read back with digest .* was written"):
         storage.commit("a", {"one.json": FileImage([b"good"])}, no_manifest)
     assert storage.names() == []

@@ -10,9 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from training.checkpointing.snapshot import SnapshotBuffers
-from training.checkpointing.tensor_file import ALIGNMENT_BYTES, DTYPES, parse_tensors, plan_layout
-from training.errors import CheckpointCorruptError, UnsupportedStateError
+from holdfast.training.checkpointing.snapshot import SnapshotBuffers
+from holdfast.training.checkpointing.tensor_file import (
+    ALIGNMENT_BYTES,
+    DTYPES,
+    parse_tensors,
+    plan_layout,
+)
+from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError
 
 
 def file_bytes(tensors: dict[str, Tensor]) -> bytes:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.experiment import Context, Experiment, collate, example_inputs
-from training.experiments.digits import (
+from holdfast.training.experiment.protocol import Context, Experiment, collate, example_inputs
+from holdfast.training.experiments.digits import (
     Digits,
     DigitsSettings,
     augment,

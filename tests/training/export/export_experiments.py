@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.experiment import Batch, Context, Records
-from training.export.specification import ExportSpec
+from holdfast.training.experiment.protocol import Batch, Context, Records
+from holdfast.training.export.specification import ExportSpec
 
 NUM_TOKENS = 20
 LENGTH = 8

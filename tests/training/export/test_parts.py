@@ -16,19 +16,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.config import ExportConfig
-from training.durable_json import write_json_durably
-from training.experiment import Context
-from training.experiments.digits import Digits, DigitsSettings
-from training.experiments.translation import Translation, TranslationSettings
-from training.experiments.translation_model import TranslationModel
-from training.experiments.translation_search import greedy
-from training.export import consumer
-from training.export.assembly import PartChecks, check_names
-from training.export.parts import part_names, write_parts
-from training.export.stage import run_export
-from training.export.summary import artifact_rows
-from training.stage import StageArguments, prepared_stage
+from holdfast.training.bundles import consumer
+from holdfast.training.bundles.stage import run_export
+from holdfast.training.bundles.summary import artifact_rows
+from holdfast.training.configuration.schema import ExportConfig
+from holdfast.training.experiment.protocol import Context
+from holdfast.training.experiments.digits import Digits, DigitsSettings
+from holdfast.training.experiments.translation.experiment import Translation, TranslationSettings
+from holdfast.training.experiments.translation.model import TranslationModel
+from holdfast.training.experiments.translation.search import greedy
+from holdfast.training.export.parts import part_names, write_parts
+from holdfast.training.parity.assembly import PartChecks, check_names
+from holdfast.training.runs.durable_json import write_json_durably
+from holdfast.training.stage import StageArguments, prepared_stage
 
 SETTINGS = {"num_generated": 300, "width": 16, "num_heads": 2, "feedforward": 16, "max_tokens": 18}
 DOCUMENT = Path(__file__).parents[3] / "docs/translation.md"

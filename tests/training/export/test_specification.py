@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training.errors import ExportError
-from training.export.guard import GuardedModel
-from training.export.specification import ExportSpec, derive_interface, export_spec
+from holdfast.training.errors import ExportError
+from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.specification import ExportSpec, derive_interface, export_spec
 
 
 class Returning(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from training.averaging import write_weights
-from training.errors import ExportError
-from training.export.weights import load_champion, read_tensors
+from holdfast.training.averages.averaging import write_weights
+from holdfast.training.errors import ExportError
+from holdfast.training.export.weights import load_champion, read_tensors
 
 
 class Tied(nn.Module):

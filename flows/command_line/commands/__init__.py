@@ -1,0 +1,1 @@
+"""One module a command; ``holdfast.flows.command_line.group`` has the table of them."""

@@ -1,0 +1,85 @@
+"""``holdfast deploy``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+import holdfast
+from holdfast.flows.fleet.server import ServerUnreachableError, require_server
+from holdfast.flows.fleet.work_pools import ensure_pool
+from holdfast.tasks.preflight import store_path
+from holdfast.training.errors import HoldfastError, InputError
+
+KINDS = ("process", "docker", "kubernetes")
+# A server that was started a moment ago migrates its database first.
+SERVER_START_S = 60.0
+DEFINITIONS = Path(holdfast.__file__).with_name("deployments")
+
+HELP = """Put the deployments on a Prefect server: on-demand, and nightly with its schedule.
+
+Makes the work pool unless it is there, then runs `prefect deploy` on deployments/prefect.yaml.
+Needs PREFECT_API_URL, and waits a minute for a server that has only just been started. May be
+repeated; an existing work pool is left as it is.
+
+\b
+Examples:
+  export PREFECT_API_URL=http://127.0.0.1:4200/api
+  holdfast deploy --store /mnt/runs
+  holdfast deploy --pool spot --type kubernetes --store /store
+  holdfast worker                                    # on each machine that trains
+  prefect deployment run training-pipeline/on-demand --param experiment=digits
+"""
+
+
+@click.command("deploy", help=HELP, short_help="Put the deployments on a Prefect server.")
+@click.option("--pool", default="holdfast", envvar="HOLDFAST_POOL", show_default=True)
+@click.option("--type", "kind", type=click.Choice(KINDS), default="process", show_default=True)
+@click.option(
+    "--store",
+    default="./runs",
+    envvar="HOLDFAST_STORE",
+    show_default=True,
+    help="The folder of all runs, as the workers see it.",
+)
+@click.option(
+    "--definitions",
+    type=click.Path(path_type=Path),
+    default=DEFINITIONS,
+    help="Folder with prefect.yaml and pools/; the project's own unless named.",
+)
+def command(pool: str, kind: str, store: str, definitions: Path) -> int:
+    """Deploy."""
+    deployments = definitions / "prefect.yaml"
+    if not deployments.is_file():
+        raise InputError(f"there is no {deployments}; name its folder with --definitions")
+    try:
+        require_server()
+    except ServerUnreachableError as error:
+        click.echo(f"{error}; waiting a minute for it", err=True)
+        require_server(SERVER_START_S)
+    is_new = ensure_pool(pool, kind, definitions / "pools" / f"{kind}.json")
+    click.echo(f"work pool {pool} ({kind}): {'made' if is_new else 'is there'}")
+    _prefect_deploy(deployments, pool, str(store_path(store)))
+    click.echo("deployed: training-pipeline/on-demand, training-pipeline/nightly")
+    click.echo(f"start a worker on each machine: holdfast worker --pool {pool}")
+    return 0
+
+
+def _prefect_deploy(deployments: Path, pool: str, store: str) -> None:
+    argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    argv += ["--prefect-file", str(deployments.absolute())]
+    done = subprocess.run(
+        argv,
+        env={**os.environ, "HOLDFAST_POOL": pool, "HOLDFAST_STORE": store},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        tail = " ".join((done.stdout + done.stderr).split())[-400:]
+        raise HoldfastError(f"prefect deploy ended with {done.returncode}: {tail}")

@@ -1,0 +1,48 @@
+"""``holdfast doctor``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from holdfast.flows.command_line.examinations import EXAMINATIONS, Finding
+from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
+from holdfast.tasks.preflight import store_path
+
+HELP = """Check that this machine is fit to train, and say what to do where it is not.
+
+Looks at versions and pins, the store and its disk, the clock, the Prefect server, the GPU, and the
+time that a save takes against the grace period. Exit code 1 if something has to be put right.
+
+\b
+Examples:
+  holdfast doctor
+  holdfast doctor --store /mnt/runs --json
+"""
+SIGNS = {"good": "ok", "warning": "note", "bad": "BAD"}
+
+
+@click.command("doctor", help=HELP, short_help="Check that this machine is fit to train.")
+@STORE_OPTION
+@click.option(
+    "--grace-period-s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="Seconds from a notice to the machine's end.",
+)
+@JSON_OPTION
+def command(store: str, grace_period_s: float, is_json: bool) -> int:
+    """Examine."""
+    folder = store_path(store)
+    findings: list[Finding] = []
+    for examine in EXAMINATIONS:
+        found = examine(folder, grace_period_s)
+        findings.append(found)
+        if not is_json:
+            click.echo(f"{SIGNS[found.verdict]:<5} {found.subject:<15} {found.detail}")
+    if is_json:
+        click.echo(json.dumps([asdict(found) for found in findings], indent=2))
+    return 1 if any(found.verdict == "bad" for found in findings) else 0

@@ -1,0 +1,33 @@
+"""``holdfast predict``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import click
+
+from holdfast.training.bundles import console
+
+HELP = """Predict a CSV, NPY or JSON file with a bundle's ONNX model, for a first look.
+
+A CSV file has a header and one sample a row, flattened, an empty cell is NaN; an NPY file is the
+input array; a JSON file is a list of samples, or an object with such a list for each input. What is
+printed is CSV, or JSON for a JSON file; --to takes either, or NPY with all outputs side by side.
+
+\b
+Examples:
+  holdfast predict digits-model samples.csv
+  holdfast predict digits-model samples.npy --to predictions.json
+"""
+
+
+@click.command("predict", help=HELP, short_help="Predict a CSV, NPY or JSON file.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("input_file", metavar="INPUT", type=click.Path(path_type=Path))
+@click.option(
+    "--to", type=click.Path(path_type=Path), metavar="FILE", help="Write there, not to stdout."
+)
+def command(bundle: Path, input_file: Path, to: Path | None) -> None:
+    """Predict it."""
+    console.run(Namespace(command="predict", folder=bundle, input=input_file, to=to))

@@ -1,0 +1,38 @@
+"""``holdfast promote``."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+
+from holdfast.flows.command_line.options import STORE_OPTION
+from holdfast.flows.command_line.stores import find_run
+from holdfast.tasks.preflight import store_path
+from holdfast.tasks.run_summary import experiment_reference
+
+HELP = """Publish a run's bundle; it takes the alias champion if it is not worse than the holder.
+
+Both models answer the same test data; section [promotion] of the configuration says how much worse
+is too much. A bundle with other inputs or outputs than the holder's does not take it by itself:
+holdfast alias moves it. A bundle that does not take the alias is kept under its version. A run
+decides once, at its end; this command decides again.
+
+\b
+Examples:
+  holdfast promote digits-20260131-030000
+  holdfast promote turbofan/fd001 --store /mnt/runs
+"""
+
+
+@click.command("promote", help=HELP, short_help="Publish a run's bundle, and let it win or not.")
+@click.argument("run")
+@STORE_OPTION
+def command(run: str, store: str) -> int:
+    """Promote it."""
+    directory = find_run(store_path(store), run)
+    argv = [sys.executable, "-m", "holdfast.training", "promote", "--resume", "--again"]
+    argv += ["--experiment", experiment_reference(directory), "--run-id", directory.path.name]
+    argv += ["--store", str(directory.path.absolute().parent.parent)]
+    return subprocess.run(argv, check=False).returncode

@@ -1,0 +1,45 @@
+"""``holdfast report``."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import click
+
+from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
+from holdfast.flows.command_line.stores import find_run
+from holdfast.tasks.child import StageCommand
+from holdfast.tasks.job import Job
+from holdfast.tasks.preflight import store_path
+from holdfast.tasks.run_summary import experiment_reference
+
+HELP = """Write a run's report again, and say where it is.
+
+\b
+Examples:
+  holdfast report digits-20260131-030000
+  xdg-open "$(holdfast report turbofan/fd001 --store /mnt/runs)"
+"""
+
+
+@click.command("report", help=HELP, short_help="Write a run's report again, and say where.")
+@click.argument("run")
+@STORE_OPTION
+@JSON_OPTION
+def command(run: str, store: str, is_json: bool) -> int:
+    """Write it."""
+    directory = find_run(store_path(store), run)
+    job = Job(
+        experiment=experiment_reference(directory),
+        store=directory.path.absolute().parent.parent,
+        run_id=directory.path.name,
+        is_resume=True,
+    )
+    argv = StageCommand("report", job).argv()
+    written = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=sys.stderr, check=False)
+    if written.returncode == 0:
+        path = str(directory.report_html.absolute())
+        click.echo(json.dumps({"report": path}) if is_json else path)
+    return written.returncode

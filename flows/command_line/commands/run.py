@@ -1,0 +1,152 @@
+"""``holdfast run``."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from holdfast.flows.command_line.local_run import (
+    LocalOutcome,
+    as_error,
+    resume_command,
+    run_locally,
+)
+from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
+from holdfast.flows.command_line.progress_view import open_view
+from holdfast.flows.command_line.run_ids import DEFAULT_TEMPLATE, fill_run_id
+from holdfast.flows.command_line.stores import DEFAULT_STORE
+from holdfast.tasks.deathwatch import EXIT_PREEMPTED
+from holdfast.tasks.job import Job
+from holdfast.tasks.preflight import check_job, store_path
+from holdfast.training.configuration.option import CONFIG_OPTION
+from holdfast.training.experiment.loading import experiment_name
+
+HELP = """Train an experiment, from seed to verified bundle.
+
+EXPERIMENT is a name in the table (digits, turbofan, ...), package.module:Class, or
+path/to/file.py:Class. What is done is found in the store and not done again: the same --run-id
+resumes a run.
+
+Without a Prefect server this starts a temporary one; with PREFECT_API_URL it uses that one.
+Ctrl-C saves, says how to go on, and exits with 75.
+
+\b
+Examples:
+  holdfast run digits
+  holdfast run digits --set train.num_epochs=5 --set optimizer.args.lr=0.002
+  holdfast run turbofan --set data.folder=/data/cmapss --run-id fd001 --store /mnt/runs
+  holdfast run my_task.py:Task --config my_task.toml --json
+"""
+
+
+@click.command("run", help=HELP, short_help="Train an experiment, from seed to verified bundle.")
+@click.argument("experiment")
+@CONFIG_OPTION
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override one configuration value; may be repeated.",
+)
+@STORE_OPTION
+@click.option(
+    "--run-id",
+    default=DEFAULT_TEMPLATE,
+    show_default=True,
+    help="Name of the run; the same name again resumes it.",
+)
+@JSON_OPTION
+def command(
+    experiment: str,
+    config_file: Path | None,
+    overrides: tuple[str, ...],
+    store: str,
+    run_id: str,
+    is_json: bool,
+) -> int:
+    """Start or go on."""
+    folder = experiment_name(experiment)
+    job = Job(
+        experiment=experiment,
+        store=store_path(store),
+        run_id=fill_run_id(run_id, experiment=folder, start=datetime.now(UTC)),
+        config_file=config_file.expanduser().absolute() if config_file else None,
+        overrides=overrides,
+    )
+    return run_job(job, is_json=is_json)
+
+
+def run_job(job: Job, *, is_json: bool) -> int:
+    """Check a job, run it here, and tell how it went; the exit code."""
+    config = check_job(job)
+    parameters = {
+        "experiment": job.experiment,
+        "run_id": job.run_id,
+        "store": str(job.store),
+        "config_file": str(job.config_file) if job.config_file else None,
+        "overrides": list(job.overrides),
+        "is_resume": job.is_resume,
+        "limits": {"grace_period_s": config.preemption.grace_period_s},
+    }
+    view = open_view(is_json=is_json)
+    outcome = run_locally(parameters, view)
+    if is_json:
+        click.echo(json.dumps(_as_json(job, outcome), indent=2))
+        return outcome.exit_code
+    if outcome.exit_code == EXIT_PREEMPTED:
+        _tell_how_to_go_on(job, outcome)
+    elif outcome.exit_code != 0:
+        raise as_error(outcome)
+    else:
+        assert outcome.result is not None
+        _tell_result(outcome.result)
+    return outcome.exit_code
+
+
+def _tell_how_to_go_on(job: Job, outcome: LocalOutcome) -> None:
+    where = f"at step {outcome.step}" if outcome.step is not None else "before its first step"
+    click.echo(f"stopped {where}; nothing is lost. To go on:", err=True)
+    click.echo(f"  {resume_command(job.run_id, job.store, DEFAULT_STORE)}", err=True)
+
+
+def _tell_result(result: dict[str, Any]) -> None:
+    scores = ", ".join(f"{name} {value:.4g}" for name, value in result["test_metrics"].items())
+    goodput = result["goodput"]
+    rows = [
+        ("run", result["name"]),
+        ("champion", result["champion"]),
+        ("on test data", scores),
+        ("bundle", result["bundle"]),
+        ("published", result["published"]),
+        ("promotion", result["promotion"]),
+        ("report", result["report"]),
+        ("segments", _lives(result)),
+        ("goodput", f"{goodput:.0%}" if goodput is not None else None),
+    ]
+    for name, value in rows:
+        if value:
+            click.echo(f"{name:<14}{value}")
+
+
+def _lives(result: dict[str, Any]) -> str:
+    parts = [
+        f"{result[key]} {word}"
+        for key, word in (("num_preemptions", "preempted"), ("num_crashes", "crashed"))
+        if result[key]
+    ]
+    return f"{result['num_segments']}" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def _as_json(job: Job, outcome: LocalOutcome) -> dict[str, Any]:
+    return {
+        "exit_code": outcome.exit_code,
+        "run": str(job.run.path),
+        "step": outcome.step,
+        "message": outcome.message,
+        "result": outcome.result,
+    }

@@ -1,0 +1,102 @@
+"""``holdfast status``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
+from holdfast.flows.command_line.stores import find_run, find_runs
+from holdfast.tasks.preflight import store_path
+from holdfast.tasks.run_summary import RunSummary, summarize
+from holdfast.training.errors import HoldfastError
+from holdfast.training.runs.directory import RunDirectory
+
+HELP = """Show the runs of a store, or one run with all that is known of it.
+
+\b
+Examples:
+  holdfast status
+  holdfast status turbofan/fd001 --store /mnt/runs
+  holdfast status --json | jq '.[] | select(.state != "completed") | .name'
+"""
+
+
+@click.command("status", help=HELP, short_help="Show the runs of a store, or one run.")
+@click.argument("run", required=False)
+@STORE_OPTION
+@JSON_OPTION
+def command(run: str | None, store: str, is_json: bool) -> None:
+    """Show."""
+    folder = store_path(store)
+    if run is not None:
+        summary = summarize(find_run(folder, run))
+        click.echo(json.dumps(summary.as_json(), indent=2) if is_json else _page(summary))
+        return
+    rows = [_row(found) for found in find_runs(folder)]
+    if is_json:
+        click.echo(json.dumps(rows, indent=2))
+    elif rows:
+        _print_table(rows)
+    else:
+        state = "has no runs" if folder.is_dir() else "does not exist"
+        click.echo(f"store {folder} {state} yet; start one with: holdfast run digits")
+
+
+def _row(run: RunDirectory) -> dict[str, Any]:
+    """A run's summary; a run whose files cannot be read does not hide the others."""
+    try:
+        return summarize(run).as_json()
+    except HoldfastError as error:
+        name = f"{run.path.parent.name}/{run.path.name}"
+        return {"name": name, "path": str(run.path), "state": "unreadable", "error": str(error)}
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    columns = {
+        "run": [row["name"] for row in rows],
+        "state": [row["state"] for row in rows],
+        "step": [str(row.get("step", "")) for row in rows],
+        "segments": [str(row.get("num_segments", "")) for row in rows],
+        "champion": [row.get("champion") or "" for row in rows],
+        "on test data": [_scores(row.get("test_metrics") or {}) for row in rows],
+    }
+    widths = {name: max(map(len, [name, *values])) for name, values in columns.items()}
+    lines = [{name: name for name in columns}]
+    lines += [
+        {name: values[number] for name, values in columns.items()} for number in range(len(rows))
+    ]
+    for line in lines:
+        click.echo("  ".join(line[name].ljust(widths[name]) for name in columns).rstrip())
+
+
+def _page(summary: RunSummary) -> str:
+    told: dict[str, Any] = {
+        "run": summary.name,
+        "state": summary.state,
+        "directory": summary.path,
+        "step": summary.step,
+        "segments": summary.num_segments,
+        "preemptions": summary.num_preemptions,
+        "crashes": summary.num_crashes,
+        "written by": summary.holder,
+        "champion": summary.champion,
+        "on test data": _scores(summary.test_metrics),
+        "published": summary.published,
+        "promotion": summary.promotion,
+        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in summary.ledger_s.items()),
+        "goodput": f"{summary.goodput:.0%}" if summary.goodput is not None else None,
+        "bundle": summary.bundle,
+        "report": summary.report,
+        "last error": summary.error,
+    }
+    lines = [f"{name:<14}{value}" for name, value in told.items() if value not in (None, "")]
+    if summary.state in ("preempted", "failed", "killed", "trained"):
+        lines.append(f"to go on: holdfast resume {summary.path}")
+    return "\n".join(lines)
+
+
+def _scores(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -1,0 +1,28 @@
+"""``holdfast verify``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+import click
+
+from holdfast.training.bundles import console
+
+HELP = """Prove a bundle on this machine.
+
+All files must be what the manifest says, none may be added, and the golden samples must give the
+champion's numbers in the ONNX Runtime that is installed here. No code of the bundle runs.
+
+\b
+Examples:
+  holdfast verify digits-model
+  holdfast verify runs/digits/first/bundle
+"""
+
+
+@click.command("verify", help=HELP, short_help="Prove a bundle on this machine.")
+@click.argument("folder", type=click.Path(path_type=Path))
+def command(folder: Path) -> None:
+    """Verify it."""
+    console.run(Namespace(command="verify", folder=folder))

@@ -1,0 +1,69 @@
+"""``holdfast worker``."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from holdfast.flows.fleet.server import require_server
+
+HELP = """Take up runs from a work pool on this machine, and hand them over in time.
+
+A Prefect process worker that drains: on SIGTERM (or Ctrl-C) it takes up nothing new, lets its runs
+save, hands them over to other workers, and leaves. A stock `prefect worker start` kills its runs
+at once and leaves them `Running` for ever. Needs PREFECT_API_URL.
+
+\b
+Examples:
+  export PREFECT_API_URL=http://127.0.0.1:4200/api
+  holdfast worker
+  holdfast worker --pool spot --name node-3 --limit 1
+  holdfast worker --drain-s 110                      a machine that is told two minutes ahead
+"""
+POLL_EVERY_S = 2
+
+
+@click.command("worker", help=HELP, short_help="Take up runs here, and hand them over in time.")
+@click.option("--pool", default="holdfast", envvar="HOLDFAST_POOL", show_default=True)
+@click.option("--name", default=None, help="Name in Prefect; one that is drawn unless given.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Runs at a time; any number unless given."
+)
+@click.option(
+    "--queue", "queues", multiple=True, help="Only from this work queue; may be repeated."
+)
+@click.option(
+    "--drain-s",
+    type=click.FloatRange(min=1),
+    default=28.0,
+    show_default=True,
+    help="Seconds from SIGTERM until runs that have not left are killed; the machine's grace "
+    "period less two.",
+)
+def command(
+    pool: str, name: str | None, limit: int | None, queues: tuple[str, ...], drain_s: float
+) -> int:
+    """Work."""
+    os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", str(POLL_EVERY_S))
+    from holdfast.flows.fleet.work_pools import require_pool
+
+    require_server()
+    kind = require_pool(pool)
+    if kind != "process":
+        return _start_stock_worker(pool, kind, name, limit)
+    from holdfast.flows.fleet.worker import run_worker
+
+    run_worker(pool, name=name, limit=limit, drain_s=drain_s, queues=queues)
+    return 0
+
+
+def _start_stock_worker(pool: str, kind: str, name: str | None, limit: int | None) -> int:
+    """Pools of containers need no draining: the runs live in containers of their own."""
+    import sys
+
+    click.echo(f"work pool {pool} is of type {kind}: starting Prefect's own worker", err=True)
+    argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", kind]
+    argv += ["--name", name] if name else []
+    argv += ["--limit", str(limit)] if limit else []
+    os.execv(sys.executable, argv)

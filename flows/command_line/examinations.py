@@ -1,0 +1,162 @@
+"""What ``holdfast doctor`` looks at, one function each."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from holdfast.tasks.preflight import require_writable
+from holdfast.training.errors import HoldfastError
+
+PROBE_BYTES = 64 * 2**20
+MAX_CLOCK_DIFFERENCE_S = 5.0
+LOW_FREE_BYTES = 2 * 2**30
+GPU_QUESTION = (
+    "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one examination found.
+
+    Attributes:
+        subject: what was looked at.
+        verdict: ``bad`` keeps runs from working; ``warning`` is worth knowing.
+        detail: what was found, and what to do about it.
+    """
+
+    subject: str
+    verdict: Literal["good", "warning", "bad"]
+    detail: str
+
+
+def examine_versions(_store: Path, _grace_period_s: float) -> Finding:
+    """Python and the libraries against what this version of Holdfast asks for."""
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for text in metadata.requires("holdfast") or []:
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            wrong.append(f"{wanted.name} is missing")
+            continue
+        if not wanted.specifier.contains(found, prereleases=True):
+            wrong.append(f"{wanted.name} {found} is not {wanted.specifier}")
+    if wrong:
+        return Finding("versions", "bad", "; ".join(wrong) + "; install with constraints.txt")
+    shown = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("holdfast", "torch", "prefect")
+    )
+    return Finding("versions", "good", f"Python {platform.python_version()}, {shown}")
+
+
+def examine_store(store: Path, _grace_period_s: float) -> Finding:
+    """Whether the store can be written, and how much room there is."""
+    try:
+        require_writable(store)
+    except HoldfastError as error:
+        return Finding("store", "bad", str(error))
+    free_bytes = shutil.disk_usage(store).free
+    detail = f"{store} is writable, {free_bytes / 2**30:.1f} GiB free"
+    if free_bytes < LOW_FREE_BYTES:
+        return Finding("store", "warning", f"{detail}; a full disk stops saving")
+    return Finding("store", "good", detail)
+
+
+def examine_save_time(store: Path, grace_period_s: float) -> Finding:
+    """How fast bytes become durable in the store, against the grace period."""
+    probe = store / f".speed-{os.getpid()}"
+    try:
+        start_s = time.monotonic()
+        with probe.open("wb") as stream:
+            stream.write(os.urandom(PROBE_BYTES))
+            stream.flush()
+            os.fsync(stream.fileno())
+        duration_s = time.monotonic() - start_s
+    except OSError as error:
+        return Finding("saving", "bad", f"{store} cannot be written: {error.strerror}")
+    finally:
+        with suppress(OSError):  # what could not be written need not be removed
+            probe.unlink()
+    speed = PROBE_BYTES / duration_s
+    # Half the grace period: a step has to be finished first, and others may be writing, too.
+    fitting_bytes = speed * grace_period_s / 2
+    detail = (
+        f"{speed / 2**20:.0f} MiB/s durable; a grace period of {grace_period_s:g} s is enough for "
+        f"{fitting_bytes / 2**30:.1f} GiB of state"
+    )
+    return Finding("saving", "warning" if fitting_bytes < 2**30 else "good", detail)
+
+
+def examine_server(_store: Path, _grace_period_s: float) -> Finding:
+    """The Prefect server, and this machine's clock against its."""
+    from holdfast.flows.fleet.server import configured_api_url, server_time
+
+    api_url = configured_api_url()
+    if api_url is None:
+        detail = "none configured; each `holdfast run` starts a temporary one"
+        return Finding("Prefect server", "good", detail)
+    try:
+        there_s = server_time(api_url)
+    except HoldfastError as error:
+        return Finding("Prefect server", "bad", str(error))
+    difference_s = abs(time.time() - there_s) if there_s is not None else 0.0
+    if difference_s > MAX_CLOCK_DIFFERENCE_S:
+        detail = f"{api_url} has a clock that differs by {difference_s:.0f} s; let NTP set both"
+        return Finding("Prefect server", "warning", detail)
+    return Finding("Prefect server", "good", f"{api_url} answers, and its clock agrees")
+
+
+def examine_clock(store: Path, _grace_period_s: float) -> Finding:
+    """This machine's clock against that of the store's file system."""
+    probe = store / f".clock-{os.getpid()}"
+    try:
+        probe.touch()
+        difference_s = abs(probe.stat().st_mtime - time.time())
+    except OSError as error:
+        return Finding("clock", "warning", f"not compared with the store's: {error.strerror}")
+    finally:
+        with suppress(OSError):  # what could not be written need not be removed
+            probe.unlink()
+    if difference_s > MAX_CLOCK_DIFFERENCE_S:
+        detail = f"differs from the store's by {difference_s:.0f} s; let NTP set both"
+        return Finding("clock", "warning", f"{detail}: leases would end too early or too late")
+    return Finding("clock", "good", f"agrees with the store's within {difference_s:.1f} s")
+
+
+def examine_gpu(_store: Path, _grace_period_s: float) -> Finding:
+    """Whether torch sees a GPU; asked in a process of its own."""
+    asked = subprocess.run(
+        [sys.executable, "-c", GPU_QUESTION], capture_output=True, text=True, check=False
+    )
+    if asked.returncode != 0:
+        lines = asked.stderr.strip().splitlines() or ["no message"]
+        return Finding("torch", "bad", f"does not start: {lines[-1]}")
+    name = asked.stdout.strip()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Finding("torch", "good", f"GPU {name}" if name else f"no GPU; {cores} CPU cores")
+
+
+EXAMINATIONS: tuple[Callable[[Path, float], Finding], ...] = (
+    examine_versions,
+    examine_store,
+    examine_save_time,
+    examine_clock,
+    examine_server,
+    examine_gpu,
+)

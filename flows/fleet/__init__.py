@@ -1,0 +1,1 @@
+"""Workers, the rescuer, and the server that they work for."""

@@ -1,0 +1,1 @@
+"""The flow, its engine, and how it changes machines."""

@@ -1,0 +1,1 @@
+"""Exact, interruptible training of PyTorch models."""

@@ -1,0 +1,82 @@
+"""The bound that a model measures itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from holdfast.training.export.guard import GuardedModel
+from holdfast.training.parity.numbers import (
+    compare,
+    different_tensors,
+    double_copy,
+    make_reference,
+    scaled_error,
+)
+
+
+class HardCast(nn.Module):
+    """Code that asks for fp32 by name, as user code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = torch.full((3,), 1 / 3, dtype=torch.float32)
+        return self.layer(x.double().float()).to(torch.float32) + shift
+
+
+def reference_of(model: nn.Module, inputs: Tensor):  # type: ignore[no-untyped-def]
+    guarded = GuardedModel(model).eval()
+    return make_reference(guarded, double_copy(guarded), (inputs,))
+
+
+def test_the_reference_is_double_even_where_the_code_asks_for_single() -> None:
+    reference = reference_of(HardCast(), torch.rand(5, 4))
+    assert reference.exact[0].dtype == torch.float64
+    assert 0 < scaled_error(reference.eager[0], reference.exact[0]) < 1e-6
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(1e-6, 1e6))
+def test_the_bound_does_not_depend_on_the_scale_of_the_outputs(scale: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 4)
+    with torch.no_grad():
+        layer.weight *= scale
+        layer.bias *= scale
+    reference = reference_of(layer, torch.rand(9, 16))
+    eager = reference.eager[0]
+    assert compare([eager], reference)[0].is_good
+    assert not compare([eager * (1 + 1e-4)], reference)[0].is_good
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t[:, :2], "shape"),
+        (lambda t: t.double(), "float64"),
+        (lambda t: t.index_fill(0, torch.tensor([1]), math.nan), "NaN or infinity"),
+        (lambda t: t.flip(0), "outside the bound"),
+    ],
+)
+def test_a_wrong_answer_has_a_reason(change, reason: str) -> None:  # type: ignore[no-untyped-def]
+    reference = reference_of(nn.Linear(4, 3), torch.rand(5, 4))
+    (answer,) = compare([change(reference.eager[0])], reference)
+    assert not answer.is_good
+    assert reason in answer.reason
+    assert not compare([], reference)[0].is_good
+
+
+def test_tensors_are_compared_bit_by_bit_and_by_name() -> None:
+    champion = {"a": torch.tensor([0.0, 1.0]), "tied": torch.ones(2), "steps": torch.tensor(3)}
+    names = {"tied": ["tied", "other"]}
+    found = {"a": torch.tensor([-0.0, 1.0]), "other": torch.ones(2)}
+    assert different_tensors(champion, found, names) == ["a"]
+    assert different_tensors(champion, {"a": champion["a"]}, names) == ["tied (missing)"]

@@ -1,0 +1,1 @@
+"""What other teams take: bundles, versions, aliases, and how they are pulled."""

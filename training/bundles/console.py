@@ -1,0 +1,213 @@
+"""The commands of those who use bundles: ``pull``, ``verify``, ``predict``, ``bundles``.
+
+Standard library alone, but for ONNX Runtime and NumPy where a model runs: they work where neither
+torch nor click is installed. Results go to stdout, what is being done to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.training.bundles import consumer
+from holdfast.training.bundles.pull import pull
+from holdfast.training.bundles.registry import BundleReference, Registry
+from holdfast.training.bundles.sources import BundleSource, FolderSource
+from holdfast.training.errors import BundleError, HoldfastError, InputError
+
+COMMANDS = ("pull", "verify", "predict", "bundles")
+DEFAULT_STORE = os.environ.get("HOLDFAST_STORE", "runs")
+STORE_HELP = "folder that holds all runs; default: $HOLDFAST_STORE, or runs"
+MEGABYTE = 1e6
+
+EXAMPLES = """examples:
+  holdfast bundles                                what there is, with metrics and aliases
+  holdfast pull digits --to digits-model          the champion, verified byte by byte
+  holdfast pull digits@3 --to third --only onnx   version 3, without what else PyTorch reads
+  holdfast verify digits-model                    does it compute the right numbers here?
+  holdfast predict digits-model samples.csv       class by class, as CSV
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 good, 1 refused, 2 wrong input."""
+    options = build_parser().parse_args(arguments)
+    try:
+        run(options)
+    except HoldfastError as error:
+        print(f"holdfast: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do what parsed options say. Raises BundleError and InputError."""
+    try:
+        RUNNERS[options.command](options)
+    except consumer.RefusedBundleError as error:
+        raise BundleError(str(error)) from error
+    except consumer.WrongInputError as error:
+        raise InputError(str(error)) from error
+    except ModuleNotFoundError as error:
+        raise InputError(f"this needs {error.name}: pip install onnxruntime numpy") from error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all four commands."""
+    parser = argparse.ArgumentParser(
+        prog="holdfast",
+        description="Take, prove and try the models that others trained.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_pull(commands)
+    verifying = commands.add_parser("verify", help="prove a bundle on this machine")
+    verifying.add_argument("folder", type=Path, help="the bundle")
+    predicting = commands.add_parser("predict", help="predict a CSV, NPY or JSON file")
+    predicting.add_argument("folder", type=Path, help="the bundle")
+    predicting.add_argument("input", type=Path, help="samples: .csv, .npy or .json")
+    predicting.add_argument("--to", type=Path, metavar="FILE", help="write there, not to stdout")
+    listing = commands.add_parser("bundles", help="list bundles with versions and metrics")
+    listing.add_argument("name", nargs="?", help="this one alone, with the history of its aliases")
+    listing.add_argument("--store", type=Path, default=DEFAULT_STORE, help=STORE_HELP)
+    listing.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def _add_pull(commands: Any) -> None:
+    pulling = commands.add_parser("pull", help="copy a bundle out of a store, verified")
+    pulling.add_argument(
+        "reference", metavar="NAME[@VERSION|@ALIAS]", help="default alias champion"
+    )
+    pulling.add_argument("--to", type=Path, required=True, metavar="DIR", help="missing or empty")
+    pulling.add_argument(
+        "--store", default=DEFAULT_STORE, help=f"{STORE_HELP}; or the http address of one"
+    )
+    pulling.add_argument(
+        "--only", action="append", default=[], metavar="FORMAT", help="leave other formats out"
+    )
+
+
+def _run_pull(options: argparse.Namespace) -> None:
+    version, source = _locate(str(options.store), BundleReference.parse(options.reference))
+    try:
+        manifest = pull(
+            source,
+            options.to,
+            tuple(options.only),
+            lambda name, size: print(f"  {size:>12,}  {name}", file=sys.stderr),
+        )
+    except KeyboardInterrupt:
+        print("the same command goes on where this one stood", file=sys.stderr)
+        raise
+    print(f"{manifest['name']}@{version} is in {options.to}; every digest is right")
+
+
+def _locate(store: str, reference: BundleReference) -> tuple[int, BundleSource]:
+    """The version that a reference means, and where it is pulled from: a folder or a URL."""
+    if not is_url(store):
+        registry = Registry(Path(store))
+        version = registry.resolve(reference)
+        return version, FolderSource(registry.bundle(reference.name, version))
+    try:
+        from holdfast.training.bundles.http_store import HttpStore
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"pulling from {store} needs the package {error.name}: pip install {error.name}; a "
+            "store that is mounted as a folder needs nothing"
+        ) from error
+    remote = HttpStore(store)
+    version = remote.resolve(reference)
+    return version, remote.source(reference.name, version)
+
+
+def is_url(store: str) -> bool:
+    """Whether a store is behind HTTP, and not a folder."""
+    return store.startswith(("http://", "https://"))
+
+
+def _bundle_folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; expected a bundle, as holdfast pull makes")
+    return folder
+
+
+def _run_verify(options: argparse.Namespace) -> None:
+    print(consumer.proof(_bundle_folder(options.folder)))
+
+
+def _run_predict(options: argparse.Namespace) -> None:
+    if not options.input.is_file():
+        raise InputError(f"there is no file {options.input}; expected a CSV, NPY or JSON file")
+    consumer.predict(_bundle_folder(options.folder), options.input, options.to)
+
+
+def _run_bundles(options: argparse.Namespace) -> None:
+    registry = Registry(options.store)
+    names = [options.name] if options.name else registry.names()
+    described = [entry for name in names for entry in _describe(registry, name)]
+    if options.name and not described:
+        registry.resolve(BundleReference.parse(options.name))
+    if options.json:
+        print(json.dumps(described, indent=2, sort_keys=True))
+        return
+    if not described:
+        print(f"no bundles in {registry.folder}", file=sys.stderr)
+    for entry in described:
+        if "error" in entry:
+            print(f"{entry['name']}@{entry['version']:<4} unreadable: {entry['error']}")
+            continue
+        metrics = " ".join(f"{name}={value:.4g}" for name, value in entry["metrics"].items())
+        aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
+        size = f"{entry['size_bytes'] / MEGABYTE:.1f} MB"
+        line = f"{entry['name']}@{entry['version']:<4} {size:>9}  {metrics}  {aliases}"
+        print(line.rstrip())
+    if options.name:
+        _print_history(registry, options.name)
+
+
+def _describe(registry: Registry, name: str) -> list[dict[str, Any]]:
+    aliases = registry.aliases(name)
+    described = []
+    for version in registry.versions(name):
+        try:
+            manifest = consumer.read_manifest(registry.bundle(name, version))
+        except consumer.RefusedBundleError as error:
+            described.append({"error": str(error), "name": name, "version": version})
+            continue
+        metrics = manifest["champion"]["test_metrics"]
+        described.append(
+            {
+                "aliases": sorted(alias for alias, at in aliases.items() if at == version),
+                "formats": sorted(manifest["formats"]),
+                "metrics": {key: value for key, value in metrics.items() if value is not None},
+                "name": name,
+                "run_id": manifest["run"]["run_id"],
+                "size_bytes": sum(entry["size_bytes"] for entry in manifest["files"].values()),
+                "version": version,
+            }
+        )
+    return described
+
+
+def _print_history(registry: Registry, name: str) -> None:
+    for alias in registry.aliases(name):
+        for move in registry.history(name, alias):
+            print(f"  @{alias} -> {move.version}  {move.moved_at}  {move.reason}")
+
+
+RUNNERS = {
+    "bundles": _run_bundles,
+    "predict": _run_predict,
+    "pull": _run_pull,
+    "verify": _run_verify,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""Bundles by name and version, and aliases that move and remember where they were.
+
+Imports the standard library alone: whoever pulls a bundle needs no torch.
+
+    <store>/registry/<name>/versions/000003/          a bundle
+    <store>/registry/<name>/aliases/<alias>/000007.json   the alias's seventh position
+
+An alias stands where its highest number says. A move links the next number into place, which
+succeeds for exactly one of several movers; nothing is ever overwritten, so the history is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from holdfast.training.bundles import consumer
+from holdfast.training.bundles.sources import FolderSource
+from holdfast.training.errors import BundleError, DataFormatError, InputError
+from holdfast.training.runs.durable_json import create_json_durably, read_json, sync_folder
+from holdfast.training.runs.paths import checked_store
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+REGISTRY = "registry"
+VERSION_DIGITS = 6
+MAX_ATTEMPTS = 100
+ABANDONED_S = 24 * 3600.0  # no publication takes that long
+DEFAULT_ALIAS = "champion"
+
+
+@dataclass(frozen=True)
+class BundleReference:
+    """``NAME``, ``NAME@3`` or ``NAME@alias``; without ``@`` the alias ``champion`` is meant."""
+
+    name: str
+    version: int | None = None
+    alias: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> BundleReference:
+        """Raises InputError for a name or alias that could be a path."""
+        name, _, which = text.partition("@")
+        which = which or DEFAULT_ALIAS
+        _checked_name(name), _checked_name(which)
+        if which.isdecimal():
+            return cls(name, version=int(which))
+        return cls(name, alias=which)
+
+
+def checked_alias(text: str) -> str:
+    """Raises InputError for an alias that could be a path, or would be taken for a version."""
+    if text.isdecimal():
+        raise InputError(f"alias {text!r} would be taken for a version; choose a word")
+    return _checked_name(text)
+
+
+@dataclass(frozen=True)
+class AliasMove:
+    """One position of an alias."""
+
+    number: int
+    version: int
+    moved_at: str
+    reason: str
+
+
+class Registry:
+    """All bundles of a store.
+
+    Attributes:
+        folder: ``<store>/registry``; it is created by the first publication.
+
+    Raises InputError for a store that is a file.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self.folder = checked_store(store) / REGISTRY
+
+    def names(self) -> list[str]:
+        """Names that have at least one version."""
+        return sorted(path.parent.name for path in self.folder.glob("*/versions"))
+
+    def versions(self, name: str) -> list[int]:
+        """Published versions, ascending."""
+        folder = self.folder / _checked_name(name) / "versions"
+        if not folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+
+    def bundle(self, name: str, version: int) -> Path:
+        """The folder of a version, whether it is there or not."""
+        return self.folder / _checked_name(name) / "versions" / numbered(version)
+
+    def publish(self, source: Path) -> tuple[str, int]:
+        """Copy a verified bundle in under its name; the name and its new version.
+
+        The same bundle again gives its old version, also where only what was measured while it was
+        made differs: times and latencies. After return the copy is durable and was
+        verified; before that there is none. Raises BundleError if ``source`` does not verify.
+        """
+        manifest = _verified(source)
+        FolderSource(source).refuse_additions(manifest)  # a partial pull verifies, too
+        name = _checked_name(manifest["name"])
+        for version in self.versions(name):
+            known = _verified_manifest(self.bundle(name, version))
+            if _lasting(known) == _lasting(manifest):
+                return name, version
+        versions = self.folder / name / "versions"
+        versions.mkdir(parents=True, exist_ok=True)
+        _clear_abandoned(versions)
+        staging = versions / f".{secrets.token_hex(6)}.partial"
+        try:
+            shutil.copytree(source, staging)
+            _verified(staging)
+            _sync_tree(staging)
+            return name, self._move_into_place(name, staging)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def position(self, name: str, alias: str) -> AliasMove | None:
+        """Where an alias stands; None where it was never set."""
+        history = self.history(name, alias)
+        return history[-1] if history else None
+
+    def history(self, name: str, alias: str) -> list[AliasMove]:
+        """All positions of an alias, oldest first."""
+        folder = self._alias_folder(name, alias)
+        if not folder.is_dir():
+            return []
+        moves = []
+        for path in sorted(folder.glob("*.json")):
+            content: Any = read_json(path)
+            try:
+                moves.append(AliasMove(number=int(path.stem), **content))
+            except (TypeError, ValueError) as error:
+                raise DataFormatError(
+                    f"{path} is no position of an alias ({error}); move it away: the one before it "
+                    "holds then"
+                ) from error
+        return moves
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Alias -> version."""
+        folder = self.folder / _checked_name(name) / "aliases"
+        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        positions = {alias: self.position(name, alias) for alias in found}
+        return {alias: move.version for alias, move in positions.items() if move}
+
+    def move_alias(
+        self, name: str, alias: str, version: int, *, reason: str, after: AliasMove | None
+    ) -> bool:
+        """Let an alias stand for a version; False where it is no longer at ``after``.
+
+        ``after`` is the position that the decision was made from, so that of two movers that
+        decided from the same one the second has to decide again. Raises InputError for a version
+        that does not exist.
+        """
+        if version not in self.versions(name):
+            raise InputError(f"{name} has no version {version}; it has {self.versions(name)}")
+        folder = self._alias_folder(name, alias)
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1 if after is None else after.number + 1
+        return create_json_durably(
+            folder / f"{numbered(number)}.json",
+            {
+                "moved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "reason": reason,
+                "version": version,
+            },
+        )
+
+    def point_alias(self, name: str, alias: str, version: int, reason: str) -> None:
+        """Let an alias stand for a version, wherever it stands now; no move where it does already.
+
+        Raises InputError where there is no such version, BundleError where it is altered.
+        """
+        if version in self.versions(name):
+            _verified(self.bundle(name, version))
+        while True:  # again where it moved between the look and the move
+            position = self.position(name, alias)
+            is_there = position is not None and position.version == version
+            if is_there or self.move_alias(name, alias, version, reason=reason, after=position):
+                return
+
+    def resolve(self, reference: BundleReference) -> int:
+        """The version that a reference means. Raises InputError that lists what there is."""
+        versions = self.versions(reference.name)
+        if not versions:
+            known = ", ".join(self.names()) or "none"
+            raise InputError(
+                f"{self.folder} has no bundle {reference.name!r}; it has: {known}"
+            )  # fmt: skip
+        if reference.alias is not None:
+            aliases = self.aliases(reference.name)
+            if reference.alias not in aliases:
+                raise InputError(
+                    f"{reference.name} has no alias {reference.alias!r}; it has aliases {aliases} "
+                    f"and versions {versions}"
+                )
+            return aliases[reference.alias]
+        assert reference.version is not None
+        if reference.version not in versions:
+            raise InputError(
+                f"{reference.name} has no version {reference.version}; it has {versions}"
+            )
+        return reference.version
+
+    def _move_into_place(self, name: str, staging: Path) -> int:
+        for _ in range(MAX_ATTEMPTS):
+            version = max(self.versions(name), default=0) + 1
+            target = self.bundle(name, version)
+            try:
+                # A folder is never renamed onto one with content: another publisher was first.
+                os.rename(staging, target)  # noqa: PTH104 - its error is the point
+            except OSError:
+                if not target.exists():
+                    raise
+                continue
+            sync_folder(target.parent)
+            return version
+        raise BundleError(f"{MAX_ATTEMPTS} others published {name} at the same time; try again")
+
+    def _alias_folder(self, name: str, alias: str) -> Path:
+        return self.folder / _checked_name(name) / "aliases" / _checked_name(alias)
+
+
+def _checked_name(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} is no name of a bundle or alias; expected letters, digits, '.', '_', '-', "
+            "at most 128 of them, beginning with a letter or digit"
+        )
+    return name
+
+
+def numbered(number: int) -> str:
+    """The name of a version's folder, or of the file of an alias's position."""
+    return f"{number:0{VERSION_DIGITS}d}"
+
+
+def _lasting(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What is the same whenever and however fast the same champion is exported."""
+    passing = ("measured", "manifest_digest")
+    return {name: value for name, value in manifest.items() if name not in passing}
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    try:
+        return consumer.verify_files(folder)
+    except consumer.RefusedBundleError as error:
+        raise BundleError(str(error)) from error
+
+
+def _verified_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return consumer.read_manifest(folder)
+    except consumer.RefusedBundleError as error:
+        raise BundleError(f"{folder}: {error}") from error
+
+
+def _clear_abandoned(versions: Path) -> None:
+    """Delete what publishers left that were killed long ago."""
+    for path in versions.glob(".*.partial"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,304 @@
+"""The stage ``export``: champion → artifacts → parity → latency → bundle."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from holdfast.training.bundles import consumer
+from holdfast.training.bundles.bundle import BundleFacts, complete_bundle, publish, verified
+from holdfast.training.errors import BundleError, ExportError, ParityError
+from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.export.artifacts import chosen_formats, open_champion, write_artifacts
+from holdfast.training.export.formats import formats
+from holdfast.training.export.parts import part_artifacts, write_parts
+from holdfast.training.export.specification import Interface, export_spec
+from holdfast.training.parity.assembly import check_names
+from holdfast.training.parity.checking import Action, CheckRequest, check_in_fresh_process
+from holdfast.training.runs.directory import RunDirectory, utc_now
+from holdfast.training.runs.durable_json import read_json
+from holdfast.training.runs.lease import Lease
+from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
+
+MAX_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class ChosenChampion:
+    """What ``evaluation.json`` says about the champion: its metrics on validation and test data."""
+
+    name: str
+    path: Path
+    digest: str
+    metrics: Mapping[str, Any]
+    test_metrics: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Export:
+    """One export, between taking the run over and publishing."""
+
+    stage: Stage
+    lease: Lease
+    champion: ChosenChampion
+    formats: tuple[str, ...]
+
+    @property
+    def staging(self) -> Path:
+        """Where the bundle grows; only the holder of the lease has it."""
+        return self.lease.staging / "bundle"
+
+    @property
+    def scratch(self) -> Path:
+        """What only the checks need."""
+        return self.lease.staging / "export-scratch"
+
+    def run(self) -> dict[str, Any] | None:
+        """The manifest of the published bundle; None where a notice came first."""
+        start_s = time.monotonic()
+        interfaces = self._write()
+        if interfaces is None:
+            return None
+        reports = self._check("parity")
+        if reports is None:
+            return None
+        refuse_findings(reports)
+        latency = self._check("latency")
+        if latency is None:
+            return None
+        measured = {
+            "created_at": utc_now(),
+            "export_s": round(time.monotonic() - start_s, 2),
+            "full_checkpoint_bytes": full_checkpoint_bytes(self.stage.run.checkpoints),
+            "latency": latency,
+        }
+        facts = self._facts(*interfaces, reports, measured)
+        manifest = complete_bundle(self.staging, facts, self.scratch)
+        self.lease.check()
+        publish(self.staging, self.stage.run.bundle)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        return manifest
+
+    def _write(self) -> tuple[Interface, Mapping[str, Interface]] | None:
+        for folder in (self.staging, self.scratch):
+            shutil.rmtree(folder, ignore_errors=True)
+        source, place = open_champion(
+            self.stage.experiment,
+            self.champion.path,
+            self.stage.config.export,
+            self.staging,
+            self.scratch,
+        )
+        if not write_artifacts(source, place, self.formats, self._before_each):
+            return None
+        parts = write_parts(
+            self.stage.experiment,
+            self.champion.path,
+            self.stage.config.export,
+            (self.staging, self.scratch),
+            self.formats,
+            self._before_each,
+        )
+        return None if parts is None else (source.interface, parts)
+
+    def _before_each(self, name: str) -> bool:
+        self.lease.check()
+        num_done = self.formats.index(name) if name in self.formats else len(self.formats)
+        self._say(num_done, f"write {name}")
+        return not self.stage.should_stop()
+
+    def _check(self, action: Action) -> dict[str, Any] | None:
+        self._say(len(self.formats) + ("parity", "latency").index(action), f"check {action}")
+        experiment = self.stage.experiment
+        if action == "parity":
+            parts = check_names(experiment, self.formats)
+        else:
+            parts = tuple(part_artifacts(experiment, self.formats))
+        request = CheckRequest(
+            experiment=self.stage.arguments.experiment,
+            config=self.stage.config.model_dump(mode="json"),
+            champion=str(self.scratch / "champion.safetensors"),
+            bundle=str(self.staging),
+            scratch=str(self.scratch),
+            formats=self.formats,
+            parts=parts,
+        )
+        outcome = check_in_fresh_process(request, action, self.stage.should_stop)
+        return None if outcome.is_stopped else outcome.reports
+
+    def _say(self, num_done: int, message: str) -> None:
+        total = len(self.formats) + 2
+        self.stage.progress.emit(
+            "progress", stage="export", done=num_done, total=total, message=message
+        )
+
+    def _facts(
+        self,
+        interface: Interface,
+        parts: Mapping[str, Interface],
+        reports: Mapping[str, Any],
+        measured: Mapping[str, Any],
+    ) -> BundleFacts:
+        stage, spec, table = self.stage, export_spec(self.stage.experiment), formats()
+        paths = {name: table[name].path for name in self.formats}
+        paths |= part_artifacts(stage.experiment, self.formats)
+        rows = [
+            _parity_row(name, path, reports[name], (self.staging / path).stat().st_size)
+            for name, path in paths.items()
+        ]
+        test = self.champion.test_metrics
+        if test is None:
+            test = {name: two["champion"] for name, two in reports["weights"]["metrics"].items()}
+        return BundleFacts(
+            name=experiment_name(stage.arguments.experiment),
+            run_id=stage.record.run_id,
+            config=stage.config.model_dump(mode="json"),
+            config_digest=stage.record.config_digest,
+            data_fingerprint=stage.record.data_fingerprint or "",
+            versions={**stage.record.versions, **exporter_versions()},
+            licence=stage.config.export.licence,
+            description=spec.description,
+            task=spec.task,
+            interface=interface,
+            parts=parts,
+            max_batch_size=stage.config.export.max_batch_size,
+            champion={
+                "metrics": dict(self.champion.metrics),
+                "name": self.champion.name,
+                "sha256": self.champion.digest,
+                "test_metrics": dict(test),
+            },
+            formats=self.formats,
+            parity={"artifacts": rows, "comparison": reports["champion"], "details": reports},
+            measured=measured,
+        )
+
+
+def run_export(stage: Stage) -> StageOutcome:
+    """Export the run's champion, prove the exports, publish ``bundle/``.
+
+    A bundle of the same champion and formats that verifies is left as it is.
+
+    Raises:
+        ExportError: there is no champion, or it cannot be exported.
+        ParityError: an artifact is not the champion; nothing is published.
+        BundleError: what was written does not verify.
+    """
+    champion = read_champion(stage.run)
+    names = chosen_formats(stage.config.export)
+    if is_done(stage.run.bundle, champion, names):
+        return StageOutcome("completed", 0)
+    with stage.writing() as lease:
+        manifest = Export(stage, lease, champion, names).run()
+    if manifest is None:
+        return _preempted(stage)
+    _tell(stage, manifest)
+    return StageOutcome("completed", 0)
+
+
+def exporter_versions() -> dict[str, str]:
+    """Versions of the libraries that an export depends on."""
+    return {name: metadata.version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
+
+
+def read_champion(run: RunDirectory) -> ChosenChampion:
+    """The champion of ``evaluation.json``, its file checked against the digest given there.
+
+    Raises ExportError where nothing was chosen yet, or the file is not the one that was chosen.
+    """
+    try:
+        evaluation: Any = read_json(run.evaluation_json)
+    except FileNotFoundError:
+        raise ExportError(
+            f"run {run.path.name} has no evaluation.json; choose a champion first: "
+            "python -m holdfast.training evaluate"
+        ) from None
+    chosen = evaluation["champion"]
+    path = run.path / chosen["path"]
+    if not path.is_file():
+        raise ExportError(f"the champion {chosen['path']} is missing in {run.path}")
+    digest = str(chosen["digest"])
+    found = consumer.file_digest(path)
+    if digest.removeprefix("sha256:") != found:
+        raise ExportError(
+            f"the champion {chosen['path']} was altered after it was chosen: sha256 {found[:12]}…, "
+            f"evaluation.json says {digest}; run the evaluation again"
+        )
+    test = evaluation.get("test", {}).get("metrics")
+    return ChosenChampion(chosen["name"], path, found, chosen.get("metrics", {}), test)
+
+
+def is_done(bundle: Path, champion: ChosenChampion, names: tuple[str, ...]) -> bool:
+    """Whether the bundle is there, of this champion and these formats, and verifies."""
+    if not bundle.is_dir():
+        return False
+    try:
+        manifest = verified(bundle)
+    except BundleError:
+        return False
+    same = manifest["champion"]["sha256"] == champion.digest
+    return bool(same and set(names) <= set(manifest["formats"]))
+
+
+def refuse_findings(reports: Mapping[str, Any]) -> None:
+    """Raises ParityError that names each artifact, check, input and figure."""
+    findings = [
+        f"{name}: {finding['check']}: {finding['where']}: {finding['message']}"
+        for name, report in reports.items()
+        for finding in report["findings"]
+    ]
+    if findings:
+        more = f"; and {len(findings) - MAX_SHOWN} more" if len(findings) > MAX_SHOWN else ""
+        raise ParityError(
+            f"the exports are not the champion, nothing was published: "
+            f"{'; '.join(findings[:MAX_SHOWN])}{more}"
+        )
+
+
+def full_checkpoint_bytes(checkpoints: Path) -> int | None:
+    """Size of the newest checkpoint with an optimizer in it; None where there is none."""
+    full = sorted(checkpoints.glob("step-*/optimizer.safetensors"))
+    if not full:
+        return None
+    return sum(path.stat().st_size for path in full[-1].parent.iterdir() if path.is_file())
+
+
+def _parity_row(name: str, path: str, report: Mapping[str, Any], size_bytes: int) -> dict[str, Any]:
+    """The figures of an artifact that are shown."""
+    entries = [entry for outputs in report["numbers"].values() for entry in outputs.values()]
+    worst = max(entries, key=lambda entry: entry["error"] / (entry["bound"] or 1), default=None)
+    return {
+        "agreement": min(report["agreement"].values(), default=None),
+        "bound": worst and worst["bound"],
+        "format": name,
+        "is_passed": report["is_good"],
+        "max_error": worst and worst["error"],
+        "name": path,
+        "num_compared_tensors": report["num_tensors"],
+        "num_probes": len(report["numbers"]),
+        "size_bytes": size_bytes,
+    }
+
+
+def _preempted(stage: Stage) -> StageOutcome:
+    notice = stage.monitor.notice
+    values: dict[str, Any] = {"source": notice.source, "reason": notice.reason} if notice else {}
+    return StageOutcome("preempted", EXIT_PREEMPTED, notice=values or None)
+
+
+def _tell(stage: Stage, manifest: Mapping[str, Any]) -> None:
+    full = manifest["measured"]["full_checkpoint_bytes"]
+    weights = manifest["formats"]["weights"]["size_bytes"]
+    stage.progress.emit(
+        "exported",
+        formats=sorted(manifest["formats"]),
+        weights_bytes=weights,
+        full_checkpoint_bytes=full,
+        saved=round(1 - weights / full, 4) if full else None,
+        duration_s=manifest["measured"]["export_s"],
+    )

@@ -1,0 +1,1 @@
+"""Which weights win: candidates, and the choice among them."""

@@ -1,0 +1,87 @@
+"""State as tensors and JSON, and back.
+
+A component's ``state_dict`` may nest dicts, lists, tuples, numbers, text, bytes and tensors. JSON
+has no tuples, no bytes, no integer keys and no infinity, so these are written as a dict with one
+key that begins with ``$``. Tensors go to a table of their own, under the path that leads to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.training.configuration.schema import Json
+from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError
+
+Tensors = dict[str, Tensor]
+
+
+def encode(value: Any, path: str, tensors: Tensors) -> Json:
+    """The JSON of a value. Tensors that it holds are added to ``tensors`` under their paths.
+
+    Raises:
+        UnsupportedStateError: something is neither JSON nor a tensor; the message names its path.
+    """
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, float)) and type(value) in (int, float):
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach()
+        return {"$tensor": path}
+    if isinstance(value, bytes):
+        tensors[path] = torch.tensor(list(value), dtype=torch.uint8)
+        return {"$bytes": path}
+    if isinstance(value, (list, tuple, Mapping)):
+        return _encode_nest(value, path, tensors)
+    raise UnsupportedStateError(
+        f"{path} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds "
+        f"tensors and JSON only: return numbers, text, lists, dicts or tensors from state_dict()"
+    )
+
+
+def decode(value: Json, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that ``encode`` was given."""
+    if isinstance(value, list):
+        return [decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1 and next(iter(value)).startswith("$"):
+        return _decode_tagged(*next(iter(value.items())), tensors)
+    return {key: decode(item, tensors) for key, item in value.items()}
+
+
+def _encode_nest(
+    value: list[Any] | tuple[Any, ...] | Mapping[Any, Any], path: str, tensors: Tensors
+) -> Json:
+    if isinstance(value, list):
+        return [encode(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
+    if isinstance(value, tuple):
+        return {"$tuple": encode(list(value), path, tensors)}
+    is_plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
+    if is_plain:
+        return {key: encode(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    pairs: list[Json] = [
+        [encode(key, f"{path}/key", tensors), encode(item, f"{path}/{key}", tensors)]
+        for key, item in value.items()
+    ]
+    return {"$pairs": pairs}
+
+
+def _decode_tagged(tag: str, content: Json, tensors: Mapping[str, Tensor]) -> Any:
+    if tag == "$float":
+        return float(str(content))
+    if tag == "$tuple":
+        return tuple(decode(content, tensors))
+    if tag == "$pairs" and isinstance(content, list):
+        return {key: item for key, item in decode(content, tensors)}
+    if tag in ("$tensor", "$bytes"):
+        tensor = tensors.get(str(content))
+        if tensor is None:
+            raise CheckpointCorruptError(f"state.json refers to a tensor {content!r} that is gone")
+        return tensor.clone() if tag == "$tensor" else bytes(tensor.tolist())
+    raise CheckpointCorruptError(f"state.json has an unknown tag {tag!r}")

@@ -1,0 +1,1 @@
+"""What can be set: the keys, how they are read, and what is said of wrong ones."""

@@ -1,0 +1,184 @@
+"""From files and overrides to a RunConfig, and from a RunConfig to its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from holdfast.training.configuration.errors import (
+    Table,
+    explanation,
+    nearest,
+    parse_value,
+    require_tables,
+)
+from holdfast.training.configuration.schema import RunConfig, Section, SelectionConfig
+from holdfast.training.errors import ConfigError
+
+__all__ = [
+    "config_digest",
+    "config_from_record",
+    "digested_values",
+    "experiment_settings",
+    "is_digested",
+    "nearest",
+    "read_toml",
+    "resolve_config",
+    "validated",
+]
+
+S = TypeVar("S", bound=BaseModel)
+NAMED_SECTIONS = ("optimizer", "scheduler")  # a new name there makes the old args meaningless
+
+
+def resolve_config(
+    *,
+    settings_class: type[Section],
+    defaults: Mapping[str, Any] | None = None,
+    file: Path | None = None,
+    overrides: Iterable[str] = (),
+) -> RunConfig:
+    """The configuration of a run, complete and validated.
+
+    Args:
+        settings_class: what validates the ``[experiment]`` table.
+        defaults: what the experiment prefers to the general defaults.
+        file: a TOML file.
+        overrides: ``section.key=value``; the value is read as TOML, and as text where it is none.
+
+    Raises:
+        ConfigError: a key is unknown, a value is not allowed, or the file cannot be read.
+    """
+    table: Table = {}
+    sources = [dict(defaults or {})]
+    if file is not None:
+        sources.append(read_toml(file))
+    asked: Table = {}
+    for number, source in enumerate(itertools.chain(sources, map(_parse_override, overrides))):
+        require_tables(RunConfig, source)
+        require_tables(settings_class, source.get("experiment", {}), "experiment.")
+        _merge(table, source)
+        if number > 0:
+            _merge(asked, source)
+    _require_mode(sources[0].get("selection", {}), asked.get("selection", {}))
+    config = validated(RunConfig, table, prefix="")
+    settings = validated(settings_class, config.experiment, prefix="experiment.")
+    return config.model_copy(update={"experiment": settings.model_dump(mode="json")})
+
+
+def experiment_settings(settings_class: type[S], config: RunConfig) -> S:
+    """The ``[experiment]`` table as an instance of the experiment's own class."""
+    return validated(settings_class, config.experiment, prefix="experiment.")
+
+
+def config_from_record(resolved: Mapping[str, Any]) -> RunConfig:
+    """The configuration that ``run.json`` holds."""
+    return validated(RunConfig, dict(resolved), prefix="")
+
+
+def config_digest(config: RunConfig) -> str:
+    """``sha256:<hex>`` over everything that changes the result of a run."""
+    text = json.dumps(digested_values(config), sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def digested_values(section: BaseModel) -> Table:
+    """The fields of a section, and of the sections below it, that the digest covers."""
+    values: Table = {}
+    dumped = section.model_dump(mode="json")
+    for name, info in type(section).model_fields.items():
+        if not is_digested(info):
+            continue
+        value = getattr(section, name)
+        values[name] = digested_values(value) if isinstance(value, BaseModel) else dumped[name]
+    return {name: value for name, value in values.items() if value != {} or name == "experiment"}
+
+
+def validated(model: type[S], table: Mapping[str, Any], *, prefix: str) -> S:
+    """A table as an instance of a model; ``prefix`` comes before its keys in errors.
+
+    Read as JSON, which has lists and texts in place of tuples and paths: strict, and yet whole.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is not allowed.
+    """
+    try:
+        text = json.dumps(table, default=str, ensure_ascii=False).encode()
+        return model.model_validate_json(text)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the configuration holds {error.object!r}: not UTF-8 text") from None
+    except ValidationError as error:
+        raise ConfigError(explanation(error, model, table, prefix)) from None
+
+
+def is_digested(info: FieldInfo) -> bool:
+    """Whether a field changes the result."""
+    extra = info.json_schema_extra
+    return not (isinstance(extra, dict) and extra.get("digest") is False)
+
+
+def read_toml(file: Path) -> Table:
+    """The tables of a TOML file. Raises ConfigError where it is missing or malformed."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file {file} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {file} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"configuration file {file} is not valid TOML: {error}") from error
+
+
+def _require_mode(preferred: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Who chooses by another metric says which direction is good; the default's may be wrong.
+
+    Raises ConfigError where it is not said.
+    """
+    usual = preferred.get("metric", SelectionConfig().metric)
+    if asked.get("metric", usual) != usual and "mode" not in asked:
+        raise ConfigError(
+            f"selection.metric = {asked['metric']!r}: is more of it better, or less? Say so with "
+            "selection.mode=max or selection.mode=min"
+        )
+    if asked.get("metric", usual) == "loss" and asked.get("mode") == "max":
+        raise ConfigError(
+            "selection.mode = 'max' would choose the largest loss: training makes it small; write "
+            "selection.mode=min, or name the metric that is meant in selection.metric"
+        )
+
+
+def _parse_override(override: str) -> Table:
+    key, separator, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    value: Any = parse_value(text.strip())
+    for part in reversed(parts):
+        value = {part: value}
+    return dict(value)
+
+
+def _merge(target: Table, source: Mapping[str, Any]) -> None:
+    """Put source over target, table by table."""
+    for key, value in source.items():
+        current = target.get(key)
+        if not (isinstance(value, Mapping) and isinstance(current, dict)):
+            target[key] = _copied(value)
+            continue
+        if key in NAMED_SECTIONS and value.get("name", current.get("name")) != current.get("name"):
+            current.pop("args", None)
+        _merge(current, value)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return value

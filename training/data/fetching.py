@@ -1,0 +1,198 @@
+"""One microbatch of a data set: fetched in the training process, or in a loader process."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from holdfast.training.data.permutation import Int64Array
+from holdfast.training.errors import HoldfastError, InputError, LoaderError
+from holdfast.training.exactness.seeding import IsolatedGenerators, derive_seed, seed_fetch
+from holdfast.training.experiment.error_places import described
+from holdfast.training.experiment.protocol import Dataset, collate
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a microbatch stands in the run, and which samples it holds."""
+
+    epoch: int
+    step_in_epoch: int
+    number: int
+    num_in_step: int
+    num_samples_in_step: int
+    first_in_step: int
+    indices: Int64Array
+
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch}, step {self.step_in_epoch} of the epoch, "
+            f"microbatch {self.number + 1} of {self.num_in_step}"
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error on its way from a loader process."""
+
+    is_input_error: bool
+    message: str
+    traceback: str
+
+    def error(self) -> HoldfastError:
+        """The error again, with the traceback of the loader process as a note."""
+        error = InputError(self.message) if self.is_input_error else LoaderError(self.message)
+        error.add_note(f"In the loader process:\n{self.traceback}")
+        return error
+
+
+class Fetcher:
+    """Fetches microbatches; what their items draw depends on (seed, epoch, position) alone."""
+
+    def __init__(self, dataset: Dataset, seed: int) -> None:
+        self._dataset = dataset
+        self._seed = seed
+        self._fetch: Callable[[list[int]], Any] | None = getattr(dataset, "fetch", None)
+        self._generators: IsolatedGenerators | None = None
+
+    def fetch_isolated(self, place: Place) -> Any:
+        """The batch, with the generators of this process untouched. Raises LoaderError."""
+        if self._generators is None:
+            self._generators = IsolatedGenerators()
+        return self._generators.run(self._fetch_seed(place), self._batch, place)
+
+    def __getitem__(self, place: Place) -> Any:
+        """The batch, or why there is none, in a process that does nothing else."""
+        seed_fetch(self._fetch_seed(place))
+        try:
+            return self._batch(place)
+        except HoldfastError as error:
+            return Failure(isinstance(error, InputError), str(error), traceback.format_exc())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (_sources(self._dataset), self._dataset, self._seed)
+
+    def _fetch_seed(self, place: Place) -> int:
+        return derive_seed(
+            self._seed, "fetch", place.epoch, place.step_in_epoch, place.first_in_step
+        )
+
+    def _batch(self, place: Place) -> Any:
+        indices = place.indices.tolist()
+        if self._fetch is not None:
+            return self._guarded(self._fetch, indices, place, "the samples")
+        dataset = self._dataset
+        items = []
+        index = -1
+        try:
+            for index in indices:
+                items.append(dataset[index])
+        except HoldfastError:
+            raise
+        except Exception as error:
+            raise LoaderError(_failure(f"sample {index}", place, error)) from error
+        return self._guarded(lambda items: collate(dataset, items), items, place, "the samples")
+
+    @staticmethod
+    def _guarded(
+        function: Callable[[list[Any]], Any], argument: list[Any], place: Place, what: str
+    ) -> Any:
+        try:
+            return function(argument)
+        except HoldfastError:
+            raise
+        except Exception as error:
+            named = f"{what} {place.indices[:8].tolist()}{' ...' if len(argument) > 8 else ''}"
+            raise LoaderError(_failure(named, place, error)) from error
+
+
+def _failure(what: str, place: Place, error: Exception) -> str:
+    message = f"{what} could not be loaded ({place}): {described(error)}"
+    if isinstance(error, IndexError):
+        message += "; the data set must return every index from 0 to its length"
+    return message
+
+
+def pinned(batch: Any) -> Any:
+    """The batch with every tensor in page-locked memory, for copies that don't block."""
+    if isinstance(batch, Tensor):
+        return batch.pin_memory()
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(pinned(part) for part in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(pinned(part) for part in batch)
+    if isinstance(batch, dict):
+        return {name: pinned(part) for name, part in batch.items()}
+    return batch
+
+
+@dataclass(frozen=True)
+class ModuleSource:
+    """A module that may be known by its file alone. Unpickling it makes the module importable."""
+
+    name: str
+    file: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ensure_module, (self.name, self.file)
+
+
+def _sources(dataset: Dataset) -> tuple[ModuleSource, ...]:
+    """The modules of the data set's class and of its attributes' classes."""
+    objects = [dataset, *getattr(dataset, "__dict__", {}).values()]
+    names = {cls.__module__ for value in objects for cls in type(value).__mro__}
+    modules = [(name, getattr(sys.modules.get(name), "__file__", None)) for name in sorted(names)]
+    return tuple(ModuleSource(name, file) for name, file in modules if file and name != "__main__")
+
+
+def _ensure_module(name: str, file: str) -> ModuleSource:
+    if name not in sys.modules:
+        try:
+            import_module(name)
+        except ModuleNotFoundError:
+            _load_file(name, Path(file))
+    return ModuleSource(name, file)
+
+
+def _load_file(name: str, file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None, file
+    assert spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _rebuild(sources: tuple[ModuleSource, ...], dataset: Dataset, seed: int) -> Fetcher:
+    del sources  # unpickling them was their purpose; it comes first, because they stand first
+    return Fetcher(dataset, seed)
+
+
+def cut(indices: Int64Array, num_parts: int) -> list[tuple[int, Int64Array]]:
+    """Nearly equal consecutive parts, none of them empty, each with its first position."""
+    num_parts = min(num_parts, len(indices))
+    bounds = [len(indices) * part // num_parts for part in range(num_parts + 1)]
+    return [(first, indices[first:end]) for first, end in pairwise(bounds)]
+
+
+def sequential_places(num_samples: int, batch_size: int) -> list[Place]:
+    """The places of an evaluation: all samples in the order of the data set."""
+    order = np.arange(num_samples, dtype=np.int64)
+    return [
+        Place(0, number, 0, 1, len(indices), 0, indices)
+        for number, indices in enumerate(
+            order[first : first + batch_size] for first in range(0, num_samples, batch_size)
+        )
+    ]

@@ -1,0 +1,255 @@
+"""The loader: microbatches from any place of a run on, endlessly, the same from everywhere.
+
+Which samples a step holds comes from a ``BatchPlan``; what their augmentation draws is seeded
+from (seed, epoch, position). So the batches do not depend on how a process got to a place, on
+the number of loader processes, or on how far ahead they work.
+
+With loader processes the data set travels to them, hence must be picklable; a class from a file
+outside of the project is found by its file.
+"""
+
+from __future__ import annotations
+
+import atexit
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from holdfast.training.data.batch_plan import BatchPlan, FixedSizePlan, TokenPlan
+from holdfast.training.data.fetching import Failure, Fetcher, Place, cut, pinned, sequential_places
+from holdfast.training.data.loader_process import WorkerSetup, start_fork_server
+from holdfast.training.data.permutation import Permutation
+from holdfast.training.errors import InputError, LoaderError
+from holdfast.training.exactness.seeding import derive_seed
+from holdfast.training.experiment.protocol import Dataset
+
+__all__ = ["BatchPlan", "FixedSizePlan", "Loader", "Microbatch", "Permutation", "TokenPlan"]
+
+WorkerInit = Callable[[int], None]
+_KILL_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """One forward and backward pass of a step, and its place in the run."""
+
+    epoch: int
+    step_in_epoch: int
+    number: int
+    num_in_step: int
+    num_samples: int
+    num_samples_in_step: int
+    batch: Any
+
+    @property
+    def is_last_in_step(self) -> bool:
+        """Whether the optimizer steps after it."""
+        return self.number == self.num_in_step - 1
+
+    @property
+    def weight(self) -> float:
+        """What its mean loss counts in the step's mean; the weights of a step add up to 1."""
+        return self.num_samples / self.num_samples_in_step
+
+
+class Loader:
+    """Microbatches of a data set in the order of a plan.
+
+    ``num_microbatches`` cuts a step's samples into nearly equal parts, or fewer where there are
+    not enough. ``num_workers``, ``has_persistent_workers`` and ``prefetch_factor`` never change a
+    byte. ``worker_init_fn`` is called in each loader process, with its number, before the first
+    fetch; SIGINT, SIGTERM and SIGUSR1 are ignored there anyway.
+    """
+
+    def __init__(  # noqa: PLR0913  # one per configured key
+        self,
+        dataset: Dataset,
+        plan: BatchPlan,
+        *,
+        num_microbatches: int = 1,
+        num_workers: int = 0,
+        has_persistent_workers: bool = True,
+        prefetch_factor: int = 2,
+        seed: int,
+        should_pin: bool = False,
+        worker_init_fn: WorkerInit | None = None,
+    ) -> None:
+        self._fetcher = Fetcher(dataset, seed)
+        self._plan = plan
+        self._num_microbatches = num_microbatches
+        self._num_workers = num_workers
+        self._has_persistent_workers = has_persistent_workers
+        self._prefetch_factor = prefetch_factor
+        self._seed = seed
+        self._should_pin = should_pin
+        self._worker_init_fn = worker_init_fn
+        self._pool: _WorkerPool | None = None
+        if num_workers:
+            start_fork_server()
+
+    def steps(self, epoch: int, step_in_epoch: int) -> Iterator[Microbatch]:
+        """The microbatches from the start of a step on, over all later epochs, without an end.
+
+        ``step_in_epoch`` may be the number of the epoch's steps, which is the next epoch's start.
+        A new call ends the iterator of the one before. Raises LoaderError, which names the sample
+        or the place.
+        """
+        self.close()
+        if step_in_epoch == self._plan.num_steps(epoch):
+            epoch, step_in_epoch = epoch + 1, 0
+        batches = self._worker_batches if self._num_workers else self._own_batches
+        return batches(epoch, step_in_epoch)
+
+    def close(self) -> None:
+        """End all loader processes; a later ``steps`` starts anew. Iterators from before end.
+
+        The fork server, idle and without data, stays until this process ends.
+        """
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _own_batches(self, epoch: int, step_in_epoch: int) -> Iterator[Microbatch]:
+        for place in self._places(epoch, step_in_epoch, is_endless=True):
+            batch = self._fetcher.fetch_isolated(place)
+            yield _microbatch(place, pinned(batch) if self._should_pin else batch)
+
+    def _worker_batches(self, epoch: int, step_in_epoch: int) -> Iterator[Microbatch]:
+        is_endless = self._has_persistent_workers
+        while True:
+            pool = self._pool = self._start_pool(self._places(epoch, step_in_epoch, is_endless))
+            try:
+                for place, batch in pool:
+                    yield _microbatch(place, batch)
+            finally:
+                pool.close()
+            if self._pool is not pool:  # closed, or started again from elsewhere
+                return
+            epoch, step_in_epoch = epoch + 1, 0
+
+    def _start_pool(self, places: Iterator[Place]) -> _WorkerPool:
+        pending: deque[Place] = deque()
+        with warnings.catch_warnings():
+            # The number of processes is configured; the machine that goes on may have fewer cores.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            # The error that follows says it better.
+            warnings.filterwarnings("ignore", message="Got pickle error")
+            loader: DataLoader[Any] = DataLoader(
+                self._fetcher,  # type: ignore[arg-type]  # a map-style data set by its methods
+                batch_size=None,
+                sampler=_recorded(places, pending),
+                num_workers=self._num_workers,
+                prefetch_factor=self._prefetch_factor,
+                collate_fn=_unchanged,
+                worker_init_fn=WorkerSetup.here(self._worker_init_fn),
+                multiprocessing_context="forkserver",
+                generator=torch.Generator().manual_seed(derive_seed(self._seed, "workers")),
+                pin_memory=self._should_pin,
+            )
+            return _WorkerPool(loader, pending)
+
+    def _places(self, epoch: int, step_in_epoch: int, is_endless: bool) -> Iterator[Place]:
+        for current in count(epoch) if is_endless else (epoch,):
+            first_step = step_in_epoch if current == epoch else 0
+            for step in range(first_step, self._plan.num_steps(current)):
+                indices = self._plan.indices(current, step)
+                parts = cut(indices, self._num_microbatches)
+                for number, (first, part) in enumerate(parts):
+                    yield Place(current, step, number, len(parts), len(indices), first, part)
+
+
+class _WorkerPool:
+    """Loader processes at work, and the places whose batches are still to come, in order."""
+
+    def __init__(self, loader: DataLoader[Any], pending: deque[Place]) -> None:
+        self._pending = pending
+        self._iterator: Any = iter(())
+        # multiprocessing's own exit handler, which runs after this one, would wait for processes
+        # that it has sent a SIGTERM, which they ignore.
+        atexit.register(self.close)
+        try:
+            self._iterator = iter(loader)
+        except (AttributeError, TypeError, ValueError) as error:  # what pickling raises
+            self.close()
+            raise InputError(
+                f"the data set cannot be sent to a loader process: {error}; define its class and "
+                "functions at the top of a module, or set data.num_workers=0"
+            ) from error
+
+    def __iter__(self) -> Iterator[tuple[Place, Any]]:
+        while True:
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                if not self._is_a_process_dead():
+                    raise
+                raise LoaderError(
+                    f"a loader process died while {self._pending[0]} was awaited ({error}); often "
+                    "the machine is short of memory: use fewer data.num_workers, a smaller "
+                    "data.prefetch_factor or smaller microbatches"
+                ) from error
+            if isinstance(batch, Failure):
+                raise batch.error()
+            yield self._pending.popleft(), batch
+
+    def _is_a_process_dead(self) -> bool:
+        """Its connection may be seen to break a moment before the process is seen to be dead."""
+        for _ in range(20):
+            if not all(process.is_alive() for process in self._iterator._workers):
+                return True
+            time.sleep(0.05)
+        return False
+
+    def close(self) -> None:
+        """End the processes; those that don't leave by themselves are killed."""
+        atexit.unregister(self.close)
+        iterator, self._iterator = self._iterator, iter(())
+        if not hasattr(iterator, "_workers"):
+            return
+        iterator._shutdown_workers()
+        for process in iterator._workers:
+            if process.is_alive():
+                process.kill()  # it ignores SIGTERM, which DataLoader has tried
+                process.join(_KILL_TIMEOUT_S)
+
+
+def evaluation_batches(dataset: Dataset, batch_size: int, first: int = 0) -> Iterator[Any]:
+    """All samples in the order of the data set, in batches; the last one may be smaller.
+
+    What items draw depends on their position alone; ``first`` batches are left out. Raises
+    LoaderError.
+    """
+    fetcher = Fetcher(dataset, derive_seed(0, "evaluation"))
+    for place in sequential_places(len(dataset), batch_size)[first:]:
+        yield fetcher.fetch_isolated(place)
+
+
+def _microbatch(place: Place, batch: Any) -> Microbatch:
+    return Microbatch(
+        place.epoch,
+        place.step_in_epoch,
+        place.number,
+        place.num_in_step,
+        len(place.indices),
+        place.num_samples_in_step,
+        batch,
+    )
+
+
+def _recorded(places: Iterator[Place], pending: deque[Place]) -> Iterator[Place]:
+    for place in places:
+        pending.append(place)
+        yield place
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

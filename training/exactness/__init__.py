@@ -1,0 +1,1 @@
+"""What has to be set for the same bytes to come out twice."""

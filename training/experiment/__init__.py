@@ -1,0 +1,1 @@
+"""What a user writes: the protocol, and how a class is found."""

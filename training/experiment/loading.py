@@ -1,0 +1,209 @@
+"""Find an experiment by the name that the user gave.
+
+A reference is a row of the table in ``holdfast.training.experiments``, ``package.module:Class``, or
+``path/to/file.py:Class``. Nothing here imports torch until a class is loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from holdfast.training.errors import ExperimentError
+from holdfast.training.experiments import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from holdfast.training.configuration.schema import Section
+    from holdfast.training.experiment.protocol import Context, Experiment
+
+
+def experiment_name(reference: str) -> str:
+    """Name of the experiment's directory in a store. Imports nothing of the experiment.
+
+    The table's own name; ``package.module.Class`` or, for a file, ``file.Class`` for the others.
+
+    Raises:
+        ExperimentError: the reference is neither in the table nor of one of the two forms.
+    """
+    if reference in EXPERIMENTS:
+        return reference
+    source, class_name = _parts(reference)
+    return f"{Path(source).stem if _is_file(source) else source}.{class_name}"
+
+
+def load_experiment(reference: str) -> type[Experiment]:
+    """The experiment's class, checked to have the five methods of ``Experiment``.
+
+    Raises:
+        ExperimentError: it cannot be found or imported, or is no experiment.
+    """
+    source, class_name = _parts(EXPERIMENTS.get(reference, reference))
+    module = _load_file(Path(source)) if _is_file(source) else _load_module(source)
+    found = getattr(module, class_name, None)
+    if found is None:
+        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
+        raise ExperimentError(
+            f"experiment {reference}: {source} has no class {class_name}"
+            f"{_did_you_mean(class_name, classes)}"
+        )
+    _check(reference, found)
+    experiment_class: type[Experiment] = found
+    return experiment_class
+
+
+def settings_class(experiment_class: type[Experiment]) -> type[Section]:
+    """The class that validates the ``[experiment]`` table: ``Settings``, or one without keys."""
+    from holdfast.training.experiment.protocol import NoSettings
+
+    settings: type[Section] = getattr(experiment_class, "Settings", NoSettings)
+    return settings
+
+
+def default_values(experiment_class: type[Experiment]) -> dict[str, Any]:
+    """Configuration values that the experiment prefers to the general defaults; a copy."""
+    values: dict[str, Any] = getattr(experiment_class, "defaults", {})
+    return {section: _copied(value) for section, value in values.items()}
+
+
+def build_experiment(experiment_class: type[Experiment], context: Context) -> Experiment:
+    """An experiment made from its context, the one argument of its constructor."""
+    build: Any = experiment_class
+    experiment: Experiment = build(context)
+    return experiment
+
+
+def source_file(experiment_class: type[Experiment]) -> Path | None:
+    """The file that the experiment's class is written in; None where there is none."""
+    try:
+        found = inspect.getsourcefile(experiment_class)
+    except (TypeError, OSError):
+        return None
+    return None if found is None else Path(found)
+
+
+def source_digest(experiment_class: type[Experiment]) -> str | None:
+    """``sha256:...`` of the experiment's code, so that other code is noticed.
+
+    That is the file of its class, and the files in the same folder that it imports, directly or
+    through each other: there the network and the data often are. None where one can't be read.
+    """
+    path = source_file(experiment_class)
+    if path is None:
+        return None
+    package = experiment_class.__module__.rpartition(".")[0]
+    contents: dict[Path, bytes] = {}
+    waiting = {path.resolve()}
+    try:
+        while waiting:
+            file = waiting.pop()
+            contents[file] = file.read_bytes()
+            waiting |= _imported_beside(file, contents[file], package) - contents.keys()
+    except (OSError, SyntaxError, ValueError):
+        return None
+    digests = [hashlib.sha256(content).hexdigest() for _, content in sorted(contents.items())]
+    if len(digests) > 1:
+        digests = [hashlib.sha256("".join(digests).encode()).hexdigest()]
+    return f"sha256:{digests[0]}"
+
+
+def _imported_beside(path: Path, content: bytes, package: str) -> set[Path]:
+    """Files in the same folder that a file of this package imports; whether now or later."""
+    names = set()
+    for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            start = package if node.level == 1 else ""
+            base = ".".join(filter(None, (start, node.module)))
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    prefix = f"{package}." if package else ""
+    stems = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    beside = {path.with_name(f"{stem}.py") for stem in stems if stem.isidentifier()}
+    return {file for file in beside if file.is_file()}
+
+
+def _copied(value: Any) -> Any:
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _is_file(source: str) -> bool:
+    return source.endswith(".py")
+
+
+def _parts(reference: str) -> tuple[str, str]:
+    source, _, class_name = reference.rpartition(":")
+    if source and class_name.isidentifier() and (_is_file(source) or _is_module(source)):
+        return source, class_name
+    raise ExperimentError(
+        f"there is no experiment {reference!r}{_did_you_mean(reference, EXPERIMENTS)}; "
+        f"known are {', '.join(sorted(EXPERIMENTS))}; "
+        "your own are named package.module:Class or path/to/file.py:Class"
+    )
+
+
+def _is_module(source: str) -> bool:
+    return all(part.isidentifier() for part in source.split("."))
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _load_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (ImportError, SyntaxError) as error:
+        raise ExperimentError(f"experiment module {name} cannot be imported: {error}") from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module of a file, imported once a process. It may import its neighbours.
+
+    The file's folder goes to the end of the search path: a neighbour that is called like an
+    installed module does not hide it.
+    """
+    path = path.resolve()
+    if not path.is_file():
+        raise ExperimentError(f"experiment file {path} does not exist; check the path")
+    name = f"holdfast_experiment_{path.stem}"
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__file__ == str(path):
+        return loaded
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        del sys.modules[name]
+        raise ExperimentError(f"experiment file {path} cannot be imported: {error}") from error
+    return module
+
+
+def _check(reference: str, found: object) -> None:
+    from holdfast.training.experiment.protocol import REQUIRED_METHODS
+
+    if not inspect.isclass(found):
+        raise ExperimentError(
+            f"experiment {reference}: expected a class, found {type(found).__name__}"
+        )
+    missing = [name for name in REQUIRED_METHODS if not callable(getattr(found, name, None))]
+    if missing:
+        raise ExperimentError(
+            f"experiment {reference}: an experiment has the methods {', '.join(REQUIRED_METHODS)}; "
+            f"{found.__name__} lacks {', '.join(missing)}"
+        )

@@ -1,0 +1,134 @@
+"""What a user writes: the Experiment protocol.
+
+An experiment is a class with five methods. It is built from a ``Context`` and owns the model,
+the data, the loss and the metrics; the optimizer, the scheduler and everything else are
+configuration.
+
+A *batch* is a pair ``(inputs, targets)``. ``inputs`` is a tensor or a tuple of tensors: the
+positional arguments of ``model.forward``. ``targets`` is any nest of tensors. The first dimension
+of every tensor counts samples. An item of a data set is the same pair for one sample; items are
+collated by ``torch.utils.data.default_collate``, or by the data set's own ``collate(items)``.
+
+Random augmentation belongs into the data set's ``__getitem__`` or ``fetch``. It may draw from
+``random``, from NumPy's global generator and from torch: the loader seeds all three from (seed,
+epoch, position). A data set must not keep state between two calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from holdfast.training.configuration.schema import Section, Split
+
+Batch = tuple[Any, Any]
+Records = dict[str, npt.NDArray[Any]]
+REQUIRED_METHODS = ("dataset", "model", "loss", "score", "metrics")
+
+
+class Dataset(Sized, Protocol):
+    """Items by index. Optional attributes that are used where they exist:
+
+    - ``collate(items: list) -> batch``: how items become a batch;
+    - ``fetch(indices: list[int]) -> batch``: a whole batch at once, in the place of item by item
+      and ``collate``; several times faster where data lies in memory as arrays;
+    - ``fetch(indices: NDArray[int64]) -> batch``: several items at once, where that is faster;
+    - ``lengths: Sequence[int]``: tokens of each item, for batches by token count;
+    - ``fingerprint: str``: a digest of what the data set was made from.
+    """
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class NoSettings(Section):
+    """Settings of an experiment that has none."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an experiment is built from.
+
+    Attributes:
+        settings: the validated ``[experiment]`` table, an instance of the class's ``Settings``.
+        data_folder: ``data.folder`` of the configuration.
+        seed: derived from the run's root seed, for random splits and synthetic data.
+    """
+
+    settings: Any = field(default_factory=NoSettings)
+    data_folder: Path | None = None
+    seed: int = 0
+
+
+@runtime_checkable
+class Experiment(Protocol):
+    """Model, data, loss and metrics of one task.
+
+    Three optional class attributes: ``Settings``, a ``holdfast.Section`` that validates the
+    ``[experiment]`` table; ``defaults``, a nested mapping of configuration values that this
+    experiment prefers to the general defaults; and ``resampling_unit``, the name of a record, such
+    as an engine's number, whose equal values mark samples that are not independent of each other:
+    intervals are then found by drawing engines, not samples.
+    """
+
+    def dataset(self, split: Split) -> Dataset:
+        """The data of a split. ``test`` is asked for once, after the champion is chosen."""
+        ...
+
+    def model(self) -> nn.Module:
+        """A freshly initialised model; torch's generators are seeded before the call.
+
+        What the model needs to be used on raw inputs (scalers, vocabularies) are its buffers, so
+        that every checkpoint and every export carries them.
+        """
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Scalar training loss of a microbatch, a mean over its samples."""
+        ...
+
+    def score(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """One row per sample for each named record, e.g. ``loss`` [B] and ``prediction`` [B, C].
+
+        The model is in evaluation mode and gradients are off. Rows of ragged results are padded
+        to one length that doesn't depend on the batch.
+        """
+        ...
+
+    def metrics(self, records: Records) -> dict[str, float]:
+        """Metrics of a split from the records of all its samples, in the order of the data set."""
+        ...
+
+
+def model_inputs(batch: Batch) -> tuple[Tensor, ...]:
+    """The positional arguments of ``model.forward`` in a batch."""
+    inputs = batch[0]
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def example_inputs(experiment: Experiment, num_samples: int) -> tuple[Tensor, ...]:
+    """Inputs of the first validation samples, for tracing and exporting.
+
+    Where the split has fewer samples, it is repeated from its start.
+    """
+    dataset = experiment.dataset("validation")
+    return model_inputs(collate(dataset, [dataset[i % len(dataset)] for i in range(num_samples)]))
+
+
+def collate(dataset: Dataset, items: list[Any]) -> Batch:
+    """Items as one batch, by the data set's own ``collate`` where it has one."""
+    from torch.utils.data import default_collate
+
+    own = getattr(dataset, "collate", None)
+    batch: Batch = own(items) if own is not None else tuple(default_collate(items))
+    return batch
+
+
+def concatenate(parts: list[dict[str, npt.NDArray[Any]]]) -> Records:
+    """Records of consecutive batches as records of all their samples."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

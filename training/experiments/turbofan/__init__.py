@@ -1,0 +1,1 @@
+"""NASA's turbofan engines: the cycles that are left."""

@@ -1,0 +1,1 @@
+"""Training: a segment from the restored state to its end."""

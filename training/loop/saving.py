@@ -1,0 +1,197 @@
+"""When the trainer saves, and what it does about a save that fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from holdfast.training.checkpointing.manager import CheckpointContents, CheckpointManager, Published
+from holdfast.training.checkpointing.policy import SaveMoment, SaveSchedule, Trigger
+from holdfast.training.configuration.schema import PreemptionConfig
+from holdfast.training.errors import HoldfastError, StorageError
+from holdfast.training.loop.state import TrainState
+from holdfast.training.loop.train_step import LossGuard
+from holdfast.training.preemption.notices import (
+    Notice,
+    PreemptionMonitor,
+    grace_warning,
+    stop_decision,
+)
+from holdfast.training.runs.costs import Costs
+from holdfast.training.runs.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Saves a TrainState at the moments that the schedule names.
+
+    A save that failed is told, and training goes on; it is tried again from its snapshot when the
+    next one is due, so that a disk that was full for a while costs nothing, not even a checkpoint
+    that selection may want. A second failure in a row is raised.
+    """
+
+    def __init__(  # noqa: PLR0913  # the parts of a segment that saving needs
+        self,
+        *,
+        manager: CheckpointManager,
+        schedule: SaveSchedule,
+        mtbp_s: float,
+        state: TrainState,
+        guard: LossGuard,
+        monitor: PreemptionMonitor,
+        preemption: PreemptionConfig,
+        progress: Progress,
+        costs: Costs,
+    ) -> None:
+        self._manager = manager
+        self._schedule = schedule
+        self._mtbp_s = mtbp_s
+        self._state = state
+        self._guard = guard
+        self._monitor = monitor
+        self._preemption = preemption
+        self._progress = progress
+        self._costs = costs
+        self._has_failed = False
+        self._last_save_s = time.monotonic()
+        self._last_save_step = state.counters.step
+        self._has_advance_notice = False
+        self._is_grace_checked = False
+
+    def after_step(self) -> None:
+        """Save if it is due. Raises StorageError where two saves in a row failed."""
+        self._collect()
+        if (advance := self._monitor.take_advance()) is not None:
+            self._has_advance_notice = True
+            logger.info(
+                "%s: %s; the next save is brought forward, and training goes on",
+                advance.source,
+                advance.reason,
+            )
+        if trigger := self._due(is_epoch_end=False):
+            self._save(trigger, {})
+
+    def after_epoch(self, metrics: Mapping[str, float], *, is_last: bool) -> None:
+        """Save what selection may choose; the last epoch always."""
+        self._collect()
+        if is_last or self._due(is_epoch_end=True) == "epoch":
+            self._save("epoch", metrics)
+
+    def finish(self) -> None:
+        """Wait until the last save is durable."""
+        with self._costs.measured("saving"):
+            self._wait()
+
+    @contextmanager
+    def settled_on_error(self) -> Iterator[None]:
+        """Where the block fails, let the save in flight end first: it is of a good step."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self._manager.wait()
+            except HoldfastError as error:
+                logger.warning("the last save failed, too: %s", error)
+            raise
+
+    def stop(self, notice: Notice) -> None:
+        """Save before the machine goes away, if there is time for it."""
+        step = self._state.counters.step
+        decision = stop_decision(
+            notice, now_s=time.monotonic(), step_s=0.0, save_s=self._manager.durable_s
+        )
+        if decision == "trust_last_checkpoint":
+            save_s = self._manager.durable_s
+            logger.warning(
+                "the notice leaves %.1f s, %s: stopping without a save",
+                notice.remaining_s(time.monotonic()),
+                "too little" if save_s is None else f"a save takes {save_s:.1f} s",
+            )
+            return
+        if step != self._last_save_step:
+            self._save("notice", {})
+        self.finish()
+
+    def _due(self, *, is_epoch_end: bool) -> Trigger | None:
+        counters = self._state.counters
+        moment = SaveMoment(
+            step=counters.step,
+            epoch=counters.epoch,
+            is_epoch_end=is_epoch_end,
+            now_s=time.monotonic(),
+            last_save_s=self._last_save_s,
+            last_save_step=self._last_save_step,
+            is_in_flight=self._manager.is_in_flight,
+            has_advance_notice=self._has_advance_notice,
+        )
+        return self._schedule.due(moment, cost_s=self._manager.snapshot_s, mtbp_s=self._mtbp_s)
+
+    def _save(self, trigger: Trigger, metrics: Mapping[str, float]) -> None:
+        self._guard.check()
+        with self._costs.measured("saving"):
+            self._wait()
+            tensors, state = self._state.capture()
+            counters = self._state.counters
+            self._manager.save(
+                CheckpointContents(
+                    step=counters.step,
+                    epoch=counters.epoch,
+                    trigger=trigger,
+                    metrics=metrics,
+                    tensors=tensors,
+                    state=state,
+                )
+            )
+        self._last_save_s, self._last_save_step = time.monotonic(), counters.step
+        self._has_advance_notice = False
+
+    def _collect(self) -> None:
+        """Learn what became of the save in flight."""
+        try:
+            published = self._manager.poll()
+        except StorageError as error:
+            self._tell_failure(error)
+            return
+        if published is not None:
+            self._tell_success(published)
+
+    def _wait(self) -> None:
+        """Wait for the save in flight; one that failed is tried again."""
+        if self._has_failed:
+            self._manager.retry()
+        try:
+            self._manager.wait()
+        except StorageError as error:
+            self._tell_failure(error)
+            self._wait()
+        else:
+            self._collect()
+
+    def _tell_success(self, published: Published) -> None:
+        self._has_failed = False
+        self._progress.emit("saved", step=published.step, duration_s=published.durable_s)
+        self._check_grace(published.durable_s)
+
+    def _tell_failure(self, error: StorageError) -> None:
+        if self._has_failed:
+            raise error
+        self._has_failed = True
+        logger.warning(
+            "the save of step %d failed and is tried again when the next one is due; older "
+            "checkpoints are good: %s",
+            self._last_save_step,
+            error,
+        )
+
+    def _check_grace(self, save_s: float) -> None:
+        if self._is_grace_checked:
+            return
+        self._is_grace_checked = True
+        warning = grace_warning(
+            grace_period_s=self._preemption.grace_period_s, step_s=0.0, save_s=save_s
+        )
+        if warning is not None:
+            logger.warning(warning)

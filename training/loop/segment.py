@@ -1,0 +1,209 @@
+"""One segment: build the parts, restore, train, and leave a record."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, closing, nullcontext
+
+import torch
+
+from holdfast.training.averages.ema import MovingAverages
+from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
+from holdfast.training.checkpointing.policy import (
+    build_retention,
+    build_schedule,
+    mean_time_between_preemptions_s,
+)
+from holdfast.training.configuration.loading import digested_values
+from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, TokenPlan
+from holdfast.training.errors import ConfigError
+from holdfast.training.exactness.reproducibility import compile_statically
+from holdfast.training.exactness.seeding import seed_generators
+from holdfast.training.exactness.versions import device_name, library_versions
+from holdfast.training.experiment.protocol import Dataset
+from holdfast.training.loop.evaluation import evaluate_first_batch, metrics_of
+from holdfast.training.loop.optimization import Schedule, build_optimizer, named_metric
+from holdfast.training.loop.saving import Saver
+from holdfast.training.loop.segment_record import RecordKeeper
+from holdfast.training.loop.state import TrainState
+from holdfast.training.loop.train_step import TrainStep, gradient_scaler, resolve_device
+from holdfast.training.loop.trainer import Trainer
+from holdfast.training.runs.costs import Costs
+from holdfast.training.runs.directory import read_segments, run_identity
+from holdfast.training.runs.event_log import check_event_log, event_file, told_to_event_file
+from holdfast.training.runs.lease import Lease
+from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
+
+
+def run_segment(stage: Stage) -> StageOutcome:
+    """Train from the newest checkpoint to the end or to a notice.
+
+    A run that is finished is left as it is. Raises what ``Trainer.fit`` raises, after the error
+    was written to the segment's record.
+    """
+    check_event_log(stage.config.logging)
+    costs = Costs()
+    with costs.measured("startup"):
+        trainer = build_trainer(stage, costs)
+        if not stage.run.run_json.exists():
+            check_metrics(stage, trainer)
+            num_steps_per_epoch = trainer.plan.num_steps(0)
+            trainer.state.schedule.require_length(trainer.num_steps(), num_steps_per_epoch)
+    with stage.writing() as lease:
+        keeper = RecordKeeper(stage.run, lease, costs.seconds, stage.config.logging.every_s)
+        with keeper.failure_recorded(), closing(trainer.loader):
+            return _train(stage, trainer, lease, keeper)
+
+
+def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -> StageOutcome:
+    manager = build_manager(stage, trainer, lease, keeper.number)
+    with trainer.costs.measured("restore"):
+        start_step = restore(stage, manager, trainer.state)
+    if trainer.is_finished():
+        return StageOutcome("completed", 0, step=start_step)
+    keeper.begin(start_step)
+    stage.progress.emit("started", step=start_step, segment=keeper.number)
+    saver = build_saver(stage, trainer, manager)
+    with saver.settled_on_error(), _event_log(stage, keeper.number, start_step):
+        ended = trainer.fit(saver, on_step=keeper.advance)
+    keeper.end(ended.outcome, ended.step, ended.notice, manager.save_s())
+    exit_code = EXIT_PREEMPTED if ended.outcome == "preempted" else 0
+    notice = None if ended.notice is None else ended.notice.as_record(time.monotonic())
+    return StageOutcome(ended.outcome, exit_code, step=ended.step, notice=notice)
+
+
+def _event_log(stage: Stage, segment: int, start_step: int) -> AbstractContextManager[None]:
+    if not stage.config.logging.tensorboard:
+        return nullcontext()
+    path = event_file(stage.run.tensorboard, segment)
+    return told_to_event_file(stage.progress, path, start_step)
+
+
+def build_trainer(stage: Stage, costs: Costs) -> Trainer:
+    """All parts of a training that has not begun. Draws the model from the run's seed."""
+    config, experiment = stage.config, stage.experiment
+    device = resolve_device(config.train.device)
+    dataset = experiment.dataset("train")
+    plan = batch_plan(dataset, config, stage.seed("order"))
+    state = build_state(stage, plan.num_steps(0), device)
+    train_step = TrainStep(experiment, config.train, state, device)
+    loader = Loader(
+        dataset,
+        plan,
+        num_microbatches=config.train.num_microbatches,
+        num_workers=config.data.num_workers,
+        has_persistent_workers=config.data.has_persistent_workers,
+        prefetch_factor=config.data.prefetch_factor,
+        seed=stage.seed("order"),
+        should_pin=device.type == "cuda",
+    )
+    return Trainer(
+        experiment=experiment,
+        config=config,
+        state=state,
+        plan=plan,
+        loader=loader,
+        validation=experiment.dataset("validation"),
+        train_step=train_step,
+        monitor=stage.monitor,
+        progress=stage.progress,
+        costs=costs,
+    )
+
+
+def build_state(stage: Stage, num_steps_per_epoch: int, device: torch.device) -> TrainState:
+    """The state before the first step: the model, and generators for training, from the seed."""
+    config = stage.config
+    seed_generators(stage.seed("model"))
+    model = stage.experiment.model().to(device)
+    model.train()
+    if config.train.should_compile:
+        compile_statically(model)
+    optimizer = build_optimizer(config.optimizer, model)
+    state = TrainState(
+        model=model,
+        optimizer=optimizer,
+        schedule=Schedule(optimizer, config.scheduler, config.warmup, num_steps_per_epoch),
+        averages=MovingAverages(model, config.ema),
+        gradient_scaler=gradient_scaler(config.train, device),
+        loss_sum=torch.zeros((), dtype=torch.float64, device=device),
+        experiment=stage.experiment,
+    )
+    seed_generators(stage.seed("training"))
+    return state
+
+
+def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) -> CheckpointManager:
+    """What saves and restores this run, as its only writer."""
+    config = stage.config
+    identity = CheckpointIdentity(
+        config_digest=stage.record.config_digest,
+        versions=library_versions(),
+        device=device_name(trainer.state.loss_sum.device.type),
+        segment=segment,
+        config=digested_values(config),
+        run=run_identity(stage.record),
+    )
+    retention = build_retention(config.checkpoint, config.selection, config.ema)
+    return CheckpointManager(stage.run, lease, identity, retention)
+
+
+def build_saver(stage: Stage, trainer: Trainer, manager: CheckpointManager) -> Saver:
+    """What decides when to save, with what the run's earlier segments teach."""
+    config = stage.config
+    mtbp_s = mean_time_between_preemptions_s(
+        read_segments(stage.run)[:-1], config.checkpoint.mean_time_between_preemptions_s
+    )
+    return Saver(
+        manager=manager,
+        schedule=build_schedule(config.checkpoint),
+        mtbp_s=mtbp_s,
+        state=trainer.state,
+        guard=trainer.train_step.guard,
+        monitor=stage.monitor,
+        preemption=config.preemption,
+        progress=stage.progress,
+        costs=trainer.costs,
+    )
+
+
+def batch_plan(dataset: Dataset, config: RunConfig, seed: int) -> BatchPlan:
+    """Which samples make which step."""
+    data = config.data
+    if data.batch_tokens is None:
+        return FixedSizePlan(len(dataset), data.batch_size, data.should_drop_last, seed)
+    lengths = getattr(dataset, "lengths", None)
+    if lengths is None:
+        raise ConfigError(
+            f"data.batch_tokens = {data.batch_tokens} needs a data set that knows the lengths of "
+            f"its items; {type(dataset).__name__} has no attribute 'lengths': use data.batch_size"
+        )
+    return TokenPlan(lengths, data.batch_tokens, seed)
+
+
+def check_metrics(stage: Stage, trainer: Trainer) -> None:
+    """Make sure that scoring works and gives the configured metrics, before hours are spent."""
+    config = stage.config
+    records = evaluate_first_batch(
+        stage.experiment,
+        trainer.state.model,
+        trainer.validation,
+        batch_size=config.data.evaluation_batch_size,
+    )
+    metrics = metrics_of(stage.experiment, records)
+    named_metric(metrics, config.selection.metric, "selection.metric")
+    if config.scheduler.name == "ReduceLROnPlateau":
+        named_metric(metrics, config.scheduler.metric, "scheduler.metric")
+    for key in ("keep_above", "keep_below"):
+        for name in getattr(config.checkpoint, key):
+            named_metric(metrics, name, f"checkpoint.{key}")
+
+
+def restore(stage: Stage, manager: CheckpointManager, state: TrainState) -> int:
+    """Put back the newest good checkpoint, if there is one. Returns the step."""
+    restored = manager.restore(should_allow_mismatch=stage.arguments.should_allow_mismatch)
+    if restored is not None:
+        state.restore(restored.tensors, restored.state)
+        stage.progress.emit("restored", step=state.counters.step, path=str(restored.path))
+    return state.counters.step

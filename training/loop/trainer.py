@@ -1,0 +1,197 @@
+"""Trainer.fit(): from where the state stands to the end, or to a notice."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.data.loader import BatchPlan, Loader, Microbatch
+from holdfast.training.experiment.protocol import Dataset, Experiment
+from holdfast.training.loop.early_stopping import EarlyStopping
+from holdfast.training.loop.evaluation import evaluate, metrics_of
+from holdfast.training.loop.optimization import named_metric
+from holdfast.training.loop.saving import Saver
+from holdfast.training.loop.state import Counters, EpochRecord, TrainState
+from holdfast.training.loop.train_step import TrainStep
+from holdfast.training.preemption.notices import Notice, PreemptionMonitor
+from holdfast.training.runs.costs import Costs
+from holdfast.training.runs.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SegmentOutcome:
+    """How a segment ended, and after which step."""
+
+    outcome: Literal["completed", "preempted"]
+    step: int
+    notice: Notice | None = None
+
+
+class _Pace:
+    """Steps per second since training began in this process."""
+
+    def __init__(self, first_step: int) -> None:
+        self._first_step = first_step
+        self._start_s = time.monotonic()
+
+    def steps_per_s(self, step: int) -> float:
+        return (step - self._first_step) / max(time.monotonic() - self._start_s, 1e-9)
+
+
+@dataclass
+class Trainer:
+    """One segment's training. All parts are given; ``fit`` puts them to work."""
+
+    experiment: Experiment
+    config: RunConfig
+    state: TrainState
+    plan: BatchPlan
+    loader: Loader
+    validation: Dataset
+    train_step: TrainStep
+    monitor: PreemptionMonitor
+    progress: Progress
+    costs: Costs
+
+    def fit(self, saver: Saver, on_step: Callable[[int], None]) -> SegmentOutcome:
+        """Train until the configured end or a notice. ``on_step`` is told each step that is done.
+
+        After return with ``completed`` the final checkpoint is durable; with ``preempted``, too,
+        unless the notice left too little time, and then the last one counts.
+
+        Raises:
+            NonFiniteLossError: a loss is NaN or infinite; nothing of it was saved.
+            StorageError: two saves in a row failed.
+            LeaseLostError: another segment writes this run now.
+        """
+        pace = _Pace(self.state.counters.step)
+        if self._is_at_epoch_end() and not self._end_epoch(saver):
+            return self._stop(saver)
+        steps = self.steps()
+        while not self.is_finished():
+            if self._is_preempted():
+                return self._stop(saver)
+            self.train_step(next(steps))
+            if self.progress.is_due():
+                self._report(pace)
+            on_step(self.state.counters.step)
+            if not self._is_at_epoch_end():
+                saver.after_step()
+            elif not self._end_epoch(saver):
+                return self._stop(saver)
+        saver.finish()
+        return SegmentOutcome("completed", self.state.counters.step)
+
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        counters, train = self.state.counters, self.config.train
+        if counters.step_in_epoch != 0:
+            return False
+        return (
+            counters.epoch >= train.num_epochs
+            or (train.max_steps is not None and counters.step >= train.max_steps)
+            or self.state.early_stopping.should_stop(self.config.early_stopping)
+        )
+
+    def num_steps(self) -> int:
+        """Steps of the whole run, if nothing stops it early."""
+        train = self.config.train
+        num_steps = train.num_epochs * self.plan.num_steps(0)
+        return num_steps if train.max_steps is None else min(num_steps, train.max_steps)
+
+    def steps(self) -> Iterator[list[Microbatch]]:
+        """The microbatches of each step from where the state stands, without an end."""
+        counters = self.state.counters
+        microbatches = self.loader.steps(counters.epoch, counters.step_in_epoch)
+        for _, group in itertools.groupby(microbatches, key=lambda m: (m.epoch, m.step_in_epoch)):
+            yield list(group)
+
+    def _is_preempted(self) -> bool:
+        return self.monitor.notice is not None
+
+    def _is_at_epoch_end(self) -> bool:
+        """Whether the last step of an epoch is done and its validation is not."""
+        counters = self.state.counters
+        if counters.step_in_epoch == 0:
+            return False
+        is_last_step = counters.step_in_epoch >= self.plan.num_steps(counters.epoch)
+        return is_last_step or counters.step == self.config.train.max_steps
+
+    def _end_epoch(self, saver: Saver) -> bool:
+        """Validate, record, adapt the rate, save. False where a notice cut validation short."""
+        self.train_step.guard.check()
+        with self.costs.measured("evaluating"):
+            records = evaluate(
+                self.experiment,
+                self.state.model,
+                self.validation,
+                batch_size=self.config.data.evaluation_batch_size,
+                should_stop=self._is_preempted,
+            )
+        if records is None:
+            return False
+        metrics = metrics_of(self.experiment, records)
+        self._record_epoch(metrics)
+        saver.after_epoch(metrics, is_last=self.is_finished())
+        return True
+
+    def _record_epoch(self, metrics: dict[str, float]) -> None:
+        state, counters = self.state, self.state.counters
+        record = EpochRecord(
+            epoch=counters.epoch,
+            step=counters.step,
+            train_loss=state.loss_sum.item() / counters.step_in_epoch,
+            learning_rate=state.schedule.rate,
+            metrics=metrics,
+        )
+        state.history.append(record)
+        state.loss_sum.zero_()
+        state.counters = Counters(step=counters.step, epoch=counters.epoch + 1, step_in_epoch=0)
+        state.schedule.after_epoch(metrics)
+        state.early_stopping = self._early_stopping_after(metrics)
+        self.progress.emit(
+            "validation",
+            epoch=record.epoch,
+            step=record.step,
+            train_loss=record.train_loss,
+            learning_rate=record.learning_rate,
+            metrics={**metrics},
+        )
+
+    def _early_stopping_after(self, metrics: dict[str, float]) -> EarlyStopping:
+        selection = self.config.selection
+        value = named_metric(metrics, selection.metric, "selection.metric")
+        if math.isnan(value):
+            logger.warning(
+                "selection.metric = %r is NaN after step %d: that checkpoint cannot win, and its "
+                "epoch counts as one without an improvement; look at the model and at the metric",
+                selection.metric,
+                self.state.counters.step,
+            )
+        return self.state.early_stopping.after(value, self.config.early_stopping, selection.mode)
+
+    def _stop(self, saver: Saver) -> SegmentOutcome:
+        notice = self.monitor.notice
+        assert notice is not None
+        self.progress.emit("notice", source=notice.source, reason=notice.reason)
+        saver.stop(notice)
+        return SegmentOutcome("preempted", self.state.counters.step, notice)
+
+    def _report(self, pace: _Pace) -> None:
+        counters = self.state.counters
+        self.progress.emit(
+            "progress",
+            step=counters.step,
+            num_steps=self.num_steps(),
+            epoch=counters.epoch,
+            loss=self.train_step.last_loss.item(),
+            steps_per_s=pace.steps_per_s(counters.step),
+        )

@@ -1,0 +1,140 @@
+"""Do the exported parts together do what the champion's parts do together?
+
+The checks of a run's parts have names: ``<part>.champion`` (could the comparison fail at all?),
+``<part>.<format>`` (all checks of ``parity.py``), and ``together.<format>``: on the whole test set
+every integer that the parts compute together, such as the tokens of a translation, must be the
+champion's, and every metric the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from holdfast.training.data.loader import evaluation_batches
+from holdfast.training.experiment.protocol import Batch, Experiment, concatenate
+from holdfast.training.export.formats import Place, formats
+from holdfast.training.export.parts import (
+    InParts,
+    eager_runs,
+    graph_of,
+    part_formats,
+    part_names,
+)
+from holdfast.training.parity.champion import Champion, Runner
+from holdfast.training.parity.golden import write_golden
+from holdfast.training.parity.parity import (
+    ArtifactReport,
+    Int8Limits,
+    check_artifact,
+    check_comparison,
+)
+
+TOGETHER = "together"
+PRINTED = 1e-4
+
+
+def check_names(experiment: Experiment, names: Sequence[str]) -> tuple[str, ...]:
+    """The checks of the parts that a bundle in these formats needs."""
+    parts = part_names(experiment)
+    if not parts:
+        return ()
+    single = [f"{part}.{name}" for part in parts for name in ("champion", *part_formats(names))]
+    return (*single, *(f"{TOGETHER}.{name}" for name in part_formats(names)))
+
+
+class PartChecks:
+    """The checks of one champion's parts. What the champion answers is computed once.
+
+    ``folders`` are bundle and scratch of the whole model. ``<part>.champion`` also writes
+    ``num_golden`` golden samples below the part's scratch.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        champion: Path,
+        folders: tuple[Path, Path],
+        batch_size: int,
+        num_golden: int,
+    ) -> None:
+        self._experiment, self._champion_path = experiment, champion
+        self._folders, self._batch_size, self._num_golden = folders, batch_size, num_golden
+        self._champion = cache(self._load)
+        self._wanted = cache(self._answer)
+
+    def check(self, name: str) -> ArtifactReport:
+        """The report of a check that ``check_names`` named."""
+        part, form = name.split(".")
+        if part == TOGETHER:
+            return self._check_together(name, form)
+        champion, place = self._champion(part)
+        if form == "champion":
+            report = check_comparison(champion)
+            write_golden(place.scratch / "golden", champion, self._num_golden)
+        else:
+            report = check_artifact(champion, form, formats()[form], place, Int8Limits())
+        report.format = name
+        return report
+
+    def _load(self, part: str) -> tuple[Champion, Place]:
+        path = self._champion_path
+        alone, (bundle, scratch) = graph_of(self._experiment, part, path, self._folders)
+        champion = Champion.load(alone, path, self._batch_size)
+        return champion, Place(bundle, scratch, alone.model, champion.interface)
+
+    def _answer(self) -> list[Mapping[str, Tensor]]:
+        runs = eager_runs(self._experiment, self._champion_path)
+        return [self._assembled(runs, batch) for batch in self._batches()]
+
+    def _batches(self) -> list[Batch]:
+        return list(evaluation_batches(self._experiment.dataset("test"), self._batch_size))
+
+    def _assembled(self, runs: Mapping[str, Runner], batch: Batch) -> Mapping[str, Tensor]:
+        assert isinstance(self._experiment, InParts)
+        with torch.no_grad():
+            return self._experiment.assemble(runs, batch)
+
+    def _check_together(self, name: str, form: str) -> ArtifactReport:
+        report, wanted = ArtifactReport(name), self._wanted()
+        try:
+            runs = self._load_runs(form)
+            found = [self._assembled(runs, batch) for batch in self._batches()]
+        except Exception as error:  # noqa: BLE001 - runtimes raise anything; each is a finding
+            report.add("runtime", "test set", f"{type(error).__name__}: {str(error)[:300]}")
+            return report
+        for record in wanted[0]:
+            mine, its = (torch.cat([answer[record] for answer in all_]) for all_ in (wanted, found))
+            if not mine.is_floating_point() and not torch.equal(mine, its):
+                num = int((mine != its).flatten(1).any(1).sum())
+                message = f"{num} of {len(mine)} samples differ from the champion's"
+                report.add("together", record, message)
+        self._compare_metrics(report, wanted, found)
+        return report
+
+    def _load_runs(self, form: str) -> dict[str, Runner]:
+        parts = part_names(self._experiment)
+        return {part: formats()[form].load(self._champion(part)[1]).run for part in parts}
+
+    def _compare_metrics(
+        self,
+        report: ArtifactReport,
+        wanted: Sequence[Mapping[str, Tensor]],
+        found: Sequence[Mapping[str, Tensor]],
+    ) -> None:
+        both = [
+            self._experiment.metrics(
+                concatenate([{k: v.numpy() for k, v in answer.items()} for answer in answers])
+            )
+            for answers in (wanted, found)
+        ]
+        for name, champion in both[0].items():
+            artifact = both[1][name]
+            report.metrics[name] = {"artifact": artifact, "champion": champion}
+            if not math.isclose(artifact, champion, rel_tol=PRINTED):
+                report.add("task", name, f"{artifact:.6g} instead of {champion:.6g}")

@@ -1,0 +1,117 @@
+"""The champion as the checks see it: rebuilt from its safetensors file, with its own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.training.data.loader import evaluation_batches
+from holdfast.training.experiment.protocol import Experiment, Records, concatenate, example_inputs
+from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.specification import Inputs, Interface, derive_interface, export_spec
+from holdfast.training.export.weights import load_champion, read_tensors, tied_names
+from holdfast.training.parity.numbers import Reference, double_copy, make_reference
+from holdfast.training.parity.probes import BATCH_SIZES, make_probes
+
+Runner = Callable[[Inputs], list[Tensor]]
+
+
+class RunnerModule(nn.Module):
+    """Anything that maps inputs to flat outputs, in the place of the model.
+
+    So ``experiment.score`` measures an artifact in the way it measures the champion. ``seen`` keeps
+    the flat outputs of every call.
+    """
+
+    def __init__(self, run: Runner, interface: Interface) -> None:
+        super().__init__()
+        self._run = run
+        self._interface = interface
+        self.seen: list[list[Tensor]] = []
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """What the model would return, from the runner's flat outputs."""
+        flat = self._run(inputs)
+        self.seen.append(flat)
+        return self._interface.structure.rebuild(flat)
+
+
+@dataclass(frozen=True)
+class Champion:
+    """Weights, eager model, fp64 copy, and the answers of both to every probe.
+
+    Attributes:
+        tensors: the file's tensors by name.
+        names: for each tensor, the names of the same (tied) tensor.
+        references: answers by the name of the probe.
+        test: answers to each batch of the test set, without their inputs.
+        metrics: metrics of the test set by the eager model.
+    """
+
+    experiment: Experiment
+    interface: Interface
+    eager: GuardedModel
+    tensors: Mapping[str, Tensor]
+    names: Mapping[str, list[str]]
+    references: Mapping[str, Reference]
+    test: tuple[Reference, ...]
+    metrics: Mapping[str, float]
+    batch_size: int
+
+    @classmethod
+    def load(
+        cls,
+        experiment: Experiment,
+        path: Path,
+        batch_size: int,
+        report: Callable[[str], None] = lambda _: None,
+    ) -> Champion:
+        """Rebuild the champion and let it answer. Raises ExportError if the file doesn't fit."""
+        model = load_champion(path, experiment.model())
+        names = tied_names(model)
+        rows = example_inputs(experiment, max(BATCH_SIZES))
+        interface = derive_interface(model, rows, export_spec(experiment))
+        eager = GuardedModel(model).eval()
+        exact = double_copy(eager)
+        report("the champion answers the probes")
+        probes = make_probes(rows, export_spec(experiment).probes)
+        references = {name: make_reference(eager, exact, x) for name, x in probes.items()}
+        report("the champion answers the test set")
+        test: list[Reference] = []
+
+        def answer(inputs: Inputs) -> list[Tensor]:
+            reference = make_reference(eager, exact, inputs)
+            test.append(replace(reference, inputs=()))
+            return reference.eager
+
+        records, _ = score_test_set(experiment, interface, answer, batch_size)
+        return cls(
+            experiment=experiment,
+            interface=interface,
+            eager=eager,
+            tensors=read_tensors(path),
+            names=names,
+            references=references,
+            test=tuple(test),
+            metrics=experiment.metrics(records),
+            batch_size=batch_size,
+        )
+
+
+def score_test_set(
+    experiment: Experiment, interface: Interface, run: Runner, batch_size: int
+) -> tuple[Records, list[list[Tensor]]]:
+    """Records of the whole test set, and the flat outputs of every batch."""
+    module = RunnerModule(run, interface)
+    parts = []
+    with torch.no_grad():
+        for batch in evaluation_batches(experiment.dataset("test"), batch_size):
+            scored = experiment.score(module, batch)
+            parts.append({name: value.numpy() for name, value in scored.items()})
+    return concatenate(parts), module.seen

@@ -1,0 +1,54 @@
+"""How long one call takes: p50 and p99, one thread, eager PyTorch measured in turn with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.training.configuration.schema import Json
+from holdfast.training.export.specification import Inputs
+
+BATCH_SIZES = (1, 64)
+NUM_WARM_UP = 5
+MIN_RUNS = 15
+MAX_S = 4.0  # for one artifact and batch size; large models are not timed for minutes
+Runner = Callable[[Inputs], list[Tensor]]
+
+
+def measure(run: Runner, eager: Runner, rows: Inputs, num_runs: int) -> dict[str, Json]:
+    """``{"batch-1": {"p50_ms", "p99_ms", "eager_p50_ms", "eager_p99_ms"}, "batch-64": …}``.
+
+    The two are called alternately, so that both see the same load of the machine.
+    """
+    measured: dict[str, Json] = {}
+    for size in BATCH_SIZES:
+        chosen = torch.arange(size) % len(rows[0])
+        inputs = tuple(tensor[chosen] for tensor in rows)
+        times_s = _alternate((run, eager), inputs, num_runs)
+        p50, p99 = np.percentile(np.array(times_s) * 1e3, (50, 99), axis=1).round(4)
+        measured[f"batch-{size}"] = {
+            "eager_p50_ms": float(p50[1]),
+            "eager_p99_ms": float(p99[1]),
+            "p50_ms": float(p50[0]),
+            "p99_ms": float(p99[0]),
+        }
+    return measured
+
+
+def _alternate(runners: tuple[Runner, Runner], inputs: Inputs, num_runs: int) -> list[list[float]]:
+    times_s: list[list[float]] = [[], []]
+    begin_s = time.monotonic()
+    with torch.inference_mode():
+        for number in range(num_runs + NUM_WARM_UP):
+            if number > MIN_RUNS and time.monotonic() - begin_s > MAX_S:
+                break
+            for run, kept in zip(runners, times_s, strict=True):
+                start_s = time.perf_counter()
+                run(inputs)
+                if number >= NUM_WARM_UP:
+                    kept.append(time.perf_counter() - start_s)
+    return times_s

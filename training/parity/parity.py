@@ -1,0 +1,300 @@
+"""Does an artifact compute what the champion computes? Every reason why it may not is a finding.
+
+The checks, by the names that findings carry:
+
+- ``lineage``: every floating-point tensor of the champion stands in the artifact, bit by bit;
+- ``signature``: names, types and dynamic batch dimension, as the file itself declares them;
+- ``numbers``: outputs on every probe and on the test set within the bound of ``numbers.py``;
+- ``task``: the metrics of the whole test set; ``agreement``: the classes;
+- ``variation``, ``sensitivity``: the comparison is not empty, because the champion's outputs vary
+  and noise on its weights would be noticed;
+- ``runtime``: the artifact could not be loaded or run. A crash is seen by ``checking.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.training.export.formats import Artifact, Format, Place, PortSignature
+from holdfast.training.export.specification import TensorSpec
+from holdfast.training.parity.champion import Champion, score_test_set
+from holdfast.training.parity.numbers import (
+    Comparison,
+    Reference,
+    compare,
+    different_tensors,
+    perturbed_copy,
+    scaled_error,
+)
+
+NOTICEABLE_NOISE = 1e-4
+PRINTED_DIGITS = 4  # significant ones, as model cards print metrics
+LAST_DIGIT = 1e-6  # a value on the edge of rounding is not a difference
+FEW = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One reason why an artifact is refused."""
+
+    check: str
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.where}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Int8Limits:
+    """What an inexact artifact may cost; see ExportConfig."""
+
+    metric: str = "loss"
+    max_metric_change: float = 0.02
+    min_agreement: float = 0.98
+
+
+@dataclass
+class ArtifactReport:
+    """What was checked on one artifact, and what was found.
+
+    Attributes:
+        numbers: probe -> output -> error and bound.
+        metrics: metric -> the champion's and the artifact's value on the test set.
+        agreement: output -> fraction of test samples in the champion's class.
+    """
+
+    format: str
+    findings: list[Finding] = field(default_factory=list)
+    num_tensors: int = 0
+    numbers: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_good(self) -> bool:
+        """Nothing was found."""
+        return not self.findings
+
+    def add(self, check: str, where: str, message: str) -> None:
+        """Note a finding."""
+        self.findings.append(Finding(check, where, message))
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``parity.json``; the same artifact gives the same values."""
+        metrics = {
+            metric: {who: value if math.isfinite(value) else None for who, value in pair.items()}
+            for metric, pair in self.metrics.items()
+        }
+        return {**asdict(self), "is_good": self.is_good, "metrics": metrics}
+
+
+def check_artifact(
+    champion: Champion, name: str, form: Format, place: Place, limits: Int8Limits
+) -> ArtifactReport:
+    """Load the artifact of a format and run every check that fits it."""
+    report = ArtifactReport(name)
+    try:
+        artifact = form.load(place)
+    except Exception as error:  # noqa: BLE001 - runtimes raise anything; each is a finding
+        report.add("runtime", form.path, f"cannot be loaded: {_one_line(error)}")
+        return report
+    if form.is_exact:
+        _check_lineage(champion, artifact, report, _read_unused(place))
+    _check_signature(champion, artifact, report)
+    for probe, reference in champion.references.items():
+        _check_probe(champion, artifact, report, (probe, reference), form.is_exact)
+    _check_test_set(champion, artifact, report, form.is_exact, limits)
+    return report
+
+
+def check_comparison(champion: Champion) -> ArtifactReport:
+    """Could the checks fail at all? Findings here are about the champion, not an artifact."""
+    report = ArtifactReport("champion")
+    ports = champion.interface.outputs
+    for index, port in enumerate(ports):
+        values = torch.cat([reference.exact[index] for reference in champion.test])
+        if port.dtype.startswith("float") and not _varies(values):
+            report.add("variation", port.name, f"is the same for all {len(values)} test samples")
+    noisy = perturbed_copy(champion.eager, NOTICEABLE_NOISE)
+    noticed = [False] * len(ports)
+    for reference in champion.references.values():
+        with torch.no_grad():
+            answers = compare(list(noisy(*reference.inputs)), reference)
+        noticed = [n or not a.is_good for n, a in zip(noticed, answers, strict=True)]
+    for port, is_noticed in zip(ports, noticed, strict=True):
+        if port.dtype.startswith("float") and not is_noticed:
+            message = f"noise of {NOTICEABLE_NOISE:g} on every weight would not be noticed"
+            report.add("sensitivity", port.name, message)
+    return report
+
+
+def _check_lineage(
+    champion: Champion, artifact: Artifact, report: ArtifactReport, unused: set[str]
+) -> None:
+    needed = {name: t for name, t in champion.tensors.items() if name not in unused}
+    try:
+        wrong = different_tensors(needed, artifact.tensors(), champion.names)
+    except Exception as error:  # noqa: BLE001 - an unreadable file is a finding
+        report.add("lineage", "file", f"its tensors cannot be read: {_one_line(error)}")
+        return
+    report.num_tensors = sum(tensor.is_floating_point() for tensor in needed.values())
+    if wrong:
+        message = f"differ from the champion's: {', '.join(wrong[:FEW])}"
+        report.add("lineage", f"{len(wrong)} of {report.num_tensors} tensors", message)
+    if report.num_tensors == 0:
+        report.add("lineage", "file", "the champion has no floating-point tensor to compare")
+
+
+def _check_signature(champion: Champion, artifact: Artifact, report: ArtifactReport) -> None:
+    declared = artifact.signature()
+    if declared is None:
+        return
+    expected = (champion.interface.inputs, champion.interface.outputs)
+    for kind, wanted, found in zip(("inputs", "outputs"), expected, declared, strict=True):
+        if [port.name for port in wanted] != [port.name for port in found]:
+            names = [port.name for port in found]
+            report.add("signature", kind, f"are {names}, not {[p.name for p in wanted]}")
+        else:
+            for mine, port in zip(found, wanted, strict=True):
+                report.findings.extend(_port_findings(mine, port))
+
+
+def _port_findings(found: PortSignature, wanted: TensorSpec) -> Iterator[Finding]:
+    if found.dtype != wanted.dtype:
+        yield Finding("signature", found.name, f"has type {found.dtype}, not {wanted.dtype}")
+    if not found.shape or found.shape[0] is not None:
+        yield Finding("signature", found.name, f"has a fixed batch: shape {list(found.shape)}")
+    if tuple(found.shape[1:]) != wanted.shape:
+        shapes = f"{list(found.shape[1:])}, not {list(wanted.shape)}"
+        yield Finding("signature", found.name, f"has a sample of shape {shapes}")
+
+
+def _check_probe(
+    champion: Champion,
+    artifact: Artifact,
+    report: ArtifactReport,
+    probe: tuple[str, Reference],
+    is_exact: bool,
+) -> None:
+    name, reference = probe
+    try:
+        found = artifact.run(reference.inputs)
+    except Exception as error:  # noqa: BLE001 - runtimes raise anything; each is a finding
+        report.add("runtime", f"input {name}", _one_line(error))
+        return
+    answers = compare(found, reference)
+    if not is_exact:
+        answers = [answer for answer in answers if math.isinf(answer.error)]
+    _note(champion, report, name, answers, has_all=is_exact)
+
+
+def _note(
+    champion: Champion,
+    report: ArtifactReport,
+    probe: str,
+    answers: list[Comparison],
+    *,
+    has_all: bool = True,
+) -> None:
+    names = [port.name for port in champion.interface.outputs]
+    for name, answer in zip(names, answers, strict=has_all):
+        if math.isfinite(answer.error):
+            entry = {"bound": answer.bound, "error": answer.error}
+            known = report.numbers.setdefault(probe, {}).get(name)
+            if known is None or entry["error"] / entry["bound"] > known["error"] / known["bound"]:
+                report.numbers[probe][name] = entry
+        if not answer.is_good:
+            figures = f"error {answer.error:.3g}, bound {answer.bound:.3g}"
+            report.add("numbers", f"input {probe}, output {name}", f"{answer.reason} ({figures})")
+
+
+def _check_test_set(
+    champion: Champion,
+    artifact: Artifact,
+    report: ArtifactReport,
+    is_exact: bool,
+    limits: Int8Limits,
+) -> None:
+    experiment = champion.experiment
+    try:
+        records, seen = score_test_set(
+            experiment, champion.interface, artifact.run, champion.batch_size
+        )
+    except Exception as error:  # noqa: BLE001 - runtimes raise anything; each is a finding
+        report.add("runtime", "test set", _one_line(error))
+        return
+    metrics = experiment.metrics(records)
+    for name, value in champion.metrics.items():
+        report.metrics[name] = {"artifact": metrics[name], "champion": value}
+    _measure_agreement(champion, report, seen)
+    if not is_exact:
+        _gate_inexact(report, limits)
+        return
+    for found, reference in zip(seen, champion.test, strict=True):
+        _note(champion, report, "test set", compare(found, reference))
+    for name, pair in report.metrics.items():
+        if not _prints_the_same(pair["artifact"], pair["champion"]):
+            message = f"{pair['artifact']:.6g} instead of {pair['champion']:.6g}"
+            report.add("task", name, message)
+
+
+def _measure_agreement(
+    champion: Champion, report: ArtifactReport, seen: list[list[Tensor]]
+) -> None:
+    """Top-1 agreement of outputs that look like classes: two or more numbers for each sample."""
+    for index, port in enumerate(champion.interface.outputs):
+        if port.dtype.startswith("float") and len(port.shape) == 1 and port.shape[0] > 1:
+            pairs = zip(seen, champion.test, strict=True)
+            same = torch.cat(
+                [found[index].argmax(1) == ref.eager[index].argmax(1) for found, ref in pairs]
+            )
+            report.agreement[port.name] = float(same.double().mean())
+
+
+def _gate_inexact(report: ArtifactReport, limits: Int8Limits) -> None:
+    pair = report.metrics[limits.metric]
+    change = abs(pair["artifact"] - pair["champion"]) / max(abs(pair["champion"]), 1e-12)
+    if not change <= limits.max_metric_change:
+        report.add(
+            "task",
+            limits.metric,
+            f"changes from {pair['champion']:.6g} to {pair['artifact']:.6g}, by {change:.2%}; "
+            f"at most {limits.max_metric_change:.2%} is allowed",
+        )
+    for name, share in report.agreement.items():
+        if share < limits.min_agreement:
+            message = f"{share:.2%} of the test samples; at least {limits.min_agreement:.2%}"
+            report.add("agreement", name, message)
+
+
+def _varies(values: Tensor) -> bool:
+    finite = values[torch.isfinite(values).reshape(len(values), -1).all(1)]
+    return len(finite) > 1 and scaled_error(finite, finite[:1].expand_as(finite)) > LAST_DIGIT
+
+
+def _prints_the_same(found: float, wanted: float) -> bool:
+    if math.isnan(wanted):
+        return math.isnan(found)
+    near = math.isclose(found, wanted, rel_tol=LAST_DIGIT, abs_tol=LAST_DIGIT)
+    return near or f"{found:.{PRINTED_DIGITS}g}" == f"{wanted:.{PRINTED_DIGITS}g}"
+
+
+def _read_unused(place: Place) -> set[str]:
+    path = place.scratch / "unused.txt"
+    return set(path.read_text().split()) if path.is_file() else set()
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def all_findings(reports: Iterable[ArtifactReport]) -> list[str]:
+    """Every finding as ``format: check: where: message``."""
+    return [f"{report.format}: {finding}" for report in reports for finding in report.findings]

@@ -1,0 +1,1 @@
+"""That this machine goes away: notices, where they come from, and signals."""

@@ -1,0 +1,87 @@
+"""The stage ``report``: ``report.html``, from what the run's directory holds at any moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from holdfast.training.champion.candidates import preempted
+from holdfast.training.exactness.seeding import seed_generators
+from holdfast.training.experiment.protocol import Dataset, Records
+from holdfast.training.export.weights import load_champion
+from holdfast.training.loop.evaluation import evaluate
+from holdfast.training.loop.train_step import resolve_device
+from holdfast.training.reporting.facts import RunFacts, read_facts
+from holdfast.training.reporting.figures import Figure, experiment_figures
+from holdfast.training.reporting.page import page
+from holdfast.training.runs.durable_json import read_json, storage_error, sync_folder
+from holdfast.training.runs.lease import Lease
+from holdfast.training.stage import Stage, StageOutcome
+
+
+class _NoticeCameError(Exception):
+    """A notice came while the champion was predicting."""
+
+
+def run_report(stage: Stage) -> StageOutcome:
+    """Write ``report.html``; a page with the same content is left alone.
+
+    Of a run that has not come to its end the page tells what there is, and what is missing.
+
+    Raises:
+        DataFormatError: a file of the run is not what Holdfast wrote.
+        ExportError: the champion's weights do not fit the experiment's model.
+    """
+    try:
+        facts = report_facts(stage)
+    except _NoticeCameError:
+        return preempted(stage)
+    content = page(facts).encode()
+    path = stage.run.report_html
+    if not path.is_file() or path.read_bytes() != content:
+        with stage.writing() as lease:
+            _publish(lease, path, content)
+    stage.progress.emit("report", path=str(path))
+    return StageOutcome("completed", 0)
+
+
+def report_facts(stage: Stage) -> RunFacts:
+    """Everything that the page tells, the champion's predictions included."""
+    facts = read_facts(stage.run, stage.record, stage.config)
+    return replace(facts, figures=_figures(stage)) if facts.champion is not None else facts
+
+
+def _figures(stage: Stage) -> Sequence[Figure]:
+    evaluation: Any = read_json(stage.run.evaluation_json)
+    path = stage.run.path / evaluation["champion"]["path"]
+    seed_generators(stage.seed("model"))
+    model = load_champion(path, stage.experiment.model())
+    model.to(resolve_device(stage.config.train.device))
+
+    def measure(dataset: Dataset) -> Records:
+        records = evaluate(
+            stage.experiment,
+            model,
+            dataset,
+            batch_size=stage.config.data.evaluation_batch_size,
+            should_stop=stage.should_stop,
+        )
+        if records is None:
+            raise _NoticeCameError
+        return records
+
+    return experiment_figures(stage.experiment, measure)
+
+
+def _publish(lease: Lease, path: Path, content: bytes) -> None:
+    try:
+        staged = lease.staging / path.name
+        staged.write_bytes(content)
+        lease.check()
+        staged.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        lease.check()
+        raise storage_error("write", path, error, len(content)) from error

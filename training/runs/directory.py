@@ -1,0 +1,275 @@
+"""The run directory: the single source of truth about a run.
+
+``run.json`` is written once. Each segment owns one record in ``segments/`` and rewrites it while
+it lives. A segment that was killed leaves a record that says ``running``; ``ledger_outcome`` tells
+what that means. All of it is readable without torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from holdfast.training.configuration.loading import config_from_record, digested_values
+from holdfast.training.errors import ConfigError, DataFormatError, RunConflictError, StorageError
+from holdfast.training.runs.durable_json import create_json_durably, read_json, write_json_durably
+from holdfast.training.runs.paths import RunDirectory, parse_step, validate_run_id
+
+__all__ = [
+    "FORMAT_VERSION",
+    "LedgerOutcome",
+    "RunDirectory",
+    "RunRecord",
+    "SegmentError",
+    "SegmentRecord",
+    "ledger_outcome",
+    "next_segment_number",
+    "parse_step",
+    "read_json",
+    "read_run_record",
+    "read_segments",
+    "run_identity",
+    "segment_duration_s",
+    "utc_now",
+    "validate_run_id",
+    "write_json_durably",
+    "write_run_record_once",
+    "write_segment",
+]
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MAX_DIFFERENCES_SHOWN = 10
+Outcome = Literal["running", "completed", "preempted", "failed"]
+LedgerOutcome = Literal["running", "completed", "preempted", "failed", "killed"]
+ABSENT = "(absent)"
+
+
+class Record(BaseModel):
+    """A value that is read from and written to the run directory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+class RunRecord(Record):
+    """What a run is; the content of ``run.json``."""
+
+    format_version: int = FORMAT_VERSION
+    run_id: str
+    experiment: str
+    config: dict[str, Any]
+    """The resolved configuration."""
+    config_digest: str
+    seeds: dict[str, int] = Field(default_factory=dict)
+    data_fingerprint: str | None = None
+    experiment_digest: str | None = None
+    """Of the experiment's code, as ``source_digest`` has it; None where there is no file."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    num_threads: int | None = None
+    created_at: str
+    """ISO 8601, UTC."""
+
+
+class SegmentError(Record):
+    """Why a segment failed."""
+
+    type: str
+    message: str
+    traceback: str = ""
+    exit_code: int = 1
+
+
+class SegmentRecord(Record):
+    """One process life of a run; the content of ``segments/<number>.json``."""
+
+    format_version: int = FORMAT_VERSION
+    number: int = Field(ge=1)
+    started_at: str
+    """ISO 8601, UTC."""
+    ended_at: str | None = None
+    outcome: Outcome = "running"
+    start_step: int = Field(0, ge=0)
+    end_step: int = Field(0, ge=0)
+    notice: dict[str, Any] | None = None
+    """Source, reason and seconds left, where a notice ended the segment."""
+    error: SegmentError | None = None
+    costs_s: dict[str, float] = Field(default_factory=dict)
+    """Seconds by what they went to: startup, restore, useful, recomputed, saving, evaluating."""
+    save_s: dict[str, float] = Field(default_factory=dict)
+    """Summary of the measured cost of a save."""
+    host: str
+    pid: int
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+def utc_now() -> str:
+    """The time as records write it, e.g. ``2026-01-31T12:00:00.123456Z``."""
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def write_run_record_once(run: RunDirectory, record: RunRecord) -> RunRecord:
+    """Write ``run.json``, or return the one that is there if it describes the same run.
+
+    Of several processes at once, one writes and all others get what it wrote.
+
+    Raises:
+        RunConflictError: the run id belongs to a run with another configuration or other data;
+            the message names each differing key with both values.
+        StorageError: it can neither be written nor read.
+    """
+    _make_folder(run)
+    if create_json_durably(run.run_json, record.model_dump(mode="json")):
+        return record
+    existing = read_run_record(run)
+    differing = list(_conflicts(existing, record))
+    if not differing:
+        return existing
+    raise RunConflictError(_conflict_message(run, differing))
+
+
+def read_run_record(run: RunDirectory) -> RunRecord:
+    """The content of ``run.json``.
+
+    Raises FileNotFoundError, StorageError, or DataFormatError that names the wrong field.
+    """
+    return _read_record(run, run.run_json.name, RunRecord)
+
+
+def run_identity(record: RunRecord) -> str:
+    """What tells a run from all others, also after its folder was renamed or copied."""
+    return f"{record.experiment}/{record.run_id} of {record.created_at}"
+
+
+def next_segment_number(run: RunDirectory) -> int:
+    """One more than the highest number of a segment record; 1 for a new run."""
+    return max(_segment_numbers(run), default=0) + 1
+
+
+def write_segment(run: RunDirectory, record: SegmentRecord) -> None:
+    """Write or rewrite the record of one's own segment. Durable after return.
+
+    Raises StorageError; then the previous version of the record is still there.
+    """
+    _make_folder(run, "segments")
+    write_json_durably(run.segment(record.number), record.model_dump(mode="json"))
+
+
+def read_segments(run: RunDirectory) -> list[SegmentRecord]:
+    """The records of all segments, by number. Empty for a new run.
+
+    One that is damaged is left out with a warning: it says how a segment went, and nothing that a
+    run needs. Raises StorageError.
+    """
+    records = []
+    for number in _segment_numbers(run):
+        try:
+            records.append(_read_record(run, f"segments/{run.segment(number).name}", SegmentRecord))
+        except DataFormatError as error:
+            logger.warning("left out of the run's history: %s", error)
+    return records
+
+
+def ledger_outcome(record: SegmentRecord, *, is_alive: bool) -> LedgerOutcome:
+    """What became of a segment.
+
+    Args:
+        record: its record.
+        is_alive: whether it may still be running: it is the newest one, and the run's lease is
+            held. Every earlier one has ended, since a run has one writer.
+    """
+    return "killed" if record.outcome == "running" and not is_alive else record.outcome
+
+
+def segment_duration_s(record: SegmentRecord) -> float:
+    """How long a segment lived. One that was killed counts as far as its record tells."""
+    if record.ended_at is None:
+        return sum(record.costs_s.values())
+    ended = datetime.fromisoformat(record.ended_at)
+    return max(0.0, (ended - datetime.fromisoformat(record.started_at)).total_seconds())
+
+
+def _make_folder(run: RunDirectory, name: str = "") -> None:
+    folder = run.path / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot make the folder {folder}: {error.strerror}") from error
+
+
+def _segment_numbers(run: RunDirectory) -> list[int]:
+    try:
+        stems = [path.stem for path in run.segments.iterdir() if path.suffix == ".json"]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise StorageError(f"cannot list {run.segments}: {error.strerror}") from error
+    return sorted(int(stem) for stem in stems if stem.isdecimal())
+
+
+def _read_record(run: RunDirectory, name: str, kind: type[RecordT]) -> RecordT:
+    path = run.path / name
+    value = read_json(path)
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataFormatError(
+            f"{path} has format version {version!r}, this Holdfast reads {FORMAT_VERSION}: "
+            f"use the Holdfast that wrote it, or a newer one"
+        )
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataFormatError(
+            f"{path}: {place}: {first['msg']}, found {first['input']!r}; the file was changed by "
+            f"something else than Holdfast"
+        ) from error
+
+
+def _conflicts(existing: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
+    """What makes two records describe different runs. An unknown fingerprint differs from none."""
+    prints = (existing.data_fingerprint, record.data_fingerprint)
+    if None not in prints and prints[0] != prints[1]:
+        yield "data_fingerprint", *prints
+    if existing.config_digest != record.config_digest:
+        keys = list(_differences(_result_keys(existing.config), _result_keys(record.config)))
+        yield from keys or [("config_digest", existing.config_digest, record.config_digest)]
+
+
+def _result_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """The keys that the digest covers; all of them if another version wrote the configuration."""
+    try:
+        return digested_values(config_from_record(config))
+    except ConfigError:
+        return config
+
+
+def _differences(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value there, value here) of each leaf that differs, keys dotted and sorted."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for name in sorted(there.keys() | here.keys()):
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(there.get(name, ABSENT), here.get(name, ABSENT), inner)
+    elif there != here:
+        yield key, there, here
+
+
+def _conflict_message(run: RunDirectory, differing: Sequence[tuple[str, Any, Any]]) -> str:
+    shown = [
+        f"{key}: {there!r} there, {here!r} here"
+        for key, there, here in differing[:MAX_DIFFERENCES_SHOWN]
+    ]
+    if len(differing) > MAX_DIFFERENCES_SHOWN:
+        shown.append(f"and {len(differing) - MAX_DIFFERENCES_SHOWN} more")
+    return (
+        f"{run.path} belongs to another run ({'; '.join(shown)}): "
+        f"take another run id, or the configuration that this one was begun with"
+    )

@@ -1,0 +1,140 @@
+"""Who writes a run: what anybody can read of its lease. Imports next to nothing."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from holdfast.training.errors import DataFormatError
+from holdfast.training.runs.durable_json import read_json, storage_error
+from holdfast.training.runs.paths import RunDirectory
+from holdfast.training.runs.process_identity import ProcessIdentity, current_process, presence
+
+FORMAT_VERSION = 1
+LEASE_NAME = re.compile(r"(\d{8,})\.json")
+UNREADABLE_TTL_S = 60.0
+UNKNOWN = ProcessIdentity(host="?", boot_id="", pid_namespace="", pid=0, pid_start=0)
+
+Status = Literal["held", "released", "gone", "overdue"]
+
+
+@dataclass(frozen=True)
+class LeaseView:
+    """The newest lease of a run, as it was when it was read.
+
+    Attributes:
+        generation: how many holders the run has had.
+        token: random name of the holder.
+        process: the holder.
+        acquired_at: when it became the writer, Unix time.
+        renewed_at: when it was last heard of, Unix time.
+        ttl_s: after this many seconds without a renewal it is presumed dead.
+        age_s: seconds since the last renewal.
+        status: ``held``; ``released`` by its holder; ``gone``: its process does not exist any
+            more; ``overdue``: not renewed for ``ttl_s``.
+    """
+
+    generation: int
+    token: str
+    process: ProcessIdentity
+    acquired_at: float
+    renewed_at: float
+    ttl_s: float
+    age_s: float
+    status: Status
+
+    @property
+    def is_expired(self) -> bool:
+        """Whether another segment may take over now."""
+        return self.status != "held"
+
+    @property
+    def holder(self) -> str:
+        """The holder in words, e.g. ``process 4711 on node-3``."""
+        return f"process {self.process.pid} on {self.process.host}"
+
+    def refusal(self, run: RunDirectory) -> str:
+        """Why a second segment may not begin: who writes, since when, and until when."""
+        return (
+            f"{run.path} is being written by {self.holder} since {_clock(self.acquired_at)}, last "
+            f"heard of {self.age_s:.1f} s ago; its lease ends at "
+            f"{_clock(self.renewed_at + self.ttl_s)} unless it is renewed: wait, or stop that "
+            f"process"
+        )
+
+
+def generation_path(run: RunDirectory, generation: int) -> Path:
+    """The lease file of a generation."""
+    return run.lease / f"{generation:08d}.json"
+
+
+def newest_generation(run: RunDirectory) -> int:
+    """The highest generation that was ever taken; 0 for none. Raises StorageError."""
+    try:
+        found = [LEASE_NAME.fullmatch(path.name) for path in run.lease.iterdir()]
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise storage_error("list", run.lease, error) from error
+    return max((int(match[1]) for match in found if match is not None), default=0)
+
+
+def read_lease(run: RunDirectory, here: ProcessIdentity | None = None) -> LeaseView | None:
+    """The newest lease of a run, or None if it never had one.
+
+    A lease file that is not readable as such counts as held until it is a minute old.
+
+    Args:
+        run: the run.
+        here: who looks; this process, unless a test plays another machine.
+
+    Raises:
+        StorageError: the disk does not answer.
+    """
+    generation = newest_generation(run)
+    if generation == 0:
+        return None
+    path = generation_path(run, generation)
+    try:
+        renewed_at = path.stat().st_mtime
+        content: Any = read_json(path)
+    except DataFormatError:
+        content = None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise storage_error("read", path, error) from error
+    return _view(generation, content, renewed_at, here or current_process())
+
+
+def _view(generation: int, content: Any, renewed_at: float, here: ProcessIdentity) -> LeaseView:
+    try:
+        process = ProcessIdentity(
+            host=str(content["host"]),
+            boot_id=str(content["boot_id"]),
+            pid_namespace=str(content["pid_namespace"]),
+            pid=int(content["pid"]),
+            pid_start=int(content["pid_start"]),
+        )
+        token, ttl_s = str(content["token"]), float(content["ttl_s"])
+        acquired_at, is_released = float(content["acquired_at"]), content["released_at"] is not None
+    except (KeyError, TypeError, ValueError):
+        process, token, ttl_s = UNKNOWN, "?", UNREADABLE_TTL_S
+        acquired_at, is_released = renewed_at, False
+    age_s = time.time() - renewed_at
+    status: Status = "held"
+    if is_released:
+        status = "released"
+    elif presence(process, here) == "gone":
+        status = "gone"
+    elif age_s > ttl_s:
+        status = "overdue"
+    return LeaseView(generation, token, process, acquired_at, renewed_at, ttl_s, age_s, status)
+
+
+def _clock(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds")
