@@ -16,7 +16,8 @@ from holdfast.training.averages.averaging import write_weights
 from holdfast.training.configuration.schema import ExportConfig
 from holdfast.training.experiment.protocol import Context
 from holdfast.training.export.artifacts import open_champion, write_artifacts
-from holdfast.training.export.formats import Place, Source, formats
+from holdfast.training.export.formats import formats
+from holdfast.training.export.protocol import Place, Source
 from holdfast.training.parity.champion import Champion
 
 FOLDER = Path(__file__).parent / "export"

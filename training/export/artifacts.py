@@ -12,8 +12,10 @@ import torch
 from holdfast.training.configuration.schema import ExportConfig
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.experiment.protocol import Experiment, example_inputs, model_inputs
-from holdfast.training.export.formats import Place, Source, formats, unused_tensors
+from holdfast.training.export.capturing import unused_tensors
+from holdfast.training.export.formats import formats
 from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.protocol import Place, Source
 from holdfast.training.export.specification import Inputs, derive_interface, export_spec
 from holdfast.training.export.weights import load_champion
 

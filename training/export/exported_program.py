@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from holdfast.training.export.archives import rewrite_reproducibly
-from holdfast.training.export.formats import Place, PortSignature, Source
 from holdfast.training.export.guard import PREFIX
+from holdfast.training.export.protocol import Place, PortSignature, Source
 from holdfast.training.export.specification import Inputs, Interface, dtype_name
 
 

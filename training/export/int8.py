@@ -16,8 +16,8 @@ from typing import Any
 import onnx
 
 from holdfast.training.errors import ExportError
-from holdfast.training.export.formats import Place, Source
 from holdfast.training.export.onnx_export import MAX_BYTES, OnnxArtifact, OnnxFormat
+from holdfast.training.export.protocol import Place, Source
 from holdfast.training.export.specification import Inputs, Interface
 
 QUANTIZED_OPERATORS = ["Conv", "Gemm", "MatMul"]

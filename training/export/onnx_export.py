@@ -21,8 +21,8 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from holdfast.training.errors import ExportError
-from holdfast.training.export.formats import Place, PortSignature, Source
 from holdfast.training.export.guard import PREFIX
+from holdfast.training.export.protocol import Place, PortSignature, Source
 from holdfast.training.export.specification import Inputs, Interface
 
 OPSET = 20  # from 23 on, ONNX Runtime fails on the CPU for models with padding masks

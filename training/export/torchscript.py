@@ -14,8 +14,10 @@ from torch.jit._trace import TracerWarning
 
 from holdfast.training.errors import ExportError
 from holdfast.training.export.archives import rewrite_reproducibly
-from holdfast.training.export.formats import MAX_MESSAGE_CHARS, Place, PortSignature, Source
+from holdfast.training.export.capturing import MAX_MESSAGE_CHARS
+from holdfast.training.export.class_names import first_names
 from holdfast.training.export.guard import PREFIX
+from holdfast.training.export.protocol import Place, PortSignature, Source
 from holdfast.training.export.specification import Inputs
 
 
@@ -67,7 +69,7 @@ class TorchScriptFormat:
 
 
 def _trace(source: Source, target: Path) -> None:
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), first_names(source.model):
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", TracerWarning)
         traced = torch.jit.trace(  # type: ignore[no-untyped-call]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.errors import CheckpointCorruptError, ExportError, StorageError
-from holdfast.training.export.formats import Place, PortSignature, Source
 from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.protocol import Place, PortSignature, Source
 from holdfast.training.export.specification import Inputs
 
 

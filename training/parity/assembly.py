@@ -18,7 +18,7 @@ from torch import Tensor
 
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.experiment.protocol import Batch, Experiment, concatenate
-from holdfast.training.export.formats import Place, formats
+from holdfast.training.export.formats import formats
 from holdfast.training.export.parts import (
     InParts,
     eager_runs,
@@ -26,7 +26,8 @@ from holdfast.training.export.parts import (
     part_formats,
     part_names,
 )
-from holdfast.training.parity.champion import Champion, Runner
+from holdfast.training.export.protocol import Place, Runner
+from holdfast.training.parity.champion import Champion
 from holdfast.training.parity.golden import write_golden
 from holdfast.training.parity.parity import (
     ArtifactReport,

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.experiment.protocol import Experiment, Records, concatenate, example_inputs
 from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.protocol import Runner
 from holdfast.training.export.specification import Inputs, Interface, derive_interface, export_spec
 from holdfast.training.export.weights import load_champion, read_tensors, tied_names
 from holdfast.training.parity.numbers import Reference, double_copy, make_reference
 from holdfast.training.parity.probes import BATCH_SIZES, make_probes
-
-Runner = Callable[[Inputs], list[Tensor]]
 
 
 class RunnerModule(nn.Module):

@@ -10,9 +10,10 @@ from pathlib import Path
 from holdfast.training.configuration.schema import Json
 from holdfast.training.exactness.reproducibility import set_up_torch
 from holdfast.training.experiment.protocol import example_inputs
-from holdfast.training.export.formats import Place, formats
+from holdfast.training.export.formats import formats
 from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.parts import graph_of
+from holdfast.training.export.protocol import Place
 from holdfast.training.export.specification import Inputs, derive_interface, export_spec
 from holdfast.training.export.weights import load_champion
 from holdfast.training.parity.assembly import PartChecks

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.training.export.formats import Artifact, Format, Place, PortSignature
+from holdfast.training.export.protocol import Artifact, Format, Place, PortSignature
 from holdfast.training.export.specification import TensorSpec
 from holdfast.training.parity.champion import Champion, score_test_set
 from holdfast.training.parity.numbers import (

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from holdfast.training.export.formats import Source
 from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.protocol import Source
 
 
 @dataclass(frozen=True)
