@@ -17,7 +17,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -27,6 +26,7 @@ from typing import IO, Any, Literal
 
 from holdfast.tasks.deathwatch import EXIT_PREEMPTED, watched
 from holdfast.tasks.job import Job
+from holdfast.training.exactness.reproducibility import python_command
 
 Stage = Literal["segment", "candidates", "evaluate", "export", "promote", "report"]
 Event = dict[str, Any]
@@ -55,7 +55,7 @@ class StageCommand:
         options += ["--resume"] if job.is_resume or self.stage != "segment" else []
         options += ["--config", str(job.config_file)] if job.config_file else []
         options += [part for override in job.overrides for part in ("--set", override)]
-        return [sys.executable, "-m", "holdfast.training", self.stage, *options]
+        return python_command("holdfast.training", self.stage, *options)
 
 
 @dataclass(frozen=True)

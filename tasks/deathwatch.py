@@ -14,6 +14,8 @@ import os
 import signal
 import sys
 
+from holdfast.training.exactness.reproducibility import python_command
+
 EXIT_PREEMPTED = 75
 PR_SET_PDEATHSIG = 1
 
@@ -32,7 +34,7 @@ def die_with_parent(parent_pid: int) -> None:
 
 def watched(argv: list[str]) -> list[str]:
     """The command line that runs ``argv`` as a child that does not outlive this process."""
-    return [sys.executable, "-m", "holdfast.tasks.deathwatch", str(os.getpid()), *argv]
+    return python_command("holdfast.tasks.deathwatch", str(os.getpid()), *argv)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from holdfast.training.exactness.reproducibility import (
     child_environment,
     default_num_threads,
     is_environment_ready,
+    python_command,
 )
 from holdfast.training.preemption.signals import (
     exec_held,
@@ -145,7 +146,8 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
         print(f"error: {error}", file=sys.stderr)
         return _early_failure(error, outcome_file, options)
     if not is_environment_ready(num_threads):
-        exec_held(["-m", "holdfast.training", *sys.argv[1:]], child_environment(num_threads))
+        command = python_command("holdfast.training", *sys.argv[1:])
+        exec_held(command, child_environment(num_threads))
     install_signal_flag()
     from holdfast.training.stages import run_stage
 

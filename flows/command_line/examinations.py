@@ -142,7 +142,7 @@ def examine_clock(store: Path, _grace_period_s: float) -> Finding:
 def examine_gpu(_store: Path, _grace_period_s: float) -> Finding:
     """Whether torch sees a GPU; asked in a process of its own."""
     asked = subprocess.run(
-        [sys.executable, "-c", GPU_QUESTION], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", GPU_QUESTION], capture_output=True, text=True, check=False
     )
     if asked.returncode != 0:
         lines = asked.stderr.strip().splitlines() or ["no message"]

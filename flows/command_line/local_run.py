@@ -7,7 +7,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import IO, Any
 from holdfast.flows.command_line.progress_view import Event, ProgressView
 from holdfast.tasks.deathwatch import EXIT_PREEMPTED, watched
 from holdfast.training.errors import HoldfastError, InputError
+from holdfast.training.exactness.reproducibility import python_command
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NUM_TAIL_LINES = 15
@@ -92,7 +92,7 @@ def _start_engine(
     reading, writing = os.pipe()
     try:
         engine = subprocess.Popen(
-            watched([sys.executable, "-m", "holdfast.flows.pipeline.engine"]),
+            watched(python_command("holdfast.flows.pipeline.engine")),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

@@ -6,11 +6,10 @@ The command line must not import torch; what needs it is done by a process that 
 from __future__ import annotations
 
 import subprocess
-import sys
+
+from holdfast.training.exactness.reproducibility import python_command
 
 
 def call_training(arguments: list[str]) -> int:
     """Run ``python -m holdfast.training ...`` with this terminal; its exit code."""
-    return subprocess.run(
-        [sys.executable, "-m", "holdfast.training", *arguments], check=False
-    ).returncode
+    return subprocess.run(python_command("holdfast.training", *arguments), check=False).returncode

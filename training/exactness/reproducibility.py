@@ -8,6 +8,7 @@ last bits, so a run keeps the number that its first segment used.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +24,16 @@ REQUIRED_ENVIRONMENT = {
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
+def python_command(module: str, *arguments: str) -> list[str]:
+    """The command line that runs one of our modules, or of an installed package.
+
+    With ``-P``: the folder in which somebody stands is not searched, so that no file of theirs,
+    nor of a bundle that they look into, runs in the place of ours. Processes that multiprocessing
+    starts from there inherit it.
+    """
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
 def child_environment(
     num_threads: int, environment: Mapping[str, str] | None = None
 ) -> dict[str, str]:
@@ -34,8 +45,8 @@ def child_environment(
 
 
 def is_environment_ready(num_threads: int) -> bool:
-    """Whether this process was started with the environment that it needs."""
-    return all(
+    """Whether this process was started as ``python_command`` and with the environment it needs."""
+    return sys.flags.safe_path and all(
         os.environ.get(name) == value for name, value in child_environment(num_threads, {}).items()
     )
 

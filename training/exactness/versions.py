@@ -5,7 +5,16 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-LIBRARIES = ("holdfast", "torch", "numpy", "safetensors")
+LIBRARIES = ("torch", "numpy", "safetensors")
+SOURCE_TREE = "0+source-tree"
+
+
+def holdfast_version() -> str:
+    """Of the installed distribution; ``0+source-tree`` where the sources run uninstalled."""
+    try:
+        return metadata.version("holdfast")
+    except metadata.PackageNotFoundError:
+        return SOURCE_TREE
 
 
 def library_versions() -> dict[str, str]:
@@ -15,7 +24,8 @@ def library_versions() -> dict[str, str]:
     """
     import torch
 
-    versions = {name: metadata.version(name) for name in LIBRARIES}
+    versions = {"holdfast": holdfast_version()}
+    versions |= {name: metadata.version(name) for name in LIBRARIES}
     versions["python"] = platform.python_version()
     versions["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
     if torch.version.cuda is not None:

@@ -160,6 +160,8 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _load_module(name: str) -> ModuleType:
+    """A module by its name; it may lie in the folder in which the user stands."""
+    _search_last(Path.cwd())
     try:
         return importlib.import_module(name)
     except (ImportError, SyntaxError) as error:
@@ -183,8 +185,7 @@ def _load_file(path: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
+    _search_last(path.parent)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
@@ -192,6 +193,12 @@ def _load_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise ExperimentError(f"experiment file {path} cannot be imported: {error}") from error
     return module
+
+
+def _search_last(folder: Path) -> None:
+    """Let imports find what lies in a folder, after all that is installed."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _check(reference: str, found: object) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,7 @@ from typing import Any, Literal
 from holdfast.training.configuration.loading import config_from_record, experiment_settings
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import ExportError
-from holdfast.training.exactness.reproducibility import child_environment
+from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.exactness.seeding import derive_seed
 from holdfast.training.experiment.loading import build_experiment, load_experiment, settings_class
 from holdfast.training.experiment.protocol import Context, Experiment
@@ -124,7 +123,7 @@ def _run_child(
     scratch = Path(request.scratch)
     request_path, log_path = scratch / f"{action}-request.json", scratch / f"{action}.log"
     request_path.write_text(json.dumps(asdict(request)))
-    command = [sys.executable, "-m", "holdfast.training.parity.checking_process"]
+    command = python_command("holdfast.training.parity.checking_process")
     deadline_s = time.monotonic() + request.build_config().export.timeout_s
     with log_path.open("wb") as log:
         child = subprocess.Popen(

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
@@ -165,8 +165,8 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def exec_held(arguments: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    """Replace this program by ``python <arguments>`` with that environment, same process id.
+def exec_held(command: list[str], environment: Mapping[str, str]) -> NoReturn:
+    """Replace this program by ``command`` with that environment, same process id.
 
     Notice signals are held back from here on; the new program gets them when it calls
     ``install_signal_flag``. Raises OSError if it cannot be started; then nothing has changed.
@@ -174,7 +174,7 @@ def exec_held(arguments: Sequence[str], environment: Mapping[str, str]) -> NoRet
     sys.stdout.flush()
     sys.stderr.flush()
     with signals_held():
-        os.execve(sys.executable, [sys.executable, *arguments], dict(environment))
+        os.execve(command[0], command, dict(environment))
 
 
 def ignore_in_worker() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -14,6 +13,7 @@ from holdfast.flows.fleet.server import ServerUnreachableError, require_server
 from holdfast.flows.fleet.work_pools import ensure_pool
 from holdfast.tasks.preflight import store_path
 from holdfast.training.errors import HoldfastError, InputError
+from holdfast.training.exactness.reproducibility import python_command
 
 KINDS = ("process", "docker", "kubernetes")
 # A server that was started a moment ago migrates its database first.
@@ -71,7 +71,7 @@ def command(pool: str, kind: str, store: str, definitions: Path) -> int:
 
 
 def _prefect_deploy(deployments: Path, pool: str, store: str) -> None:
-    argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    argv = python_command("prefect", "--no-prompt", "deploy", "--all")
     argv += ["--prefect-file", str(deployments.absolute())]
     done = subprocess.run(
         argv,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 
 import click
 
@@ -11,6 +10,7 @@ from holdfast.flows.command_line.options import STORE_OPTION
 from holdfast.flows.command_line.stores import find_run
 from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import experiment_reference
+from holdfast.training.exactness.reproducibility import python_command
 
 HELP = """Publish a run's bundle; it takes the alias champion if it is not worse than the holder.
 
@@ -32,7 +32,7 @@ Examples:
 def command(run: str, store: str) -> int:
     """Promote it."""
     directory = find_run(store_path(store), run)
-    argv = [sys.executable, "-m", "holdfast.training", "promote", "--resume", "--again"]
+    argv = python_command("holdfast.training", "promote", "--resume", "--again")
     argv += ["--experiment", experiment_reference(directory), "--run-id", directory.path.name]
     argv += ["--store", str(directory.path.absolute().parent.parent)]
     return subprocess.run(argv, check=False).returncode

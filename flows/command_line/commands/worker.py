@@ -7,6 +7,7 @@ import os
 import click
 
 from holdfast.flows.fleet.server import require_server
+from holdfast.training.exactness.reproducibility import python_command
 
 HELP = """Take up runs from a work pool on this machine, and hand them over in time.
 
@@ -60,10 +61,8 @@ def command(
 
 def _start_stock_worker(pool: str, kind: str, name: str | None, limit: int | None) -> int:
     """Pools of containers need no draining: the runs live in containers of their own."""
-    import sys
-
     click.echo(f"work pool {pool} is of type {kind}: starting Prefect's own worker", err=True)
-    argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", kind]
+    argv = python_command("prefect", "worker", "start", "--pool", pool, "--type", kind)
     argv += ["--name", name] if name else []
     argv += ["--limit", str(limit)] if limit else []
-    os.execv(sys.executable, argv)
+    os.execv(argv[0], argv)

@@ -130,7 +130,7 @@ def test_a_signal_during_exec_and_start_up_is_heard_by_the_new_program() -> None
         "ready(); sys.stdin.readline()\n"
         "hold_signals()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
-        f"exec_held(['-c', {second!r}], {{**os.environ, 'MARK': 'set'}})\n"
+        f"exec_held([sys.executable, '-c', {second!r}], {{**os.environ, 'MARK': 'set'}})\n"
     )
     with program(first) as child:
         output, errors = child.communicate("go\n")
@@ -143,7 +143,7 @@ def test_a_failed_exec_lets_signals_through_again() -> None:
     text = (
         "sys.executable = '/nowhere/python'\n"
         "try:\n"
-        "    exec_held(['-c', ''], {})\n"
+        "    exec_held([sys.executable, '-c', ''], {})\n"
         "except OSError:\n"
         "    ready()\n"
         "time.sleep(60)\n"
