@@ -30,7 +30,6 @@ from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFi
 from prefect.exceptions import PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
-from holdfast.flows.command_line.run_ids import fill_run_id
 from holdfast.flows.fleet.rescue_policy import (
     RescueSettings,
     Sighting,
@@ -44,6 +43,7 @@ from holdfast.tasks.attempts import newest_step
 from holdfast.training.errors import InputError
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.directory import RunDirectory
+from holdfast.training.runs.run_ids import fill_run_id
 
 logger = logging.getLogger("holdfast.rescue")
 

@@ -13,7 +13,6 @@ from typing import Any
 from prefect import flow
 from prefect.runtime import flow_run
 
-from holdfast.flows.command_line.run_ids import DEFAULT_TEMPLATE, fill_run_id
 from holdfast.flows.pipeline.attempt import attempt
 from holdfast.tasks.artifacts import show_run
 from holdfast.tasks.job import Job
@@ -25,6 +24,7 @@ from holdfast.tasks.run_summary import summarize
 from holdfast.tasks.stages import evaluate, export, make_candidates, promote, train, write_report
 from holdfast.training.errors import HoldfastError
 from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.runs.run_ids import DEFAULT_TEMPLATE, fill_run_id
 
 DEFAULT_LIMITS = Limits()
 

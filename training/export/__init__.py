@@ -1,1 +1,1 @@
-"""Exported formats, their parity with the champion, and the bundle."""
+"""A model as a file: the formats, what they are given, and what they make."""

@@ -1,1 +1,1 @@
-"""The report's page: facts of a run, charts, sections. ``stage.py`` is the stage."""
+"""What people look at: facts of a run, charts, sections, the page."""

@@ -17,13 +17,13 @@ from holdfast.flows.command_line.local_run import (
 )
 from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
 from holdfast.flows.command_line.progress_view import open_view
-from holdfast.flows.command_line.run_ids import DEFAULT_TEMPLATE, fill_run_id
 from holdfast.flows.command_line.stores import DEFAULT_STORE
 from holdfast.tasks.deathwatch import EXIT_PREEMPTED
 from holdfast.tasks.job import Job
 from holdfast.tasks.preflight import check_job, store_path
 from holdfast.training.configuration.option import CONFIG_OPTION
 from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.runs.run_ids import DEFAULT_TEMPLATE, fill_run_id
 
 HELP = """Train an experiment, from seed to verified bundle.
 

@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from holdfast.flows.command_line.run_ids import fill_run_id
 from holdfast.training.errors import InputError
+from holdfast.training.runs.run_ids import fill_run_id
 
 START = datetime(2026, 1, 31, 3, 0, 5, tzinfo=UTC)
 
