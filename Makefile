@@ -3,13 +3,14 @@
 # make test    lint, types, tests
 # make bench   the benchmarks that take minutes; DATA=folder with real data
 # make chaos KILLS=1000   kill training that many times and compare bytes
+# make digests   the bytes that small runs of every experiment end with
 
 PYTHON ?= python3
 KILLS ?= 50
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup run test lint bench chaos clean
+.PHONY: setup run test lint bench chaos digests clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -22,7 +23,7 @@ run: setup
 	$(BIN)/holdfast run digits --store runs
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10 -r s
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -34,6 +35,9 @@ bench: setup
 
 chaos: setup
 	$(BIN)/python -m tests.faults.chaos --kills $(KILLS)
+
+digests: setup
+	@$(BIN)/python -m tests.compatibility.digests
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache

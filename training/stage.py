@@ -30,6 +30,7 @@ from holdfast.training.experiment.loading import (
     build_experiment,
     default_values,
     experiment_name,
+    is_same_code,
     load_experiment,
     settings_class,
     source_digest,
@@ -238,7 +239,7 @@ def _warn_of_other_code(
     there: RunRecord, here: RunRecord, experiment_class: type[Experiment]
 ) -> None:
     digests = (there.experiment_digest, here.experiment_digest)
-    if None in digests or digests[0] == digests[1]:
+    if None in digests or digests[0] == digests[1] or is_same_code(here.experiment, digests[0]):
         return
     logger.warning(
         "the run %s was begun with other code: that of %s had the digest %s, and %s, with what it "

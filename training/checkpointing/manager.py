@@ -334,6 +334,8 @@ class CheckpointManager:
         if manifest.config_digest == self._identity.config_digest:
             return
         keys = list(_differences(manifest.config, self._identity.config))
+        if not keys and manifest.config:
+            return  # another version made the digest of the same configuration
         keys = keys or [
             f"digest: {manifest.config_digest} there, {self._identity.config_digest} here"
         ]

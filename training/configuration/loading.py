@@ -26,9 +26,9 @@ from holdfast.training.errors import ConfigError
 __all__ = [
     "config_digest",
     "config_from_record",
+    "digest_rule",
     "digested_values",
     "experiment_settings",
-    "is_digested",
     "nearest",
     "read_toml",
     "resolve_config",
@@ -95,9 +95,9 @@ def digested_values(section: BaseModel) -> Table:
     values: Table = {}
     dumped = section.model_dump(mode="json")
     for name, info in type(section).model_fields.items():
-        if not is_digested(info):
+        value, rule = getattr(section, name), digest_rule(info)
+        if rule == "no" or (rule == "unless default" and value == info.get_default()):
             continue
-        value = getattr(section, name)
         values[name] = digested_values(value) if isinstance(value, BaseModel) else dumped[name]
     return {name: value for name, value in values.items() if value != {} or name == "experiment"}
 
@@ -119,10 +119,10 @@ def validated(model: type[S], table: Mapping[str, Any], *, prefix: str) -> S:
         raise ConfigError(explanation(error, model, table, prefix)) from None
 
 
-def is_digested(info: FieldInfo) -> bool:
-    """Whether a field changes the result."""
+def digest_rule(info: FieldInfo) -> str:
+    """Whether a field is part of the digest: ``yes``, ``no`` or ``unless default``."""
     extra = info.json_schema_extra
-    return not (isinstance(extra, dict) and extra.get("digest") is False)
+    return str(extra.get("digest", "yes")) if isinstance(extra, dict) else "yes"
 
 
 def read_toml(file: Path) -> Table:

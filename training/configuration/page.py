@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from holdfast.training.configuration.loading import is_digested
+from holdfast.training.configuration.loading import digest_rule
 from holdfast.training.configuration.schema import RunConfig, Section
 
 HEAD = """\
@@ -83,8 +83,8 @@ def _table(fields: Mapping[str, FieldInfo], prefix: str) -> str:
     for name, info in fields.items():
         meaning = (info.description or "").replace("\n", " ").replace("|", "\\|")
         kind = f"{_type(info.annotation)}{_limits(info.metadata)}"
-        digest = "yes" if is_digested(info) else "no"
-        lines.append(f"| `{prefix}{name}` | {kind} | {_default(info)} | {meaning} | {digest} |")
+        described = f"{kind} | {_default(info)} | {meaning} | {digest_rule(info)}"
+        lines.append(f"| `{prefix}{name}` | {described} |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,9 @@ range, is a ``ConfigError`` that names the key, what was found and what is allow
 
 The digest of a configuration covers what changes the result. Fields marked with
 ``OUTSIDE_DIGEST`` (folders, loader workers, when to save, logging) may differ between the
-segments of one run.
+segments of one run. A field that was added after the first release and changes the result is marked
+with ``UNLESS_DEFAULT``: at its default it is no part of the digest, so that the runs of before keep
+theirs.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-OUTSIDE_DIGEST: dict[str, Any] = {"digest": False}
+OUTSIDE_DIGEST: dict[str, Any] = {"digest": "no"}
+UNLESS_DEFAULT: dict[str, Any] = {"digest": "unless default"}
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Split = Literal["train", "validation", "test"]

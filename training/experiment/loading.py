@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from holdfast.training.errors import ExperimentError
-from holdfast.training.experiments import EXPERIMENTS
+from holdfast.training.experiments import EXPERIMENTS, SAME_BYTES
 
 if TYPE_CHECKING:
     from holdfast.training.configuration.schema import Section
@@ -113,6 +113,11 @@ def source_digest(experiment_class: type[Experiment]) -> str | None:
     if len(digests) > 1:
         digests = [hashlib.sha256("".join(digests).encode()).hexdigest()]
     return f"sha256:{digests[0]}"
+
+
+def is_same_code(reference: str, digest: str | None) -> bool:
+    """Whether an earlier digest of a built-in experiment is of code that gives the same bytes."""
+    return digest in SAME_BYTES.get(reference, ())
 
 
 def _imported_beside(path: Path, content: bytes, package: str) -> set[Path]:

@@ -240,8 +240,8 @@ def _conflicts(existing: RunRecord, record: RunRecord) -> Iterator[tuple[str, An
     if None not in prints and prints[0] != prints[1]:
         yield "data_fingerprint", *prints
     if existing.config_digest != record.config_digest:
-        keys = list(_differences(_result_keys(existing.config), _result_keys(record.config)))
-        yield from keys or [("config_digest", existing.config_digest, record.config_digest)]
+        # Where every key agrees, another version made the digest: it is the same run.
+        yield from _differences(_result_keys(existing.config), _result_keys(record.config))
 
 
 def _result_keys(config: dict[str, Any]) -> dict[str, Any]:
