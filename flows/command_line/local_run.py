@@ -18,7 +18,7 @@ from typing import IO, Any
 from holdfast.flows.command_line.progress_view import Event, ProgressView
 from holdfast.tasks.deathwatch import EXIT_PREEMPTED, watched
 from holdfast.training.errors import HoldfastError, InputError
-from holdfast.training.exactness.reproducibility import python_command
+from holdfast.training.exactness.reproducibility import SAFE_PATH, python_command
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NUM_TAIL_LINES = 15
@@ -109,7 +109,7 @@ def _start_engine(
 
 
 def _engine_environment(descriptor: int) -> dict[str, str]:
-    environment = {**os.environ, "HOLDFAST_EVENTS_FD": str(descriptor)}
+    environment = {**os.environ, **SAFE_PATH, "HOLDFAST_EVENTS_FD": str(descriptor)}
     if not environment.get("PREFECT_API_URL"):
         environment.pop("PREFECT_API_URL", None)  # Prefect would take "" for an address
     return environment

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shlex
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,7 +26,7 @@ from prefect.workers.process import (
 )
 
 from holdfast.flows.fleet.worker_link import DRAIN_SIGNAL, engine_environment
-from holdfast.training.exactness.reproducibility import python_command
+from holdfast.training.exactness.reproducibility import SAFE_PATH
 
 if TYPE_CHECKING:
     from anyio.abc import TaskStatus
@@ -69,11 +68,10 @@ class DrainingWorker(ProcessWorker):
         """Run an engine to its end, knowing its process id meanwhile."""
         configuration.env = {
             **ENGINE_DEFAULTS,
+            **SAFE_PATH,
             **configuration.env,
             **engine_environment(self.drain_s),
         }
-        if not configuration.command:  # Prefect would start its engine without -P
-            configuration.command = shlex.join(python_command("prefect.engine"))
         try:
             return await super().run(
                 flow_run, configuration, _Overheard(task_status, self._started(flow_run.id))

@@ -21,6 +21,10 @@ REQUIRED_ENVIRONMENT = {
     "OMP_DYNAMIC": "FALSE",
     "MKL_DYNAMIC": "FALSE",
 }
+SAFE_PATH = {"PYTHONSAFEPATH": "holdfast"}
+"""For processes below which others start Python, as Prefect does its servers and engines: there,
+too, the current folder is not searched. A process that runs a user's code takes ours out again, so
+that the programs which that code starts find what lies beside them."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -39,6 +43,8 @@ def child_environment(
 ) -> dict[str, str]:
     """The environment of a process that trains, from that of its parent."""
     child = dict(os.environ if environment is None else environment)
+    if child.items() >= SAFE_PATH.items():
+        del child["PYTHONSAFEPATH"]
     child.update(REQUIRED_ENVIRONMENT)
     child.update(dict.fromkeys(THREAD_VARIABLES, str(num_threads)))
     return child
@@ -46,7 +52,9 @@ def child_environment(
 
 def is_environment_ready(num_threads: int) -> bool:
     """Whether this process was started as ``python_command`` and with the environment it needs."""
-    return sys.flags.safe_path and all(
+    if not sys.flags.safe_path or os.environ.items() >= SAFE_PATH.items():
+        return False
+    return all(
         os.environ.get(name) == value for name, value in child_environment(num_threads, {}).items()
     )
 
