@@ -44,6 +44,10 @@ STAGE_HELP = {
     "and has the same inputs and outputs.",
     "report": "Write report.html.",
 }
+STAGE_EXIT_CODES = (
+    "Exit codes: 0 completed, 75 preempted (saved; run the same command again), 2 bad input, "
+    "1 failed, 130 stopped at once by a second Ctrl-C."
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -57,8 +61,8 @@ def main(context: click.Context) -> None:
     Look at its checkpoints:
       python -m holdfast.training checkpoints list runs/digits/first
 
-    Exit codes: 0 completed, 75 preempted (saved; run the same command again), 2 bad input, 1
-    failed, 130 stopped at once by a second Ctrl-C.
+    Exit codes of a stage: 0 completed, 75 preempted (saved; run the same command again), 2 bad
+    input, 1 failed, 130 stopped at once by a second Ctrl-C.
     """
     if context.invoked_subcommand not in STAGE_HELP:
         release_signals()
@@ -110,7 +114,7 @@ def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _add_stage(name: str, help_text: str) -> click.Command:
-    @main.command(name, help=help_text)
+    @main.command(name, help=help_text, epilog=STAGE_EXIT_CODES)
     @_stage_options
     def command(outcome_file: Path | None, **options: Any) -> None:
         sys.exit(run_stage_process(name, outcome_file, options))

@@ -15,3 +15,15 @@ STORE_OPTION = click.option(
     help="Folder that holds all runs, as a path or file:///path.",
 )
 JSON_OPTION = click.option("--json", "is_json", is_flag=True, help="Print JSON, and nothing else.")
+POOL_OPTION = click.option(
+    "--pool",
+    default="holdfast",
+    envvar="HOLDFAST_POOL",
+    show_default=True,
+    show_envvar=True,
+    help="Name of the work pool.",
+)
+EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C."
+RUN_EXIT_CODES = (
+    "Exit codes: 0 completed, 75 stopped or preempted: resume it, 2 wrong input, 1 failed."
+)

@@ -56,8 +56,6 @@ set aside is told, and is no fault of the run any more.
 Examples:
   python -m holdfast.training checkpoints verify runs/digits/first
   python -m holdfast.training checkpoints verify runs/digits/first --json | jq '.[] | .problem'
-
-Exit codes: 0 all are good, 1 at least one is damaged or cannot be read, 2 wrong input.
 """
 DIFF_HELP = """Name what differs between the checkpoints A and B, and by how much.
 
@@ -73,9 +71,14 @@ Examples:
                                       runs/digits/b/checkpoints/step-00000340
   python -m holdfast.training checkpoints diff runs/digits/a runs/digits/b --json \\
       | jq '.differences[].name'
-
-Exit codes: 0 equal, 1 they differ, 2 wrong input, or a file that cannot be read.
 """
+LIST_EXIT_CODES = "Exit codes: 0 shown, 1 cannot be read, 2 wrong input."
+VERIFY_EXIT_CODES = (
+    "Exit codes: 0 all are good, 1 at least one is damaged or cannot be read, 2 wrong input."
+)
+DIFF_EXIT_CODES = (
+    "Exit codes: 0 equal, 1 they differ, 2 wrong input, or a file that cannot be read."
+)
 PLACE_TYPE = click.Path(path_type=Path, resolve_path=True)
 JSON_OPTION = click.option("--json", "is_json", is_flag=True, help="Print JSON, and nothing else.")
 
@@ -85,7 +88,9 @@ def checkpoints() -> None:
     """The group."""
 
 
-@checkpoints.command("list", help=LIST_HELP, short_help="Steps, kinds, metrics and sizes.")
+@checkpoints.command(
+    "list", help=LIST_HELP, epilog=LIST_EXIT_CODES, short_help="Steps, kinds, metrics and sizes."
+)
 @click.argument("place", type=PLACE_TYPE)
 @JSON_OPTION
 def list_command(place: Path, is_json: bool) -> None:
@@ -102,7 +107,9 @@ def list_command(place: Path, is_json: bool) -> None:
         click.echo(f"{place} has no checkpoints yet")
 
 
-@checkpoints.command("verify", help=VERIFY_HELP, short_help="Read every byte again.")
+@checkpoints.command(
+    "verify", help=VERIFY_HELP, epilog=VERIFY_EXIT_CODES, short_help="Read every byte again."
+)
 @click.argument("place", type=PLACE_TYPE)
 @JSON_OPTION
 def verify_command(place: Path, is_json: bool) -> None:
@@ -126,7 +133,12 @@ def verify_command(place: Path, is_json: bool) -> None:
         sys.exit(EXIT_FOUND)
 
 
-@checkpoints.command("diff", help=DIFF_HELP, short_help="What differs between two checkpoints.")
+@checkpoints.command(
+    "diff",
+    help=DIFF_HELP,
+    epilog=DIFF_EXIT_CODES,
+    short_help="What differs between two checkpoints.",
+)
 @click.argument("a", type=PLACE_TYPE)
 @click.argument("b", type=PLACE_TYPE)
 @JSON_OPTION

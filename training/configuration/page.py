@@ -60,7 +60,7 @@ they are on; the key is part of the digest, so that it cannot be set to another 
 """
 
 
-@click.command("configuration")
+@click.command("configuration", epilog="Exit codes: 0 printed, 2 wrong input.")
 def configuration() -> None:
     """Print all keys of the configuration: type, default, meaning, part of the digest."""
     click.echo(configuration_page(), nl=False)

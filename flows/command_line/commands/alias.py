@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from holdfast.flows.command_line.options import STORE_OPTION
+from holdfast.flows.command_line.options import EXIT_CODES, STORE_OPTION
 from holdfast.tasks.preflight import store_path
 from holdfast.training.bundles.registry import BundleReference, Registry, checked_alias
 
@@ -20,7 +20,12 @@ Examples:
 """
 
 
-@click.command("alias", help=HELP, short_help="Let an alias stand for a version of a bundle.")
+@click.command(
+    "alias",
+    help=HELP,
+    epilog=EXIT_CODES,
+    short_help="Let an alias stand for a version of a bundle.",
+)
 @click.argument("bundle")
 @click.argument("alias")
 @click.option("--reason", default="by hand", show_default=True, help="Kept in its history.")

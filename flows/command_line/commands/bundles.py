@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import click
 
-from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
+from holdfast.flows.command_line.options import EXIT_CODES, JSON_OPTION, STORE_OPTION
 from holdfast.tasks.preflight import store_path
 from holdfast.training.bundles import console
 
@@ -20,7 +20,9 @@ Examples:
 """
 
 
-@click.command("bundles", help=HELP, short_help="List bundles, with versions and metrics.")
+@click.command(
+    "bundles", help=HELP, epilog=EXIT_CODES, short_help="List bundles, with versions and metrics."
+)
 @click.argument("name", required=False)
 @STORE_OPTION
 @JSON_OPTION

@@ -10,6 +10,11 @@ from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
 from holdfast.flows.command_line.stores import find_run
 from holdfast.flows.command_line.training_commands import call_training
 from holdfast.tasks.preflight import store_path
+from holdfast.training.checkpointing.commands import (
+    DIFF_EXIT_CODES,
+    LIST_EXIT_CODES,
+    VERIFY_EXIT_CODES,
+)
 from holdfast.training.errors import InputError
 
 HELP = """List, verify or compare the checkpoints of a run.
@@ -34,7 +39,7 @@ def command() -> None:
     """What the manifests say, and whether the bytes are what they say."""
 
 
-@command.command("list", short_help="Steps, kinds, metrics and sizes.")
+@command.command("list", epilog=LIST_EXIT_CODES, short_help="Steps, kinds, metrics and sizes.")
 @click.argument("run")
 @STORE_OPTION
 @JSON_OPTION
@@ -45,23 +50,23 @@ def list_checkpoints(run: str, store: str, is_json: bool) -> int:
     return _call("list", [run], store, is_json)
 
 
-@command.command("verify", short_help="Read every byte again.")
+@command.command("verify", epilog=VERIFY_EXIT_CODES, short_help="Read every byte again.")
 @click.argument("run")
 @STORE_OPTION
 @JSON_OPTION
 def verify(run: str, store: str, is_json: bool) -> int:
-    """Compare each file of each checkpoint of RUN with its manifest; exit code 1 if one differs."""
+    """Compare each file of each checkpoint of RUN with its manifest."""
     return _call("verify", [run], store, is_json)
 
 
-@command.command("diff", short_help="What differs between two checkpoints.")
+@command.command("diff", epilog=DIFF_EXIT_CODES, short_help="What differs between two checkpoints.")
 @click.argument("a")
 @click.argument("b")
 @STORE_OPTION
 @JSON_OPTION
 def diff(a: str, b: str, store: str, is_json: bool) -> int:
     """Name the tensors, counters and versions that differ between the checkpoints A and B, and by
-    how much. Of a run, the latest one is taken. Exit code 0 if they are equal, 1 if they differ.
+    how much. Of a run, the latest one is taken.
     """
     return _call("diff", [a, b], store, is_json)
 

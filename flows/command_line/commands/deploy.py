@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 import holdfast
+from holdfast.flows.command_line.options import EXIT_CODES, POOL_OPTION
 from holdfast.flows.fleet.server import ServerUnreachableError, require_server
 from holdfast.flows.fleet.work_pools import ensure_pool
 from holdfast.tasks.preflight import store_path
@@ -36,9 +37,18 @@ Examples:
 """
 
 
-@click.command("deploy", help=HELP, short_help="Put the deployments on a Prefect server.")
-@click.option("--pool", default="holdfast", envvar="HOLDFAST_POOL", show_default=True)
-@click.option("--type", "kind", type=click.Choice(KINDS), default="process", show_default=True)
+@click.command(
+    "deploy", help=HELP, epilog=EXIT_CODES, short_help="Put the deployments on a Prefect server."
+)
+@POOL_OPTION
+@click.option(
+    "--type",
+    "kind",
+    type=click.Choice(KINDS),
+    default="process",
+    show_default=True,
+    help="Where its runs live: processes of a worker's machine, or containers.",
+)
 @click.option(
     "--store",
     default="./runs",

@@ -24,7 +24,12 @@ Examples:
 SIGNS = {"good": "ok", "warning": "note", "bad": "BAD"}
 
 
-@click.command("doctor", help=HELP, short_help="Check that this machine is fit to train.")
+@click.command(
+    "doctor",
+    help=HELP,
+    epilog="Exit codes: 0 fit, 1 something has to be put right, 2 wrong input.",
+    short_help="Check that this machine is fit to train.",
+)
 @STORE_OPTION
 @click.option(
     "--grace-period-s",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from holdfast.flows.command_line.options import EXIT_CODES
 from holdfast.training.bundles import console
 
 HELP = """Predict a CSV, NPY or JSON file with a bundle's ONNX model, for a first look.
@@ -22,7 +23,9 @@ Examples:
 """
 
 
-@click.command("predict", help=HELP, short_help="Predict a CSV, NPY or JSON file.")
+@click.command(
+    "predict", help=HELP, epilog=EXIT_CODES, short_help="Predict a CSV, NPY or JSON file."
+)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("input_file", metavar="INPUT", type=click.Path(path_type=Path))
 @click.option(

@@ -26,7 +26,12 @@ Examples:
 """
 
 
-@click.command("promote", help=HELP, short_help="Publish a run's bundle, and let it win or not.")
+@click.command(
+    "promote",
+    help=HELP,
+    epilog="Exit codes: 0 decided either way, 75 stopped by a notice, 2 wrong input, 1 failed.",
+    short_help="Publish a run's bundle, and let it win or not.",
+)
 @click.argument("run")
 @STORE_OPTION
 def command(run: str, store: str) -> int:

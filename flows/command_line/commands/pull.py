@@ -26,9 +26,20 @@ Examples:
 """
 
 
-@click.command("pull", help=HELP, short_help="Copy a bundle out of a store, verified.")
+@click.command(
+    "pull",
+    help=HELP,
+    epilog="Exit codes: 0 pulled, 1 refused or not there, 2 wrong input, 130 stopped by Ctrl-C.",
+    short_help="Copy a bundle out of a store, verified.",
+)
 @click.argument("reference")
-@click.option("--to", type=click.Path(path_type=Path), required=True, metavar="DIR")
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Where the bundle goes; missing, empty, or a pull that was interrupted.",
+)
 @click.option(
     "--only", multiple=True, metavar="FORMAT", help="Leave the other formats out; repeatable."
 )

@@ -24,7 +24,12 @@ Examples:
 """
 
 
-@click.command("report", help=HELP, short_help="Write a run's report again, and say where.")
+@click.command(
+    "report",
+    help=HELP,
+    epilog="Exit codes: 0 written, 75 stopped by a notice, 2 wrong input, 1 failed.",
+    short_help="Write a run's report again, and say where.",
+)
 @click.argument("run")
 @STORE_OPTION
 @JSON_OPTION

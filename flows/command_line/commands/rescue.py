@@ -22,7 +22,12 @@ Examples:
 """
 
 
-@click.command("rescue", help=HELP, short_help="Notice runs that lost their machine.")
+@click.command(
+    "rescue",
+    help=HELP,
+    epilog="Exit codes: 0 left in order, 1 failed, 2 wrong input.",
+    short_help="Notice runs that lost their machine.",
+)
 @click.option(
     "--tag", default="holdfast", show_default=True, help="Looks after runs with this tag."
 )

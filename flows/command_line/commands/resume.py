@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from holdfast.flows.command_line.commands.run import run_job
-from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
+from holdfast.flows.command_line.options import JSON_OPTION, RUN_EXIT_CODES, STORE_OPTION
 from holdfast.flows.command_line.stores import find_run
 from holdfast.tasks.job import Job
 from holdfast.tasks.preflight import store_path
@@ -23,7 +23,12 @@ Examples:
 """
 
 
-@click.command("resume", help=HELP, short_help="Go on with a run that was stopped or failed.")
+@click.command(
+    "resume",
+    help=HELP,
+    epilog=RUN_EXIT_CODES,
+    short_help="Go on with a run that was stopped or failed.",
+)
 @click.argument("run")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="As in run.")
 @STORE_OPTION

@@ -15,7 +15,7 @@ from holdfast.flows.command_line.local_run import (
     resume_command,
     run_locally,
 )
-from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
+from holdfast.flows.command_line.options import JSON_OPTION, RUN_EXIT_CODES, STORE_OPTION
 from holdfast.flows.command_line.progress_view import open_view
 from holdfast.flows.command_line.stores import DEFAULT_STORE
 from holdfast.tasks.deathwatch import EXIT_PREEMPTED
@@ -43,7 +43,12 @@ Examples:
 """
 
 
-@click.command("run", help=HELP, short_help="Train an experiment, from seed to verified bundle.")
+@click.command(
+    "run",
+    help=HELP,
+    epilog=RUN_EXIT_CODES,
+    short_help="Train an experiment, from seed to verified bundle.",
+)
 @click.argument("experiment")
 @CONFIG_OPTION
 @click.option(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
+from holdfast.flows.command_line.options import EXIT_CODES, JSON_OPTION, STORE_OPTION
 from holdfast.flows.command_line.stores import find_run, find_runs
 from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import RunSummary, summarize
@@ -24,7 +24,9 @@ Examples:
 """
 
 
-@click.command("status", help=HELP, short_help="Show the runs of a store, or one run.")
+@click.command(
+    "status", help=HELP, epilog=EXIT_CODES, short_help="Show the runs of a store, or one run."
+)
 @click.argument("run", required=False)
 @STORE_OPTION
 @JSON_OPTION

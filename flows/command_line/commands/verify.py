@@ -21,7 +21,12 @@ Examples:
 """
 
 
-@click.command("verify", help=HELP, short_help="Prove a bundle on this machine.")
+@click.command(
+    "verify",
+    help=HELP,
+    epilog="Exit codes: 0 proved, 1 refused: altered, or other numbers, 2 wrong input.",
+    short_help="Prove a bundle on this machine.",
+)
 @click.argument("folder", type=click.Path(path_type=Path))
 def command(folder: Path) -> None:
     """Verify it."""

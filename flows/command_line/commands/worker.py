@@ -6,6 +6,7 @@ import os
 
 import click
 
+from holdfast.flows.command_line.options import POOL_OPTION
 from holdfast.flows.fleet.server import require_server
 from holdfast.training.exactness.reproducibility import python_command
 
@@ -25,8 +26,13 @@ Examples:
 POLL_EVERY_S = 2
 
 
-@click.command("worker", help=HELP, short_help="Take up runs here, and hand them over in time.")
-@click.option("--pool", default="holdfast", envvar="HOLDFAST_POOL", show_default=True)
+@click.command(
+    "worker",
+    help=HELP,
+    epilog="Exit codes: 0 left in order, 1 failed, 2 wrong input.",
+    short_help="Take up runs here, and hand them over in time.",
+)
+@POOL_OPTION
 @click.option("--name", default=None, help="Name in Prefect; one that is drawn unless given.")
 @click.option(
     "--limit", type=click.IntRange(min=1), help="Runs at a time; any number unless given."
