@@ -1,6 +1,8 @@
 # make setup   build .venv from pinned dependencies
 # make run     set up and train the digits example to its bundle
 # make test    lint, types, tests
+# make docs    the site, into build/docs
+# make wheel   build the wheel, and try it in a fresh environment; PYTHON=python3.13
 # make bench   the benchmarks that take minutes; DATA=folder with real data
 # make chaos KILLS=1000   kill training that many times and compare bytes
 # make digests   the bytes that small runs of every experiment end with
@@ -10,7 +12,7 @@ KILLS ?= 50
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup run test lint bench chaos digests clean
+.PHONY: setup run test lint docs bench chaos digests clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -29,6 +31,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python -P -m sphinx --fail-on-warning --keep-going --quiet -c docs/site docs build/docs
+	@echo build/docs/index.html
 
 bench: setup
 	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA))

@@ -1,29 +1,31 @@
 """Every error that Holdfast raises on purpose.
 
-HoldfastError
-├── InputError (ValueError)                 the user's input; exit code 2
-│   ├── ConfigError                         a key or value of the configuration
-│   ├── ExperimentError                     an experiment that cannot be found or loaded
-│   ├── DataNotFoundError (FileNotFoundError)
-│   ├── DataFormatError                     a data file that is not what it should be
-│   └── RunConflictError                    the run id exists with another configuration
-├── StorageError (OSError)                  bytes could not be read or written
-│   └── StorageFullError                    needed and free bytes are known
-├── CheckpointError
-│   ├── CheckpointNotFoundError (FileNotFoundError)
-│   ├── CheckpointCorruptError              bytes differ from what the manifest says
-│   ├── CheckpointMismatchError             made by another configuration or model
-│   └── UnsupportedStateError (TypeError)   state that is neither tensor nor JSON
-├── LeaseError
-│   ├── LeaseHeldError                      another segment writes this run
-│   └── LeaseLostError                      this segment is no longer the writer
-├── TrainingError
-│   ├── LoaderError                         a sample could not be fetched; a loader process died
-│   └── NonFiniteLossError (ArithmeticError)
-├── SelectionError (ValueError)             candidates that cannot be averaged or compared
-└── ExportError
-    ├── ParityError                         an artifact is not the champion
-    └── BundleError                         a bundle that is not what its manifest says
+::
+
+    HoldfastError
+    ├── InputError (ValueError)                 the user's input; exit code 2
+    │   ├── ConfigError                         a key or value of the configuration
+    │   ├── ExperimentError                     an experiment that cannot be found or loaded
+    │   ├── DataNotFoundError (FileNotFoundError)
+    │   ├── DataFormatError                     a data file that is not what it should be
+    │   └── RunConflictError                    the run id exists with another configuration
+    ├── StorageError (OSError)                  bytes could not be read or written
+    │   └── StorageFullError                    needed and free bytes are known
+    ├── CheckpointError
+    │   ├── CheckpointNotFoundError (FileNotFoundError)
+    │   ├── CheckpointCorruptError              bytes differ from what the manifest says
+    │   ├── CheckpointMismatchError             made by another configuration or model
+    │   └── UnsupportedStateError (TypeError)   state that is neither tensor nor JSON
+    ├── LeaseError
+    │   ├── LeaseHeldError                      another segment writes this run
+    │   └── LeaseLostError                      this segment is no longer the writer
+    ├── TrainingError
+    │   ├── LoaderError                         a sample could not be fetched; a loader process died
+    │   └── NonFiniteLossError (ArithmeticError)
+    ├── SelectionError (ValueError)             candidates that cannot be averaged or compared
+    └── ExportError
+        ├── ParityError                         an artifact is not the champion
+        └── BundleError                         a bundle that is not what its manifest says
 
 The exit code of a process is the ``exit_code`` of the error that ended it.
 """

@@ -23,6 +23,7 @@ UNLESS_DEFAULT: dict[str, Any] = {"digest": "unless default"}
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Split = Literal["train", "validation", "test"]
+"""Which part of the data."""
 
 
 class Section(BaseModel):

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 from holdfast.training.configuration.schema import Section, Split
 
 Batch = tuple[Any, Any]
+"""``(inputs, targets)``, as the module describes it."""
 Records = dict[str, npt.NDArray[Any]]
+"""Name of a record to an array with one row per sample."""
 REQUIRED_METHODS = ("dataset", "model", "loss", "score", "metrics")
 
 

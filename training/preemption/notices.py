@@ -2,7 +2,7 @@
 
 A source tells the monitor; the trainer reads ``monitor.notice`` at each step boundary and between
 evaluation batches, which costs an attribute. A notice has one type whatever its source. To add a
-source, write a class with ``start`` and ``stop`` and a row in ``preemption_sources.SOURCES``.
+source, write a class with ``start`` and ``stop`` and a row in ``preemption.sources.SOURCES``.
 """
 
 from __future__ import annotations
