@@ -27,6 +27,7 @@ from holdfast.training.bundles.sources import FolderSource
 from holdfast.training.bundles.stage import run_export
 from holdfast.training.errors import ExportError, ParityError
 from holdfast.training.stage import prepared_stage
+from tests.documentation.pages import REPOSITORY, field_tables, file_tables
 from tests.training.bundles.small_bundle import files_of, make_bundle
 from tests.training.bundles.whole_export import arguments, choose, export
 
@@ -41,6 +42,23 @@ def two_bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def bundle(two_bundles: tuple[Path, Path], tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
     return Path(shutil.copytree(two_bundles[0], tmp_path / "bundle"))
+
+
+def test_the_page_of_formats_names_all_that_a_bundle_holds(
+    two_bundles: tuple[Path, Path],
+) -> None:
+    page = REPOSITORY / "docs" / "formats.md"
+    tables, named = field_tables(page), file_tables(page)["bundle"]
+    patterns = [re.sub("<[^>]*>", "[^/]+", re.escape(name)) for name in named]
+    found = files_of(two_bundles[0])
+    assert [name for name in found if not any(re.fullmatch(p, name) for p in patterns)] == []
+    manifest, parity, golden = (
+        json.loads(found[name]) for name in ("manifest.json", "parity.json", "golden/golden.json")
+    )
+    assert sorted(tables["bundle manifest"]) == sorted(manifest)
+    assert sorted(tables["measured"]) == sorted(manifest["measured"])
+    assert all(sorted(tables["parity row"]) == sorted(row) for row in parity["artifacts"])
+    assert sorted(tables["golden"]) == sorted(golden)
 
 
 def test_the_bundle_serves_every_consumer(two_bundles: tuple[Path, Path]) -> None:
