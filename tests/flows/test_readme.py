@@ -6,72 +6,35 @@ folder of the test, with a Prefect home and a port of the test.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from holdfast.training.runs.directory import RunDirectory, read_segments
+from tests.documentation.printed import blocks, run_script, unnamed_commands
 from tests.flows.prefect_server import REPOSITORY, environment, free_port
 
-README = (REPOSITORY / "README.md").read_text()
-BLOCK = re.compile(r"(?:<!-- tested: (.+?) -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
-BLOCKS = {name: code for name, _, code in BLOCK.findall(README) if name}
+README = REPOSITORY / "README.md"
 MAKE_RUN_AND_TEST = 1
 END_ALL = "trap 'kill $(jobs -p) 2>/dev/null; wait; prefect server stop' EXIT\n"
 
 
 def run_as_printed(folder: Path, *names: str, timeout_s: float = 280.0, before: str = "") -> str:
-    """Run blocks one after another in one shell that stops at the first failure; its output."""
+    """Run blocks one after another; what they print."""
     port = str(free_port())
-    script = before + "".join(BLOCKS[name] for name in names).replace(":4200/", f":{port}/")
+    printed = blocks(README)
+    script = before + "".join(printed[name] for name in names).replace(":4200/", f":{port}/")
     home = folder / "prefect"
     home.mkdir(exist_ok=True)
-    more = {"PREFECT_SERVER_API_PORT": port, "OMP_NUM_THREADS": "1"}
-    variables = environment(home, **more)
-    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
-    with (folder / "output").open("wb+") as output:
-        shell = subprocess.Popen(
-            ["bash", "-e", "-c", script],
-            cwd=folder,
-            env=variables,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            code = shell.wait(timeout=timeout_s)
-        finally:
-            _end(shell)
-    told = (folder / "output").read_text(errors="replace")
-    assert code == 0, told + "".join(path.read_text() for path in sorted(folder.glob("*.log")))
-    return told
-
-
-def _end(shell: subprocess.Popen[bytes]) -> None:
-    if shell.poll() is None:
-        os.killpg(shell.pid, signal.SIGTERM)
-        try:
-            shell.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(shell.pid, signal.SIGKILL)
-            shell.wait()
+    variables = environment(home, PREFECT_SERVER_API_PORT=port)
+    return "".join(run_script(folder, script, variables, timeout_s))
 
 
 def test_every_block_of_commands_is_tested() -> None:
-    untested = [code for name, kind, code in BLOCK.findall(README) if kind == "bash" and not name]
+    untested = unnamed_commands(README)
     assert len(untested) == MAKE_RUN_AND_TEST, untested
     assert "make run" in untested[0]
-
-
-def test_every_page_that_is_linked_is_there() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links
-    assert [link for link in links if not (REPOSITORY / link).exists()] == []
 
 
 @pytest.mark.timeout(900)
@@ -90,7 +53,7 @@ def test_training_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
-    (tmp_path / "my_task.py").write_text(BLOCKS["my_task.py"])
+    (tmp_path / "my_task.py").write_text(blocks(README)["my_task.py"])
     told = run_as_printed(tmp_path, "own", timeout_s=880)
     assert float(re.findall(r"accuracy ([\d.]+)", told)[0]) > 0.95
 
