@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from importlib.metadata import version as installed_version
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -40,6 +42,32 @@ html_show_sourcelink = False
 html_show_sphinx = False
 
 
+OF_THE_REPOSITORY = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
+"""Files at the top of the repository, and the pages that include them."""
+INCLUDE = re.compile(r"```\{include\} \.\./(\S+)\n```")
+LINK = re.compile(r"\]\((?![a-z]+:|#)(docs/)?([^)#]+)")
+
+
+def with_included_file(app: Sphinx, _page: str, source: list[str]) -> None:
+    """Put the file that a page includes in its place, with links as the page has to write them."""
+
+    def link(found: re.Match[str]) -> str:
+        folder, name = found.groups()
+        return f"]({name if folder else OF_THE_REPOSITORY.get(name, f'../{name}')}"
+
+    def content(found: re.Match[str]) -> str:
+        path = Path(app.srcdir).parent / found[1]
+        app.env.note_dependency(str(path))
+        return LINK.sub(link, path.read_text(encoding="utf-8"))
+
+    source[0] = INCLUDE.sub(content, source[0])
+
+
 def without_constructor(
     _app: Sphinx, what: str, _name: str, documented: object, *_more: Any
 ) -> tuple[str, None] | None:
@@ -53,4 +81,5 @@ def without_constructor(
 
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
+    app.connect("source-read", with_included_file)
     app.connect("autodoc-process-signature", without_constructor)
