@@ -2,17 +2,18 @@
 # make run     set up and train the digits example to its bundle
 # make test    lint, types, tests
 # make docs    the site, into build/docs
-# make wheel   build the wheel, and try it in a fresh environment; PYTHON=python3.13
+# make wheel   build the wheel, and try it in a fresh environment of ENVIRONMENT's Python
 # make bench   the benchmarks that take minutes; DATA=folder with real data
 # make chaos KILLS=1000   kill training that many times and compare bytes
 # make digests   the bytes that small runs of every experiment end with
 
 PYTHON ?= python3
 KILLS ?= 50
+ENVIRONMENT ?= .venv
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup run test lint docs bench chaos digests clean
+.PHONY: setup run test lint docs wheel bench chaos digests clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -35,6 +36,9 @@ lint: setup
 docs: setup
 	$(BIN)/python -P -m sphinx --fail-on-warning --keep-going --quiet -c docs/site docs build/docs
 	@echo build/docs/index.html
+
+wheel: setup
+	$(BIN)/python -m tests.packaging.wheel --python $(ENVIRONMENT)/bin/python
 
 bench: setup
 	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA))
