@@ -22,6 +22,7 @@ from holdfast.training.exactness.reproducibility import SAFE_PATH, python_comman
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NUM_TAIL_LINES = 15
+EXIT_INTERRUPTED = 130
 
 
 @dataclass
@@ -29,7 +30,7 @@ class LocalOutcome:
     """How a local run ended.
 
     Attributes:
-        exit_code: 0 completed, 75 preempted, 2 bad input, 1 failed.
+        exit_code: 0 completed, 75 preempted, 2 bad input, 1 failed, 130 stopped at once.
         result: the run's summary, where it completed.
         step: the newest step that was told.
         message: why it failed.
@@ -152,6 +153,8 @@ def _end_group(engine: subprocess.Popen[bytes], number: int = signal.SIGTERM) ->
 def _outcome(exit_code: int, heard: _Heard, *, was_stopped: bool, log: IO[bytes]) -> LocalOutcome:
     if exit_code == 0 and heard.result is not None:
         return LocalOutcome(0, result=heard.result, step=heard.step)
+    if was_stopped and exit_code == -signal.SIGKILL:
+        return LocalOutcome(EXIT_INTERRUPTED, step=heard.step)
     if was_stopped or exit_code == EXIT_PREEMPTED:
         return LocalOutcome(EXIT_PREEMPTED, step=heard.step)
     if heard.errors:

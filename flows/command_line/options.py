@@ -25,5 +25,6 @@ POOL_OPTION = click.option(
 )
 EXIT_CODES = "Exit codes: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C."
 RUN_EXIT_CODES = (
-    "Exit codes: 0 completed, 75 stopped or preempted: resume it, 2 wrong input, 1 failed."
+    "Exit codes: 0 completed, 75 stopped by a notice or Ctrl-C, and saved: resume it, 2 wrong "
+    "input, 1 failed, 130 stopped at once by a second Ctrl-C."
 )

@@ -98,6 +98,19 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_75(
     assert checkpoint_steps(run)[-1] == read_segments(run)[-1].end_step
 
 
+def test_a_second_ctrl_c_stops_at_once_and_exits_with_130(terminal: Terminal) -> None:
+    run = RunDirectory(terminal.store / "digits" / "at-once")
+    process = terminal.start("run", "digits", "--run-id", "at-once", *SETTINGS)
+    wait_until(lambda: bool(checkpoint_steps(run)) or process.poll() is not None, 200, "a save")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)  # two signals at the same moment are one
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 130, err
+    assert "the last checkpoint counts" in err
+    assert f"holdfast resume at-once --store {terminal.store}" in err
+
+
 def test_a_stopped_run_leaves_no_process_behind(
     stopped: tuple[RunDirectory, subprocess.Popen[str], str], terminal: Terminal
 ) -> None:

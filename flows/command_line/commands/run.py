@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from holdfast.flows.command_line.local_run import (
+    EXIT_INTERRUPTED,
     LocalOutcome,
     as_error,
     resume_command,
@@ -103,7 +104,7 @@ def run_job(job: Job, *, is_json: bool) -> int:
     if is_json:
         click.echo(json.dumps(_as_json(job, outcome), indent=2))
         return outcome.exit_code
-    if outcome.exit_code == EXIT_PREEMPTED:
+    if outcome.exit_code in (EXIT_PREEMPTED, EXIT_INTERRUPTED):
         _tell_how_to_go_on(job, outcome)
     elif outcome.exit_code != 0:
         raise as_error(outcome)
@@ -115,7 +116,9 @@ def run_job(job: Job, *, is_json: bool) -> int:
 
 def _tell_how_to_go_on(job: Job, outcome: LocalOutcome) -> None:
     where = f"at step {outcome.step}" if outcome.step is not None else "before its first step"
-    click.echo(f"stopped {where}; nothing is lost. To go on:", err=True)
+    is_saved = outcome.exit_code == EXIT_PREEMPTED
+    kept = "nothing is lost" if is_saved else "it was not saved, the last checkpoint counts"
+    click.echo(f"stopped {where}; {kept}. To go on:", err=True)
     click.echo(f"  {resume_command(job.run_id, job.store, DEFAULT_STORE)}", err=True)
 
 
