@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.training.bundles.summary import artifact_rows
-from holdfast.training.runs.durable_json import read_json
+from holdfast.training.runs.stored_json import read_json
 
 EXPORT = ['export.formats=["onnx_int8"]', "export.int8_metric=accuracy"]
 HEAD = "| artifact | test accuracy | same class as the champion | bytes |"

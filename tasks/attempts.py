@@ -12,13 +12,22 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from holdfast.training.errors import StorageError
+from holdfast.training.errors import DataFormatError, StorageError
 from holdfast.training.runs.directory import RunDirectory, parse_step, utc_now
+from holdfast.training.runs.stored_json import (
+    NO_FOLLOW,
+    Kinds,
+    parse_json,
+    read_plain_file,
+    required_fields,
+)
 
 Ending = Literal["completed", "preempted", "failed", "lost"]
 LOG_NAME = "attempts.jsonl"
+MAX_LOG_BYTES = 64 * 2**20
+FIELDS: Kinds = {"event": (str,), "step": (int,)}
 
 
 @dataclass(frozen=True)
@@ -67,17 +76,16 @@ class AttemptLog:
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         try:
-            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
+            content, _ = read_plain_file(self._path, MAX_LOG_BYTES)
         except FileNotFoundError:
             return
-        except OSError as error:
-            raise StorageError(f"cannot read {self._path}: {error.strerror}") from error
-        for line in lines:
+        for line in content.splitlines():
             try:
-                entry = json.loads(line)
-            except ValueError:
+                entry = required_fields(parse_json(line, str(self._path)), self._path, FIELDS)
+            except DataFormatError:
                 continue  # its writer was killed in the middle of it
-            if isinstance(entry, dict) and entry.items() >= self._of.items():
+            is_whole = entry["event"] == "begin" or entry.get("ending") in get_args(Ending)
+            if is_whole and all(entry.get(name) == value for name, value in self._of.items()):
                 yield entry
 
     def _append(self, entry: dict[str, Any]) -> None:
@@ -136,7 +144,8 @@ def _paired(entries: Iterator[dict[str, Any]], step: int) -> Iterator[Attempt]:
 
 
 def _append_durably(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW
+    descriptor = os.open(path, flags, 0o644)
     try:
         os.write(descriptor, content)
         os.fsync(descriptor)

@@ -12,17 +12,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
-from holdfast.training.errors import DataFormatError, LeaseError, LeaseLostError, StorageError
-from holdfast.training.runs.directory import RunDirectory, read_json, write_json_durably
+from holdfast.training.errors import DataFormatError, LeaseError, LeaseLostError
+from holdfast.training.runs.directory import RunDirectory
+from holdfast.training.runs.fenced import publish_json
 from holdfast.training.runs.lease import Lease, LeaseView, read_lease
 from holdfast.training.runs.process_identity import current_process
+from holdfast.training.runs.stored_json import Kinds, Limits, read_json, required_fields
 
 # A renewal that is four times late is no hiccup of a disk any more.
 ENGINE_TTL_S = 20.0
 HOLDER_NAME = "holder.json"
+LIMITS = Limits(max_bytes=2**16, max_depth=4)
+FIELDS: Kinds = {"generation": (int,), "flow_run_id": (str,), "run_count": (int,)}
 
 
 @dataclass(frozen=True)
@@ -61,23 +64,26 @@ def engine_lease(
     try:
         with Lease.acquire(engine, ENGINE_TTL_S, wait_s=wait_s) as lease:
             is_ours = True
-            write_json_durably(
-                engine.path / HOLDER_NAME,
-                {
-                    "generation": lease.generation,
-                    "flow_run_id": flow_run_id,
-                    "run_count": run_count,
-                },
-            )
+            holder = Holder(lease.generation, flow_run_id, run_count)
+            publish_json(lease, engine.path / HOLDER_NAME, asdict(holder))
             yield lease
     except LeaseError:  # another engine's by now
         is_ours = False
         raise
     finally:
         if is_ours and not run.run_json.exists():
-            shutil.rmtree(engine.path, ignore_errors=True)
+            _remove(engine)
             with suppress(OSError):
                 run.path.rmdir()
+
+
+def _remove(engine: RunDirectory) -> None:
+    """Delete what an engine makes, and nothing else that lies there."""
+    for folder in (engine.lease, engine.staging):
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        (engine.path / HOLDER_NAME).unlink(missing_ok=True)
+        engine.path.rmdir()
 
 
 def read_engine(run: RunDirectory) -> tuple[LeaseView, Holder] | None:
@@ -90,12 +96,11 @@ def read_engine(run: RunDirectory) -> tuple[LeaseView, Holder] | None:
     if view is None:
         return None
     try:
-        told: Any = read_json(engine.path / HOLDER_NAME)
-        holder = Holder(int(told["generation"]), str(told["flow_run_id"]), int(told["run_count"]))
-    except (DataFormatError, FileNotFoundError, KeyError, TypeError, ValueError):
+        path = engine.path / HOLDER_NAME
+        told = required_fields(read_json(path, LIMITS), path, FIELDS)
+    except (DataFormatError, FileNotFoundError):
         return None
-    except OSError as error:
-        raise StorageError(f"cannot read {engine.path}: {error.strerror}") from error
+    holder = Holder(**{name: told[name] for name in FIELDS})
     return (view, holder) if holder.generation == view.generation else None
 
 

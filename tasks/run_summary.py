@@ -6,20 +6,22 @@ Reads JSON only, and takes a run at any moment of its life: whatever is not ther
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.training.bundles.summary import promotion_line, published_name
+from holdfast.training.bundles.summary import promotion_fields, promotion_line, published_name
+from holdfast.training.errors import StorageError
 from holdfast.training.runs.directory import (
     RunDirectory,
     SegmentRecord,
     ledger_outcome,
     parse_step,
-    read_json,
     read_run_record,
     read_segments,
 )
 from holdfast.training.runs.lease import LeaseView, read_lease
 from holdfast.training.runs.ledger import ledger
+from holdfast.training.runs.stored_json import RECORD, STATE, Limits, is_kind, read_json
 
 State = Literal["new", "training", "preempted", "failed", "killed", "trained", "completed"]
 
@@ -76,7 +78,7 @@ def summarize(run: RunDirectory) -> RunSummary:
         ledger_outcome(record, is_alive=is_alive and record is segments[-1]) for record in segments
     ]
     evaluation = read_optional(run.evaluation_json)
-    promotion = read_optional(run.promotion_json)
+    promotion = read_promotion(run)
     account = ledger(segments)
     return RunSummary(
         name=f"{run.path.parent.name}/{run.path.name}",
@@ -111,7 +113,7 @@ def experiment_reference(run: RunDirectory) -> str:
 def history_of(run: RunDirectory) -> list[dict[str, Any]]:
     """One entry per finished epoch, from the newest checkpoint; empty where there is none."""
     for step in sorted(checkpoint_steps(run), reverse=True):
-        state = read_optional(run.checkpoint(step) / "state.json")
+        state = read_optional(run.checkpoint(step) / "state.json", STATE)
         if isinstance(state, dict) and isinstance(state.get("history"), list):
             return list(state["history"])
     return []
@@ -119,18 +121,27 @@ def history_of(run: RunDirectory) -> list[dict[str, Any]]:
 
 def checkpoint_steps(run: RunDirectory) -> list[int]:
     """Steps of the committed checkpoints, ascending."""
-    if not run.checkpoints.is_dir():
+    try:
+        names = [path.name for path in run.checkpoints.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    steps = (parse_step(path.name) for path in run.checkpoints.iterdir())
-    return sorted(step for step in steps if step is not None)
+    except OSError as error:
+        raise StorageError(f"cannot list {run.checkpoints}: {error.strerror}") from error
+    return sorted(step for step in map(parse_step, names) if step is not None)
 
 
-def read_optional(path: Any) -> Any:
+def read_optional(path: Path, limits: Limits = RECORD) -> Any:
     """The JSON of a file; None where there is no such file."""
     try:
-        return read_json(path)
+        return read_json(path, limits)
     except FileNotFoundError:
         return None
+
+
+def read_promotion(run: RunDirectory) -> dict[str, Any] | None:
+    """What became of the run's bundle; None where nothing was decided yet."""
+    found = read_optional(run.promotion_json)
+    return None if found is None else promotion_fields(found, run.promotion_json)
 
 
 def champion_name(evaluation: Any) -> str | None:
@@ -151,7 +162,7 @@ def numbers_in(values: Any) -> dict[str, float]:
     """The entries of a mapping that are numbers."""
     if not isinstance(values, dict):
         return {}
-    return {name: float(v) for name, v in values.items() if isinstance(v, (int, float))}
+    return {name: float(v) for name, v in values.items() if is_kind(v, (float,))}
 
 
 def _state(run: RunDirectory, outcomes: list[Any], lease: LeaseView | None) -> State:

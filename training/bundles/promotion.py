@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from holdfast.training.bundles.registry import DEFAULT_ALIAS, Registry
+from holdfast.training.bundles.summary import PROMOTION, promotion_fields
 from holdfast.training.champion.bootstrap import resampled_metrics
-from holdfast.training.champion.candidates import publish_json
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import DataFormatError, ExportError
 from holdfast.training.experiment.loading import experiment_name
@@ -25,7 +24,8 @@ from holdfast.training.experiment.protocol import Experiment, Records, example_i
 from holdfast.training.export.onnx_export import OnnxArtifact, OnnxFormat
 from holdfast.training.export.specification import derive_interface, export_spec
 from holdfast.training.parity.champion import score_test_set
-from holdfast.training.runs.durable_json import read_json
+from holdfast.training.runs.fenced import publish_json, take_away
+from holdfast.training.runs.stored_json import read_json
 from holdfast.training.stage import Stage, StageOutcome
 
 MAX_ATTEMPTS = 10
@@ -100,7 +100,7 @@ def run_promotion(stage: Stage) -> StageOutcome:
                 DEFAULT_ALIAS,
                 stage.experiment,
                 stage.config,
-                before_move=lambda: stage.run.promotion_json.unlink(missing_ok=True),
+                before_move=lambda: take_away(lease, stage.run.promotion_json),
             )
             publish_json(lease, stage.run.promotion_json, asdict(decision))
     stage.progress.emit("promotion", **asdict(decision))
@@ -110,9 +110,9 @@ def run_promotion(stage: Stage) -> StageOutcome:
 def _decided(path: Path, bundle: tuple[str, int]) -> PromotionDecision | None:
     """What was decided about this version before; None where nothing was."""
     try:
-        known: Any = read_json(path)
-        decision = PromotionDecision(**known)
-    except (FileNotFoundError, DataFormatError, TypeError):
+        known = promotion_fields(read_json(path), path)
+        decision = PromotionDecision(**{name: known[name] for name in PROMOTION})
+    except (FileNotFoundError, DataFormatError):
         return None
     return decision if (decision.name, decision.version) == bundle else None
 

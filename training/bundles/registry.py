@@ -25,8 +25,9 @@ from typing import Any
 from holdfast.training.bundles import consumer
 from holdfast.training.bundles.sources import FolderSource
 from holdfast.training.errors import BundleError, DataFormatError, InputError
-from holdfast.training.runs.durable_json import create_json_durably, read_json, sync_folder
+from holdfast.training.runs.durable_json import create_json_durably, sync_folder
 from holdfast.training.runs.paths import checked_store
+from holdfast.training.runs.stored_json import read_json
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 REGISTRY = "registry"

@@ -21,11 +21,17 @@ from holdfast.training.export.specification import Interface, export_spec
 from holdfast.training.parity.assembly import check_names
 from holdfast.training.parity.checking import Action, CheckRequest, check_in_fresh_process
 from holdfast.training.runs.directory import RunDirectory, utc_now
-from holdfast.training.runs.durable_json import read_json
 from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.stored_json import Kinds, read_json, required_fields
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
 
 MAX_SHOWN = 5
+CHAMPION: Kinds = {
+    "name": (str,),
+    "path": (str,),
+    "digest": (str,),
+    "metrics": (dict, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -212,15 +218,18 @@ def read_champion(run: RunDirectory) -> ChosenChampion:
     Raises ExportError where nothing was chosen yet, or the file is not the one that was chosen.
     """
     try:
-        evaluation: Any = read_json(run.evaluation_json)
+        evaluation = required_fields(
+            read_json(run.evaluation_json), run.evaluation_json, {"champion": (dict,)}
+        )
     except FileNotFoundError:
         raise ExportError(
             f"run {run.path.name} has no evaluation.json; choose a champion first: "
             "python -m holdfast.training evaluate"
         ) from None
-    chosen = evaluation["champion"]
+    place = f"{run.evaluation_json}: champion"
+    chosen = required_fields(evaluation["champion"], place, CHAMPION)
     path = run.path / chosen["path"]
-    if not path.is_file():
+    if not path.is_file() or not path.resolve().is_relative_to(run.candidates.resolve()):
         raise ExportError(f"the champion {chosen['path']} is missing in {run.path}")
     digest = str(chosen["digest"])
     found = consumer.file_digest(path)
@@ -229,8 +238,9 @@ def read_champion(run: RunDirectory) -> ChosenChampion:
             f"the champion {chosen['path']} was altered after it was chosen: sha256 {found[:12]}…, "
             f"evaluation.json says {digest}; run the evaluation again"
         )
-    test = evaluation.get("test", {}).get("metrics")
-    return ChosenChampion(chosen["name"], path, found, chosen.get("metrics", {}), test)
+    tested = evaluation.get("test")
+    test = tested.get("metrics") if isinstance(tested, dict) else None
+    return ChosenChampion(chosen["name"], path, found, chosen.get("metrics") or {}, test)
 
 
 def is_done(bundle: Path, champion: ChosenChampion, names: tuple[str, ...]) -> bool:

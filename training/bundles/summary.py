@@ -7,10 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.training.bundles import consumer
-from holdfast.training.runs.durable_json import read_json
+from holdfast.training.runs.stored_json import Kinds, read_json, required_fields
+
+if TYPE_CHECKING:
+    from holdfast.training.configuration.schema import Json
+
+ARTIFACT: Kinds = {"format": (str,), "name": (str,)}
+PROMOTION: Kinds = {
+    "name": (str,),
+    "version": (int,),
+    "alias": (str,),
+    "is_promoted": (bool,),
+    "reason": (str,),
+}
 
 
 def artifact_rows(bundle: Path) -> list[dict[str, Any]]:
@@ -22,12 +34,21 @@ def artifact_rows(bundle: Path) -> list[dict[str, Any]]:
     Raises DataFormatError or StorageError where a file is not readable.
     """
     try:
-        parity: Any = read_json(bundle / "parity.json")
-        manifest: Any = read_json(bundle / consumer.MANIFEST)
+        parity = read_json(bundle / "parity.json")
+        manifest = read_json(bundle / consumer.MANIFEST)
     except FileNotFoundError:
         return []
-    latency = manifest["measured"]["latency"]
-    return [{**row, "latency": latency.get(row["format"], {})} for row in parity["artifacts"]]
+    artifacts = required_fields(parity, bundle / "parity.json", {"artifacts": (list,)})["artifacts"]
+    place = bundle / consumer.MANIFEST
+    measured = required_fields(manifest, place, {"measured": (dict,)})["measured"]
+    latency = required_fields(measured, f"{place}: measured", {"latency": (dict,)})["latency"]
+    rows = [required_fields(row, bundle / "parity.json", ARTIFACT) for row in artifacts]
+    return [{**row, "latency": latency.get(row["format"], {})} for row in rows]
+
+
+def promotion_fields(value: Json, path: Path) -> dict[str, Any]:
+    """What ``promotion.json`` holds, checked. Raises DataFormatError that names file and field."""
+    return required_fields(value, path, PROMOTION)
 
 
 def published_name(promotion: Mapping[str, Any]) -> str:

@@ -23,8 +23,8 @@ from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import SelectionError
 from holdfast.training.loop.early_stopping import EarlyStopping
 from holdfast.training.runs.directory import read_run_record, run_identity
-from holdfast.training.runs.durable_json import read_json
 from holdfast.training.runs.paths import RunDirectory, parse_step
+from holdfast.training.runs.stored_json import STATE, read_json
 
 Kind = Literal["best", "last", "ema", "posthoc", "average", "weighted", "soup"]
 EMA_NAME = "ema.safetensors"
@@ -123,7 +123,7 @@ def final_step(run: RunDirectory, config: RunConfig, manifests: dict[int, Manife
     if not newest:
         raise SelectionError(f"{run.path} has no checkpoint: run the stage 'segment' first")
     (step,) = newest
-    state: Any = read_json(run.checkpoint(step) / "state.json")
+    state: Any = read_json(run.checkpoint(step) / "state.json", STATE)
     counters, max_steps = state["counters"], config.train.max_steps
     is_ended = counters["step_in_epoch"] == 0 and (
         counters["epoch"] >= config.train.num_epochs

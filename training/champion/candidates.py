@@ -28,16 +28,23 @@ from holdfast.training.checkpointing.loading import MODEL_NAME
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.manifest import read_manifest
 from holdfast.training.checkpointing.tensor_file import parse_tensors
-from holdfast.training.errors import CheckpointCorruptError, DataFormatError
+from holdfast.training.errors import CheckpointCorruptError, DataFormatError, StorageError
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.loop.evaluation import evaluate, metrics_of
 from holdfast.training.loop.optimization import named_metric
 from holdfast.training.loop.state import load_model
 from holdfast.training.loop.train_step import resolve_device
-from holdfast.training.runs.durable_json import read_json, storage_error, sync_folder
+from holdfast.training.runs.durable_json import storage_error, sync_folder
 from holdfast.training.runs.durable_json import write_json_durably as write_json
+from holdfast.training.runs.fenced import publish_json, take_away
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.paths import RunDirectory
+from holdfast.training.runs.stored_json import (
+    Kinds,
+    read_json,
+    required_fields,
+    shape_expected,
+)
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
 
 __all__ = [
@@ -49,13 +56,14 @@ __all__ = [
     "made_digest",
     "plan_candidates",
     "preempted",
-    "publish_json",
     "run_candidates",
 ]
 
 WEIGHTS_NAME = "model.safetensors"
 PROVENANCE_NAME = "provenance.json"
+CANDIDATE_FILES = (WEIGHTS_NAME, PROVENANCE_NAME, "validation.safetensors", "test.safetensors")
 GREEDY_SUFFIX = ".greedy.json"
+TRIAL: Kinds = {"step": (int,), "metric": (float, type(None)), "is_kept": (bool,)}
 HOW: dict[Kind, str] = {
     "best": "the checkpoint with the best validation metric",
     "last": "the checkpoint that training ended with",
@@ -111,9 +119,10 @@ def made_digest(run: RunDirectory, candidate: Candidate) -> str | None:
     folder = run.candidates / candidate.name
     try:
         provenance: Any = read_json(folder / PROVENANCE_NAME)
-        found = [Source(**source) for source in provenance["sources"]]
+        with shape_expected(folder / PROVENANCE_NAME):
+            found = [Source(**source) for source in provenance["sources"]]
         _, digest = read_file(folder / WEIGHTS_NAME, DIGEST, on_bytes=lambda _: None)
-    except (FileNotFoundError, CheckpointCorruptError, DataFormatError, KeyError, TypeError):
+    except (FileNotFoundError, CheckpointCorruptError, DataFormatError):
         return None
     is_planned = len(found) == len(candidate.sources) and all(
         # A weight that measuring decides is not known when planning.
@@ -122,19 +131,6 @@ def made_digest(run: RunDirectory, candidate: Candidate) -> str | None:
     )
     is_same = is_planned and provenance.get("base") == candidate.base
     return digest if is_same and digest == provenance.get("digest") else None
-
-
-def publish_json(lease: Lease, path: Path, value: Any) -> None:
-    """Write a JSON file as the run's writer: it is renamed out of the lease's staging folder."""
-    staged = lease.staging / path.name
-    write_json(staged, value)
-    lease.check()
-    try:
-        staged.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        lease.check()
-        raise storage_error("write", path, error) from error
 
 
 @dataclass
@@ -152,6 +148,7 @@ class _Maker:
             lease.staging / f"candidate-{candidate.name}",
             run.candidates / candidate.name,
         )
+        _require_own(target)
         try:
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir()
@@ -159,8 +156,7 @@ class _Maker:
             provenance = write(candidate, staged / WEIGHTS_NAME)
             write_json(staged / PROVENANCE_NAME, provenance)
             lease.check()
-            if target.exists():
-                target.rename(lease.staging / f"replaced-{candidate.name}")
+            take_away(lease, target)
             staged.rename(target)
             sync_folder(run.candidates)
         except OSError as error:
@@ -307,17 +303,39 @@ def _weighted(source: Source, weight: float | None) -> Source:
 def _known_trials(log: Path, planned: list[dict[str, Any]]) -> list[GreedyStep]:
     try:
         known: Any = read_json(log)
-        return (
-            [GreedyStep(**step) for step in known["steps"]] if known["sources"] == planned else []
-        )
-    except (FileNotFoundError, DataFormatError, KeyError, TypeError):
+        with shape_expected(log):
+            is_same = known["sources"] == planned
+            steps = [required_fields(step, log, TRIAL) for step in known["steps"]]
+            return [GreedyStep(**step) for step in steps] if is_same else []
+    except (FileNotFoundError, DataFormatError):
         return []
 
 
 def _clear_leftovers(run: RunDirectory, lease: Lease, planned: set[str]) -> None:
-    """Take away candidates of another training; what was not made now must not be looked at."""
+    """Take away candidates of another training; what was not made now must not be looked at.
+
+    What Holdfast did not make is left alone.
+    """
     for path in sorted(run.candidates.iterdir()):
         is_left_over = path.name.removesuffix(GREEDY_SUFFIX) not in planned
-        if is_left_over and (path.is_dir() or path.name.endswith(GREEDY_SUFFIX)):
-            lease.check()
-            path.rename(lease.staging / f"left-over-{path.name}")
+        is_trials = path.name.endswith(GREEDY_SUFFIX) and path.is_file() and not path.is_symlink()
+        if is_left_over and (is_trials or _stranger_in(path) is None):
+            take_away(lease, path)
+
+
+def _stranger_in(folder: Path) -> str | None:
+    """What a candidate's folder holds beside a candidate's files; None where that is nothing."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "."
+    names = sorted(path.name for path in folder.iterdir())
+    return next((name for name in names if name not in CANDIDATE_FILES), None)
+
+
+def _require_own(folder: Path) -> None:
+    """Raise StorageError where replacing a candidate would delete what Holdfast did not make."""
+    stranger = _stranger_in(folder) if folder.exists() or folder.is_symlink() else None
+    if stranger is not None:
+        raise StorageError(
+            f"{folder / stranger} is not a file of a candidate, and making the candidate again "
+            "would delete it: move it away"
+        )

@@ -32,7 +32,6 @@ from holdfast.training.champion.candidates import (
     made_digest,
     plan_candidates,
     preempted,
-    publish_json,
 )
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.tensor_file import parse_tensors
@@ -45,11 +44,23 @@ from holdfast.training.loop.optimization import named_metric
 from holdfast.training.loop.record_file import RecordFile
 from holdfast.training.loop.state import load_model
 from holdfast.training.loop.train_step import resolve_device
-from holdfast.training.runs.durable_json import read_json
+from holdfast.training.runs.fenced import publish_json
 from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.stored_json import (
+    Kinds,
+    read_json,
+    required_fields,
+    shape_expected,
+)
 from holdfast.training.stage import Stage, StageOutcome
 
 CHOICE_NAME = "choice.json"
+CHOICE: Kinds = {
+    "candidates": (list,),
+    "champion": (dict,),
+    "single_best": (str,),
+    "test": (dict, type(None)),
+}
 RULE = (
     "the best {metric} ({mode}) on validation data; of equal ones the first in the list, which "
     "begins with the simplest: the single best checkpoint comes before every average"
@@ -198,11 +209,14 @@ def _made(stage: Stage) -> list[Made]:
 def _known(path: Path, made: Sequence[Made]) -> dict[str, Any] | None:
     """A choice or an evaluation, if it is of these candidates."""
     try:
-        known: Any = read_json(path)
-        found = [(entry["name"], entry["digest"]) for entry in known["candidates"]]
-    except (FileNotFoundError, DataFormatError, KeyError, TypeError):
+        known = required_fields(read_json(path), path, CHOICE)
+        with shape_expected(path):
+            found = [(entry["name"], entry["digest"]) for entry in known["candidates"]]
+            chosen = {str(known["champion"]["name"]), known["single_best"]}
+    except (FileNotFoundError, DataFormatError):
         return None
-    return known if found == [(one.candidate.name, one.digest) for one in made] else None
+    is_theirs = found == [(one.candidate.name, one.digest) for one in made]
+    return known if is_theirs and chosen <= {name for name, _ in found} else None
 
 
 def _choice(stage: Stage, lease: Lease, made: Sequence[Made]) -> dict[str, Any] | None:

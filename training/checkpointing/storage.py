@@ -22,6 +22,7 @@ from holdfast.training.checkpointing.snapshot import FileImage
 from holdfast.training.errors import LeaseError, StorageError, StorageFullError
 from holdfast.training.runs.durable_json import storage_error, sync_folder
 from holdfast.training.runs.faultpoints import reach
+from holdfast.training.runs.lease import SET_ASIDE
 
 MARGIN_BYTES = 2**20
 """For manifests, folders and the ends of blocks."""
@@ -102,9 +103,8 @@ class LocalStorage(LocalReader):
     """Writes by renaming out of, or into, a staging folder that vanishes with the lease.
 
     A writer that was replaced gets ENOENT from every rename, see ``runs/lease.py``; therefore
-    nothing here makes the staging folder itself. The one exception is setting a damaged folder
-    aside: what lies in the staging folder may be deleted, so it never goes through there. The
-    lease is checked just before, and it happens at the start of a segment only.
+    nothing here makes the staging folder itself. What lies in there is deleted with it, but for a
+    damaged folder that is being set aside: that goes through the one folder which is not.
     """
 
     def __init__(self, root: Path, staging: Path, check_lease: Callable[[], None]) -> None:
@@ -152,8 +152,12 @@ class LocalStorage(LocalReader):
         with self._typed_errors("remove", self._root / name):
             self._check_lease()
             if keep_as is not None:
+                waiting = self._staging / SET_ASIDE
+                waiting.mkdir(exist_ok=True)
                 reach("restore.before-set-aside")
-                (self._root / name).rename(self._root / keep_as)
+                (self._root / name).rename(waiting / keep_as)
+                reach("restore.between-set-aside")
+                (waiting / keep_as).rename(self._root / keep_as)
                 reach("restore.after-set-aside")
                 sync_folder(self._root)
                 return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.numpy import save
 
 from holdfast.training.configuration.schema import Json
 from holdfast.training.experiment.protocol import Records, concatenate
-from holdfast.training.runs.durable_json import storage_error, sync_folder
+from holdfast.training.runs.fenced import publish_bytes
 from holdfast.training.runs.lease import Lease
 
 MAX_OVERHEAD = 0.05
@@ -62,20 +61,7 @@ class RecordFile:
         pause_s = max(self._every_s, self._cost_s / MAX_OVERHEAD)
         if is_last or start_s - self._written_s >= pause_s:
             # One entry of metadata: several would be written in an order that is random.
-            self._replace(save(concatenate(list(parts)), metadata={KEY: self._key}))
+            content = save(concatenate(list(parts)), metadata={KEY: self._key})
+            publish_bytes(self._lease, self._path, content)
             self._num_parts, self._written_s = len(parts), time.monotonic()
             self._cost_s = self._written_s - start_s
-
-    def _replace(self, content: bytes) -> None:
-        staged = self._lease.staging / self._path.name
-        try:
-            with staged.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            self._lease.check()
-            staged.replace(self._path)
-            sync_folder(self._path.parent)
-        except OSError as error:
-            self._lease.check()
-            raise storage_error("write", self._path, error, len(content)) from error

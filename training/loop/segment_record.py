@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from holdfast.training.errors import LeaseLostError, StorageError
@@ -21,6 +22,7 @@ from holdfast.training.runs.directory import (
     utc_now,
     write_segment,
 )
+from holdfast.training.runs.fenced import publish_json
 from holdfast.training.runs.lease import Lease
 from holdfast.training.stage import failed_outcome
 
@@ -113,6 +115,6 @@ class RecordKeeper:
     def _write(self) -> None:
         self._lease.check()
         try:
-            write_segment(self._run, self._record)
+            write_segment(self._run, self._record, partial(publish_json, self._lease))
         finally:  # counted from the end: a slow store is not written to at every step
             self._written_s = time.monotonic()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.training.bundles.summary import artifact_rows
+from holdfast.training.bundles.summary import artifact_rows, promotion_fields
 from holdfast.training.champion.candidate_plan import used_steps
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.loop.rate_trace import RateTrace
@@ -22,8 +22,14 @@ from holdfast.training.runs.directory import (
     parse_step,
     read_segments,
 )
-from holdfast.training.runs.durable_json import read_json
 from holdfast.training.runs.ledger import Ledger, Life, ledger, lives
+from holdfast.training.runs.stored_json import (
+    RECORD,
+    STATE,
+    Limits,
+    read_json,
+    shape_expected,
+)
 
 Metrics = Mapping[str, float | None]
 
@@ -127,6 +133,11 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
     records = read_segments(run)
     state = newest_state(run)
     evaluation = _mapping(_optional(run.evaluation_json))
+    promotion = _optional(run.promotion_json)
+    with shape_expected(run.checkpoints):
+        history, rates = tuple(map(_epoch, state.get("history", ()))), _rates(state)
+    with shape_expected(run.evaluation_json):
+        candidates, test = _candidates(run, evaluation), _test(evaluation)
     return RunFacts(
         record=record,
         config=config,
@@ -135,14 +146,14 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
             for one, life in zip(records, lives(records), strict=True)
         ),
         ledger=ledger(records),
-        history=tuple(map(_epoch, state.get("history", ()))),
-        rates=_rates(state),
-        candidates=_candidates(run, evaluation),
+        history=history,
+        rates=rates,
+        candidates=candidates,
         champion=_mapping(evaluation.get("champion")).get("name"),
         rule=str(evaluation.get("rule", "")),
-        test=_test(evaluation),
+        test=test,
         exports=tuple(artifact_rows(run.bundle)),
-        promotion=_mapping(_optional(run.promotion_json)),
+        promotion={} if promotion is None else promotion_fields(promotion, run.promotion_json),
     )
 
 
@@ -151,7 +162,7 @@ def newest_state(run: RunDirectory) -> dict[str, Any]:
     names = [path.name for path in run.checkpoints.iterdir()] if run.checkpoints.is_dir() else []
     steps = sorted((step for step in map(parse_step, names) if step is not None), reverse=True)
     for step in steps:
-        state = _mapping(_optional(run.checkpoint(step) / "state.json"))
+        state = _mapping(_optional(run.checkpoint(step) / "state.json", STATE))
         if state:
             return state
     return {}
@@ -237,8 +248,8 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _optional(path: Path) -> Any:
+def _optional(path: Path, limits: Limits = RECORD) -> Any:
     try:
-        return read_json(path)
+        return read_json(path, limits)
     except FileNotFoundError:
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from holdfast.training.champion.candidates import preempted
@@ -16,8 +15,8 @@ from holdfast.training.loop.train_step import resolve_device
 from holdfast.training.reporting.facts import RunFacts, read_facts
 from holdfast.training.reporting.figures import Figure, experiment_figures
 from holdfast.training.reporting.page import page
-from holdfast.training.runs.durable_json import read_json, storage_error, sync_folder
-from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.fenced import publish_bytes
+from holdfast.training.runs.stored_json import read_json
 from holdfast.training.stage import Stage, StageOutcome
 
 
@@ -42,7 +41,7 @@ def run_report(stage: Stage) -> StageOutcome:
     path = stage.run.report_html
     if not path.is_file() or path.read_bytes() != content:
         with stage.writing() as lease:
-            _publish(lease, path, content)
+            publish_bytes(lease, path, content)
     stage.progress.emit("report", path=str(path))
     return StageOutcome("completed", 0)
 
@@ -73,15 +72,3 @@ def _figures(stage: Stage) -> Sequence[Figure]:
         return records
 
     return experiment_figures(stage.experiment, measure)
-
-
-def _publish(lease: Lease, path: Path, content: bytes) -> None:
-    try:
-        staged = lease.staging / path.name
-        staged.write_bytes(content)
-        lease.check()
-        staged.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        lease.check()
-        raise storage_error("write", path, error, len(content)) from error

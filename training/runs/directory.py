@@ -8,16 +8,19 @@ what that means. All of it is readable without torch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from holdfast.training.configuration.loading import config_from_record, digested_values
 from holdfast.training.errors import ConfigError, DataFormatError, RunConflictError, StorageError
-from holdfast.training.runs.durable_json import create_json_durably, read_json, write_json_durably
+from holdfast.training.runs.durable_json import create_json_durably, write_json_durably
 from holdfast.training.runs.paths import RunDirectory, parse_step, validate_run_id
+from holdfast.training.runs.stored_json import read_json
 
 __all__ = [
     "FORMAT_VERSION",
@@ -57,6 +60,21 @@ class Record(BaseModel):
 
 
 RecordT = TypeVar("RecordT", bound=Record)
+MAX_SECONDS = 1e10  # three hundred years
+MAX_STEP = 10**15
+SEGMENT_NAME = re.compile(r"([0-9]{4,9})\.json")
+
+
+def _moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("it names no time zone")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_moment)]
+"""ISO 8601, UTC."""
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
+Step = Annotated[int, Field(ge=0, le=MAX_STEP)]
 
 
 class RunRecord(Record):
@@ -74,8 +92,7 @@ class RunRecord(Record):
     """Of the experiment's code, as ``source_digest`` has it; None where there is no file."""
     versions: dict[str, str] = Field(default_factory=dict)
     num_threads: int | None = None
-    created_at: str
-    """ISO 8601, UTC."""
+    created_at: Moment
 
 
 class SegmentError(Record):
@@ -92,18 +109,17 @@ class SegmentRecord(Record):
 
     format_version: int = FORMAT_VERSION
     number: int = Field(ge=1)
-    started_at: str
-    """ISO 8601, UTC."""
-    ended_at: str | None = None
+    started_at: Moment
+    ended_at: Moment | None = None
     outcome: Outcome = "running"
-    start_step: int = Field(0, ge=0)
-    end_step: int = Field(0, ge=0)
+    start_step: Step = 0
+    end_step: Step = 0
     notice: dict[str, Any] | None = None
     """Source, reason and seconds left, where a notice ended the segment."""
     error: SegmentError | None = None
-    costs_s: dict[str, float] = Field(default_factory=dict)
+    costs_s: dict[str, Seconds] = Field(default_factory=dict)
     """Seconds by what they went to: startup, restore, useful, recomputed, saving, evaluating."""
-    save_s: dict[str, float] = Field(default_factory=dict)
+    save_s: dict[str, Seconds] = Field(default_factory=dict)
     """Summary of the measured cost of a save."""
     host: str
     pid: int
@@ -153,13 +169,22 @@ def next_segment_number(run: RunDirectory) -> int:
     return max(_segment_numbers(run), default=0) + 1
 
 
-def write_segment(run: RunDirectory, record: SegmentRecord) -> None:
+def write_segment(
+    run: RunDirectory,
+    record: SegmentRecord,
+    write: Callable[[Path, Any], None] = write_json_durably,
+) -> None:
     """Write or rewrite the record of one's own segment. Durable after return.
+
+    Args:
+        run: the run.
+        record: what to write.
+        write: how a file is replaced; as the run's writer, ``fenced.publish_json``.
 
     Raises StorageError; then the previous version of the record is still there.
     """
     _make_folder(run, "segments")
-    write_json_durably(run.segment(record.number), record.model_dump(mode="json"))
+    write(run.segment(record.number), record.model_dump(mode="json"))
 
 
 def read_segments(run: RunDirectory) -> list[SegmentRecord]:
@@ -171,7 +196,11 @@ def read_segments(run: RunDirectory) -> list[SegmentRecord]:
     records = []
     for number in _segment_numbers(run):
         try:
-            records.append(_read_record(run, f"segments/{run.segment(number).name}", SegmentRecord))
+            record = _read_record(run, f"segments/{run.segment(number).name}", SegmentRecord)
+            _require_number(run, record, number)
+            records.append(record)
+        except FileNotFoundError:
+            continue  # taken away since it was listed
         except DataFormatError as error:
             logger.warning("left out of the run's history: %s", error)
     return records
@@ -206,12 +235,21 @@ def _make_folder(run: RunDirectory, name: str = "") -> None:
 
 def _segment_numbers(run: RunDirectory) -> list[int]:
     try:
-        stems = [path.stem for path in run.segments.iterdir() if path.suffix == ".json"]
+        found = [SEGMENT_NAME.fullmatch(path.name) for path in run.segments.iterdir()]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise StorageError(f"cannot list {run.segments}: {error.strerror}") from error
-    return sorted(int(stem) for stem in stems if stem.isdecimal())
+    numbers = (int(name[1]) for name in found if name is not None)
+    return sorted(number for number in numbers if number > 0)
+
+
+def _require_number(run: RunDirectory, record: SegmentRecord, number: int) -> None:
+    if record.number != number:
+        raise DataFormatError(
+            f"{run.segment(number)} is the record of segment {record.number}, not of {number}; "
+            "move it away"
+        )
 
 
 def _read_record(run: RunDirectory, name: str, kind: type[RecordT]) -> RecordT:
@@ -229,8 +267,8 @@ def _read_record(run: RunDirectory, name: str, kind: type[RecordT]) -> RecordT:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise DataFormatError(
-            f"{path}: {place}: {first['msg']}, found {first['input']!r}; the file was changed by "
-            f"something else than Holdfast"
+            f"{path}: {place}: {first['msg']}, found {first['input']!r:.80}; the file was changed "
+            f"by something else than Holdfast"
         ) from error
 
 

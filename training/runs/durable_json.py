@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.training.errors import DataFormatError, StorageError, StorageFullError
+from holdfast.training.errors import StorageError, StorageFullError
 
 if TYPE_CHECKING:
     from holdfast.training.configuration.schema import Json
@@ -64,28 +64,6 @@ def create_json_durably(path: Path, value: Json) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def read_json(path: Path) -> Json:
-    """The content of a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        StorageError: it cannot be read.
-        DataFormatError: it is not UTF-8 JSON; the message says where it stops being so.
-    """
-    try:
-        value: Json = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataFormatError(
-            f"{path} is not JSON ({error}); it was not written by Holdfast, or the disk lost part "
-            f"of it: restore it from a backup or move it away"
-        ) from error
-    return value
 
 
 def sync_folder(path: Path) -> None:

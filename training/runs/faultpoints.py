@@ -40,6 +40,7 @@ FAULT_POINTS = {
     "prune.after-rename": "it is taken out, and not deleted",
     "prune.after-delete": "it is deleted",
     "restore.before-set-aside": "a damaged checkpoint was found",
+    "restore.between-set-aside": "it is on its way to its other name",
     "restore.after-set-aside": "it was renamed",
 }
 

@@ -6,11 +6,14 @@ it needs no disk space). The highest generation is the holder. The files of earl
 so that no generation can ever be taken twice.
 
 Safety does not depend on clocks, but on fencing. A contender first makes a staging folder of its
-own, ``.staging/<generation>-<token>/``; everything that a holder changes in the run's checkpoints
-it changes by a rename out of, or into, that folder. The winner renames the staging folders of all
-earlier generations away before ``acquire`` returns. A holder that was stopped and wakes up later
-gets ENOENT from each of its renames and each new file: it changes nothing, and ``check`` tells it
-why. Therefore nobody may make missing parents (``mkdir(parents=True)``) below ``staging``.
+own, ``.staging/<generation>-<token>/``; everything that a holder changes in the run it changes by
+a rename out of, or into, that folder. The winner renames the staging folders of all earlier
+generations away before ``acquire`` returns. A holder that was stopped and wakes up later gets
+ENOENT from each of its renames and each new file: it changes nothing, and ``check`` tells it why.
+Therefore nobody may make missing parents (``mkdir(parents=True)``) below ``staging``.
+
+What lies in a staging folder is deleted with it, but for ``set-aside``: a damaged checkpoint goes
+through there to its other name, and where its holder ends on the way, the next one takes it there.
 
 Clocks only decide when a holder is presumed dead: at once, where its process is seen to be gone;
 otherwise when it has not renewed for ``ttl_s``.
@@ -22,9 +25,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
+import re
 import secrets
 import shutil
+import stat
 import threading
 import time
 from dataclasses import asdict
@@ -46,10 +52,17 @@ from holdfast.training.runs.process_identity import ProcessIdentity, current_pro
 
 __all__ = ["Lease", "LeaseView", "read_lease"]
 
+logger = logging.getLogger(__name__)
+
 RENEWALS_PER_TTL = 4
 RETRY_S = 0.2
 CONTENT_NAME = "lease.json"
+SET_ASIDE = "set-aside"
+"""Folder within ``staging`` in which a checkpoint waits on its way to another name."""
 FENCED_PREFIX = "fenced-"
+STAGING_NAME = re.compile(r"([0-9]{8,15})-[0-9a-f]{16}")
+FENCED_NAME = re.compile(rf"{FENCED_PREFIX}{STAGING_NAME.pattern}-[0-9a-f]{{16}}")
+MAX_GENERATION = 10**12
 NO_LINK_ERRNOS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -130,6 +143,11 @@ class Lease:
         if held is not None and not (held.is_expired or _is_stuck_in_the_future(run, held)):
             raise LeaseHeldError(held.refusal(run))
         generation = newest_generation(run) + 1 if held is None else held.generation + 1
+        if generation > MAX_GENERATION:
+            raise StorageError(
+                f"{generation_path(run, generation - 1)} would be of writer {generation - 1:,} of "
+                f"this run, which it cannot have had; it was not made by Holdfast: move it away"
+            )
         lease = cls(run, ttl_s, identity, generation=generation, token=secrets.token_hex(8))
         lease._claim()
         try:
@@ -183,7 +201,7 @@ class Lease:
         with contextlib.suppress(OSError):
             self._write_content(released_at=time.time())
             (self.staging / CONTENT_NAME).replace(self._path)
-        shutil.rmtree(self.staging, ignore_errors=True)
+        _delete_staging(self._run, self.staging)
 
     def __enter__(self) -> Self:
         return self
@@ -198,6 +216,7 @@ class Lease:
 
     def _claim(self) -> None:
         """Make the staging folder, then the generation; LeaseHeldError if another was faster."""
+        _require_own_folders(self._run)
         try:
             self._run.lease.mkdir(parents=True, exist_ok=True)
             self._run.staging.mkdir(exist_ok=True)
@@ -242,15 +261,12 @@ class Lease:
         except OSError as error:
             raise storage_error("fence off the last writer in", self._run.staging, error) from error
         for name in fenced_names:
-            if name.startswith(FENCED_PREFIX):
-                # Left-over bytes are no danger any more; the next holder tries again.
-                shutil.rmtree(self._run.staging / name, ignore_errors=True)
+            if FENCED_NAME.fullmatch(name):
+                _delete_staging(self._run, self._run.staging / name)
 
     def _is_outdated(self, name: str) -> bool:
-        generation = name.partition("-")[0]
-        return generation.isdecimal() and (
-            int(generation) <= self.generation and name != self.staging.name
-        )
+        found = STAGING_NAME.fullmatch(name)
+        return found is not None and int(found[1]) <= self.generation and name != self.staging.name
 
     def _find_loss(self) -> str | None:
         """Why this process is no longer the writer, or None."""
@@ -331,6 +347,48 @@ def _is_stuck_in_the_future(run: RunDirectory, held: LeaseView) -> bool:
         held.generation,
         held.renewed_at,
     )
+
+
+def _require_own_folders(run: RunDirectory) -> None:
+    """Raise StorageError where a folder of the run is a link: nothing is changed behind one."""
+    own = (run.lease, run.staging, run.checkpoints, run.candidates, run.segments, run.logs)
+    for path in (*own, run.bundle, run.tensorboard):
+        try:
+            is_link = stat.S_ISLNK(path.lstat().st_mode)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise storage_error("look at", path, error) from error
+        if is_link:
+            raise StorageError(
+                f"{path} is a link, expected a folder of the run's own: nothing is written or "
+                f"deleted behind a link; put the folder itself there"
+            )
+
+
+def _delete_staging(run: RunDirectory, folder: Path) -> None:
+    """Delete what a holder left; a checkpoint that it was setting aside gets to its name first.
+
+    What cannot be deleted is no danger any more; the next holder tries again.
+    """
+    try:
+        _put_back(run, folder / SET_ASIDE)
+    except OSError as error:
+        logger.warning("left for the next writer: %s: %s", folder / SET_ASIDE, error)
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_back(run: RunDirectory, waiting: Path) -> None:
+    for name in _names(waiting) if _exists(waiting) else []:
+        target = run.checkpoints / name
+        if _exists(target):
+            target = target.with_name(f"{name}-{secrets.token_hex(4)}")
+        try:
+            (waiting / name).rename(target)
+        except FileNotFoundError:
+            if _exists(waiting / name):
+                raise
 
 
 def _exists(path: Path) -> bool:

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from holdfast.training.errors import DataFormatError
-from holdfast.training.runs.durable_json import read_json, storage_error
+from holdfast.training.errors import DataFormatError, StorageError
+from holdfast.training.runs.durable_json import storage_error
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.runs.process_identity import ProcessIdentity, current_process, presence
+from holdfast.training.runs.shown_text import shown
+from holdfast.training.runs.stored_json import Kinds, Limits, read_json, required_fields
+
+if TYPE_CHECKING:
+    from holdfast.training.configuration.schema import Json
 
 FORMAT_VERSION = 1
-LEASE_NAME = re.compile(r"(\d{8,})\.json")
+LEASE_NAME = re.compile(r"([0-9]{8,15})\.json")
+LIMITS = Limits(max_bytes=2**16, max_depth=4)
 UNREADABLE_TTL_S = 60.0
+MAX_TTL_S = 24 * 3600.0
+MAX_HOST_CHARS = 255
+MAX_PID = 2**31 - 1
+MAX_UNIX_S = 32503680000.0  # the year 3000
+FIELDS: Kinds = {
+    "host": (str,),
+    "boot_id": (str,),
+    "pid_namespace": (str,),
+    "pid": (int,),
+    "pid_start": (int,),
+    "token": (str,),
+    "ttl_s": (float,),
+    "acquired_at": (float,),
+    "released_at": (float, type(None)),
+}
 UNKNOWN = ProcessIdentity(host="?", boot_id="", pid_namespace="", pid=0, pid_start=0)
 
 Status = Literal["held", "released", "gone", "overdue"]
@@ -55,7 +76,7 @@ class LeaseView:
     @property
     def holder(self) -> str:
         """The holder in words, e.g. ``process 4711 on node-3``."""
-        return f"process {self.process.pid} on {self.process.host}"
+        return f"process {self.process.pid} on {shown(self.process.host, MAX_HOST_CHARS)}"
 
     def refusal(self, run: RunDirectory) -> str:
         """Why a second segment may not begin: who writes, since when, and until when."""
@@ -86,7 +107,8 @@ def newest_generation(run: RunDirectory) -> int:
 def read_lease(run: RunDirectory, here: ProcessIdentity | None = None) -> LeaseView | None:
     """The newest lease of a run, or None if it never had one.
 
-    A lease file that is not readable as such counts as held until it is a minute old.
+    A lease file that is not readable as such, or holds what no holder writes, counts as held until
+    it is a minute old.
 
     Args:
         run: the run.
@@ -100,31 +122,45 @@ def read_lease(run: RunDirectory, here: ProcessIdentity | None = None) -> LeaseV
         return None
     path = generation_path(run, generation)
     try:
-        renewed_at = path.stat().st_mtime
-        content: Any = read_json(path)
+        renewed_at = path.lstat().st_mtime
+        content = _checked(read_json(path, LIMITS), path)
     except DataFormatError:
         content = None
     except FileNotFoundError:
         return None
+    except StorageError:
+        raise
     except OSError as error:
         raise storage_error("read", path, error) from error
     return _view(generation, content, renewed_at, here or current_process())
 
 
-def _view(generation: int, content: Any, renewed_at: float, here: ProcessIdentity) -> LeaseView:
-    try:
-        process = ProcessIdentity(
-            host=str(content["host"]),
-            boot_id=str(content["boot_id"]),
-            pid_namespace=str(content["pid_namespace"]),
-            pid=int(content["pid"]),
-            pid_start=int(content["pid_start"]),
-        )
-        token, ttl_s = str(content["token"]), float(content["ttl_s"])
+def _checked(value: Json, path: Path) -> dict[str, Any]:
+    """The fields of a lease that a holder can have written. Raises DataFormatError."""
+    content = required_fields(value, path, FIELDS)
+    limits = {
+        "pid": (1, MAX_PID),
+        "pid_start": (0, 2**63),
+        "ttl_s": (0, MAX_TTL_S),
+        "acquired_at": (0, MAX_UNIX_S),
+    }
+    for name, (least, most) in limits.items():
+        if not least <= content[name] <= most:
+            raise DataFormatError(
+                f"{path}: {name} is {content[name]!r:.40}, expected {least} to {most:g}"
+            )
+    return content
+
+
+def _view(
+    generation: int, content: dict[str, Any] | None, renewed_at: float, here: ProcessIdentity
+) -> LeaseView:
+    process, token, ttl_s = UNKNOWN, "?", UNREADABLE_TTL_S
+    acquired_at, is_released = renewed_at, False
+    if content is not None:
+        process = ProcessIdentity(**{entry.name: content[entry.name] for entry in fields(UNKNOWN)})
+        token, ttl_s = content["token"], float(content["ttl_s"])
         acquired_at, is_released = float(content["acquired_at"]), content["released_at"] is not None
-    except (KeyError, TypeError, ValueError):
-        process, token, ttl_s = UNKNOWN, "?", UNREADABLE_TTL_S
-        acquired_at, is_released = renewed_at, False
     age_s = time.time() - renewed_at
     status: Status = "held"
     if is_released:
@@ -137,4 +173,5 @@ def _view(generation: int, content: Any, renewed_at: float, here: ProcessIdentit
 
 
 def _clock(unix_s: float) -> str:
-    return datetime.fromtimestamp(unix_s, UTC).isoformat(timespec="seconds")
+    known_s = min(max(unix_s, 0.0), MAX_UNIX_S)  # a file's time may be anything
+    return datetime.fromtimestamp(known_s, UTC).isoformat(timespec="seconds")

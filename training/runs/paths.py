@@ -9,7 +9,7 @@ from pathlib import Path
 from holdfast.training.errors import InputError
 
 MAX_RUN_ID_CHARS = 128
-STEP_NAME = re.compile(r"step-(\d{8,})")
+STEP_NAME = re.compile(r"step-([0-9]{8,15})")
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
 
 

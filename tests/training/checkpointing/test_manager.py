@@ -33,10 +33,11 @@ from holdfast.training.errors import (
     StorageError,
     UnsupportedStateError,
 )
-from holdfast.training.runs.durable_json import json_bytes, read_json
+from holdfast.training.runs.durable_json import json_bytes
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.runs.process_identity import current_process
+from holdfast.training.runs.stored_json import read_json
 from tests.contracts.memory_storage import MemoryStorage
 from tests.training.checkpointing.checkpoints import (
     IDENTITY,

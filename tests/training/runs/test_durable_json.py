@@ -84,11 +84,6 @@ def test_what_is_no_json_is_refused_by_name(tmp_path: Path, content: bytes) -> N
         read_json(path)
 
 
-def test_a_folder_where_a_file_should_be_is_a_storage_error(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="cannot read"):
-        read_json(tmp_path)
-
-
 def test_a_killed_writer_leaves_the_old_value_or_a_new_one(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json_durably(path, {"n": -1, "text": "x" * 10_000})

@@ -276,7 +276,8 @@ def test_the_lease_file_says_who_holds_it(run: RunDirectory) -> None:
 
 
 def test_left_overs_of_contenders_that_died_are_cleaned_up(run: RunDirectory) -> None:
-    for name in ("00000001-dead", "fenced-00000000-x-y"):
+    token = "0123456789abcdef"
+    for name in (f"00000001-{token}", f"fenced-00000000-{token}-{token}"):
         (run.staging / name).mkdir(parents=True)
         write_json_durably(run.staging / name / "x.json", 1)
     with Lease.acquire(run, TTL_S) as lease:
