@@ -5,6 +5,9 @@ from __future__ import annotations
 import click
 
 from holdfast.flows.command_line.stores import DEFAULT_STORE
+from holdfast.training.bundles.consumer import TIME_LIMIT_S
+
+MAX_TIME_LIMIT_S = 30 * 24 * 3600.0
 
 STORE_OPTION = click.option(
     "--store",
@@ -13,6 +16,13 @@ STORE_OPTION = click.option(
     show_default=True,
     show_envvar=True,
     help="Folder that holds all runs, as a path or file:///path.",
+)
+TIME_LIMIT_OPTION = click.option(
+    "--time-limit-s",
+    type=click.FloatRange(min=0.1, max=MAX_TIME_LIMIT_S),
+    default=TIME_LIMIT_S,
+    show_default=True,
+    help="End a model that runs longer.",
 )
 JSON_OPTION = click.option("--json", "is_json", is_flag=True, help="Print JSON, and nothing else.")
 POOL_OPTION = click.option(

@@ -19,11 +19,13 @@ from holdfast.training.export.formats import formats
 from holdfast.training.export.parts import FOLDER, artifact_path, part_formats
 from holdfast.training.export.serving import mlflow_model, triton_config
 from holdfast.training.export.specification import Interface
-from holdfast.training.runs.durable_json import json_bytes, sync_folder
+from holdfast.training.runs.durable_json import allowed_mode, json_bytes, sync_folder
 
-READABLE_FILE = 0o644  # safetensors writes 0600, which nobody else could read
-READABLE_FOLDER = 0o755
+FILE_MODE = 0o666  # safetensors writes 0600, which nobody else could read; the umask decides
+FOLDER_MODE = 0o777
 PYTHON_VERSION = "3.11"
+MARKS = (consumer.MANIFEST, "verify.py")
+"""By one of these a damaged bundle is still known as one."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,30 @@ def verified(folder: Path) -> dict[str, Any]:
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Move a complete bundle into place at one stroke. An older one is deleted afterwards."""
+    """Move a complete bundle into place at one stroke. An older one is deleted afterwards.
+
+    Raises BundleError where something stands there that is no bundle.
+    """
+    require_replaceable(target)
     if target.exists():
         exchange(staging, target)
     else:
         staging.rename(target)
     sync_folder(target.parent)
     shutil.rmtree(staging, ignore_errors=True)
+
+
+def require_replaceable(target: Path) -> None:
+    """Raise BundleError where a bundle cannot be put without deleting what is none."""
+    if not (target.exists() or target.is_symlink()):
+        return
+    is_folder = target.is_dir() and not target.is_symlink()
+    if not is_folder or not (
+        any((target / n).is_file() for n in MARKS) or not any(target.iterdir())
+    ):
+        raise BundleError(
+            f"{target} is not a bundle, and putting one there would delete it: move it away"
+        )
 
 
 def without_paths(value: Any) -> Any:
@@ -163,7 +182,7 @@ def _describe_files(folder: Path) -> dict[str, Json]:
 
 def _make_durable_and_readable(folder: Path) -> None:
     for path in (folder, *folder.rglob("*")):
-        path.chmod(READABLE_FOLDER if path.is_dir() else READABLE_FILE)
+        path.chmod(allowed_mode(FOLDER_MODE if path.is_dir() else FILE_MODE))
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

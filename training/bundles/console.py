@@ -19,6 +19,7 @@ from holdfast.training.bundles.pull import pull
 from holdfast.training.bundles.registry import BundleReference, Registry
 from holdfast.training.bundles.sources import BundleSource, FolderSource
 from holdfast.training.errors import BundleError, HoldfastError, InputError
+from holdfast.training.runs.shown_text import shown
 
 COMMANDS = ("pull", "verify", "predict", "bundles")
 DEFAULT_STORE = os.environ.get("HOLDFAST_STORE", "runs")
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(options)
     except HoldfastError as error:
-        print(f"holdfast: {error}", file=sys.stderr)
+        print(f"holdfast: {shown(error)}", file=sys.stderr)
         return error.exit_code
     return 0
 
@@ -73,6 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
     predicting.add_argument("folder", type=Path, help="the bundle")
     predicting.add_argument("input", type=Path, help="samples: .csv, .npy or .json")
     predicting.add_argument("--to", type=Path, metavar="FILE", help="write there, not to stdout")
+    for command in (verifying, predicting):
+        command.add_argument(
+            "--time-limit-s",
+            type=float,
+            default=consumer.TIME_LIMIT_S,
+            metavar="SECONDS",
+            help=f"end a model that runs longer; default: {consumer.TIME_LIMIT_S:g}",
+        )
     listing = commands.add_parser("bundles", help="list bundles with versions and metrics")
     listing.add_argument("name", nargs="?", help="this one alone, with the history of its aliases")
     listing.add_argument("--store", type=Path, default=DEFAULT_STORE, help=STORE_HELP)
@@ -101,7 +110,8 @@ def _run_pull(options: argparse.Namespace) -> None:
             source,
             options.to,
             tuple(options.only),
-            lambda name, size: print(f"  {size:>12,}  {name}", file=sys.stderr),
+            lambda name, size: print(f"  {size:>12,}  {shown(name)}", file=sys.stderr),
+            BundleReference.parse(options.reference).name,
         )
     except KeyboardInterrupt:
         print("the same command goes on where this one stood", file=sys.stderr)
@@ -139,19 +149,20 @@ def _bundle_folder(folder: Path) -> Path:
 
 
 def _run_verify(options: argparse.Namespace) -> None:
-    print(consumer.proof(_bundle_folder(options.folder)))
+    print(consumer.proof(_bundle_folder(options.folder), options.time_limit_s))
 
 
 def _run_predict(options: argparse.Namespace) -> None:
     if not options.input.is_file():
         raise InputError(f"there is no file {options.input}; expected a CSV, NPY or JSON file")
-    consumer.predict(_bundle_folder(options.folder), options.input, options.to)
+    folder = _bundle_folder(options.folder)
+    consumer.predict(folder, options.input, options.to, options.time_limit_s)
 
 
 def _run_bundles(options: argparse.Namespace) -> None:
     registry = Registry(options.store)
     names = [options.name] if options.name else registry.names()
-    described = [entry for name in names for entry in _describe(registry, name)]
+    described = [entry for name in names for entry in _described(registry, name)]
     if options.name and not described:
         registry.resolve(BundleReference.parse(options.name))
     if options.json:
@@ -160,22 +171,43 @@ def _run_bundles(options: argparse.Namespace) -> None:
     if not described:
         print(f"no bundles in {registry.folder}", file=sys.stderr)
     for entry in described:
-        if "error" in entry:
-            print(f"{entry['name']}@{entry['version']:<4} unreadable: {entry['error']}")
-            continue
-        metrics = " ".join(f"{name}={value:.4g}" for name, value in entry["metrics"].items())
-        aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
-        size = f"{entry['size_bytes'] / MEGABYTE:.1f} MB"
-        line = f"{entry['name']}@{entry['version']:<4} {size:>9}  {metrics}  {aliases}"
-        print(line.rstrip())
+        print(shown(_line(entry)))
     if options.name:
         _print_history(registry, options.name)
 
 
-def _describe(registry: Registry, name: str) -> list[dict[str, Any]]:
-    aliases = registry.aliases(name)
-    described = []
-    for version in registry.versions(name):
+def _line(entry: dict[str, Any]) -> str:
+    if "error" in entry:
+        version = f"@{entry['version']:<4}" if "version" in entry else ""
+        return f"{entry['name']}{version} unreadable: {entry['error']}"
+    metrics = " ".join(f"{name}={value:.4g}" for name, value in entry["metrics"].items())
+    aliases = " ".join(f"@{alias}" for alias in entry["aliases"])
+    size = f"{entry['size_bytes'] / MEGABYTE:.1f} MB"
+    return f"{entry['name']}@{entry['version']:<4} {size:>9}  {metrics}  {aliases}".rstrip()
+
+
+def _described(registry: Registry, name: str) -> list[dict[str, Any]]:
+    """The versions of a name; what cannot be read of one is told and hides no other."""
+    described: list[dict[str, Any]] = []
+    aliases: dict[str, int] = {}
+    try:
+        for alias in registry.alias_names(name):
+            position = registry.position(name, alias)
+            aliases |= {alias: position.version} if position else {}
+    except HoldfastError as error:
+        described.append({"error": str(error), "name": name})
+    try:
+        versions = registry.versions(name)
+    except HoldfastError as error:
+        return [*described, {"error": str(error), "name": name}]
+    return described + _versions(registry, name, versions, aliases)
+
+
+def _versions(
+    registry: Registry, name: str, versions: list[int], aliases: dict[str, int]
+) -> list[dict[str, Any]]:
+    described: list[dict[str, Any]] = []
+    for version in versions:
         try:
             manifest = consumer.read_manifest(registry.bundle(name, version))
         except consumer.RefusedBundleError as error:
@@ -197,9 +229,14 @@ def _describe(registry: Registry, name: str) -> list[dict[str, Any]]:
 
 
 def _print_history(registry: Registry, name: str) -> None:
-    for alias in registry.aliases(name):
-        for move in registry.history(name, alias):
-            print(f"  @{alias} -> {move.version}  {move.moved_at}  {move.reason}")
+    for alias in registry.alias_names(name):
+        try:
+            moves = registry.history(name, alias)
+        except HoldfastError as error:
+            print(shown(f"  @{alias} unreadable: {error}"))
+            continue
+        for move in moves:
+            print(shown(f"  @{alias} -> {move.version}  {move.moved_at}  {move.reason}"))
 
 
 RUNNERS = {

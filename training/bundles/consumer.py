@@ -7,7 +7,8 @@ This file stands alone: Holdfast imports it, and every bundle carries a copy as 
     python verify.py predict FOLDER INPUT    CSV, NPY or JSON in, the same out
 
 Exit codes: 0 good, 1 refused, 2 wrong input. A bundle from a stranger is better verified with
-``holdfast verify``: then no code of the bundle runs.
+``holdfast verify``: then no code of the bundle runs. A model runs in a process of its own, which
+may crash, and is ended when it takes longer than the time limit.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import os
+import re
+import signal
 import stat
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -32,6 +39,16 @@ MODEL = "1/model.onnx"
 INT8_MODEL = "onnx_int8/model.onnx"
 CHUNK_BYTES = 1 << 20
 INPUT_KINDS = (".csv", ".npy", ".json")
+MAX_JSON_BYTES = 64 << 20
+MAX_INPUT_BYTES = 4 << 30
+MAX_DEPTH = 100  # of JSON, and of folders
+MAX_CHARS = 2000
+SHA256 = re.compile(r"[0-9a-f]{64}")
+DTYPE = re.compile(r"(b?float|complex|u?int)(8|16|32|64|128)|bool")
+NPY_MAGIC = b"\x93NUMPY"
+OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+TIME_LIMIT_S = 600.0
+LATE_CODE = 3
 
 
 class RefusedBundleError(Exception):
@@ -40,6 +57,13 @@ class RefusedBundleError(Exception):
 
 class WrongInputError(ValueError):
     """The input of a prediction does not fit the model."""
+
+
+def shown(value: object, max_chars: int = MAX_CHARS) -> str:
+    """``str(value)`` on one line of printable characters, cut where it is longer."""
+    text = str(value)
+    cut = text if len(text) <= max_chars else f"{text[:max_chars]}…"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in cut)
 
 
 def canonical_bytes(value: Any) -> bytes:
@@ -55,12 +79,66 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file; a symlink is not followed."""
+    """SHA-256 of a plain file; a symlink is not followed. Raises OSError."""
     digest = hashlib.sha256()
-    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as stream:
+    with open_plain(path) as stream:
         while chunk := stream.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def open_plain(path: Path) -> Any:
+    """A stream of a plain file's bytes. Raises OSError where it is a link, a FIFO, a folder …"""
+    stream = os.fdopen(os.open(path, OPEN_FLAGS), "rb")
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise OSError(f"{path} is no plain file")
+    return stream
+
+
+def read_plain(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a plain file. Raises OSError, or ValueError where it is larger."""
+    with open_plain(path) as stream:
+        content: bytes = stream.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"{path.name} has more than {max_bytes:,} bytes")
+    return content
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of JSON text. Raises ValueError, also for what nests too deep."""
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError(f"it nests more than {MAX_DEPTH} deep") from None
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH + 1:
+            raise ValueError(f"it nests more than {MAX_DEPTH} deep")
+        nests = [
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list))
+        ]
+        level = [item for nest in nests for item in nest]
+    return value
+
+
+def entries(folder: Path) -> list[tuple[str, Path, int]]:
+    """Name, path and mode of all that is below a folder, sorted; no link is followed.
+
+    Raises OSError.
+    """
+    found, left = [], [(folder, 0)]
+    while left:
+        place, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise OSError(f"its folders nest more than {MAX_DEPTH} deep")
+        for entry in os.scandir(place):
+            path, mode = Path(entry.path), entry.stat(follow_symlinks=False).st_mode
+            found.append((path.relative_to(folder).as_posix(), path, mode))
+            if stat.S_ISDIR(mode):
+                left.append((path, depth + 1))
+    return sorted(found)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -69,37 +147,64 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         RefusedBundleError: it is missing, altered, of another format version, or names such a path.
     """
-    path = folder / MANIFEST
-    if path.is_symlink() or not path.is_file():
-        raise RefusedBundleError(f"{MANIFEST} is missing or no regular file in {folder}")
-    return parse_manifest(path.read_bytes())
+    try:
+        content = read_plain(folder / MANIFEST)
+    except OSError:
+        message = f"{MANIFEST} is missing or no regular file in {shown(folder)}"
+        raise RefusedBundleError(message) from None
+    except ValueError as error:
+        raise RefusedBundleError(f"{shown(folder)}: {error}") from error
+    return parse_manifest(content)
 
 
 def parse_manifest(content: bytes) -> dict[str, Any]:
     """As ``read_manifest``, from the manifest's bytes."""
     try:
-        manifest = json.loads(content)
+        manifest = parse_json(content)
         is_own = canonical_bytes(manifest) == content and isinstance(manifest, dict)
-    except (ValueError, RecursionError) as error:
-        raise RefusedBundleError(f"{MANIFEST} is not JSON: {error}") from error
+    except ValueError as error:
+        raise RefusedBundleError(f"{MANIFEST} is not JSON: {shown(error)}") from error
     if not is_own or manifest.get("manifest_digest") != manifest_digest(manifest):
         raise RefusedBundleError(f"{MANIFEST} was altered: its bytes do not have its own digest")
     if manifest.get("format_version") != FORMAT_VERSION:
+        version = shown(manifest.get("format_version"), 40)
         raise RefusedBundleError(
-            f"{MANIFEST} has format version {manifest.get('format_version')}; this program reads "
+            f"{MANIFEST} has format version {version}; this program reads "
             f"{FORMAT_VERSION}: take a newer one"
         )
     try:
+        _check_facts(manifest)
         for name, entry in manifest["files"].items():
             check_name(name)
-            if type(entry["size_bytes"]) is not int or len(bytes.fromhex(entry["sha256"])) != 32:
+            if not _is_size(entry["size_bytes"]) or not SHA256.fullmatch(entry["sha256"]):
                 raise ValueError(f"{name} has {entry}")
         for prefix, graph in graphs(manifest):
             check_name(f"{prefix}{MODEL}")
             _check_graph(graph, manifest["files"])
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RefusedBundleError(f"{MANIFEST} does not describe a bundle: {error!r}") from error
+        message = f"{MANIFEST} does not describe a bundle: {shown(repr(error), 300)}"
+        raise RefusedBundleError(message) from error
     return dict(manifest)
+
+
+def _check_facts(manifest: Mapping[str, Any]) -> None:
+    """Raises ValueError, or what Python raises, where what is shown of a bundle is not as such."""
+    name = manifest["name"]
+    if not isinstance(name, str) or not name or shown(name, 255) != name or set(name) & set(":/\\"):
+        raise ValueError(f"its name is {name!r}")
+    metrics = manifest["champion"]["test_metrics"]
+    if not all(value is None or _is_number_value(value) for value in metrics.values()):
+        raise ValueError(f"its metrics are {metrics}")
+    if not isinstance(manifest["run"]["run_id"], str):
+        raise ValueError(f"its run is {manifest['run']}")
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_number_value(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def graphs(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -113,17 +218,25 @@ def _check_graph(graph: Mapping[str, Any], files: Mapping[str, Any]) -> None:
     """Raises ValueError, or what Python raises, where a graph is not described as one."""
     if missing := sorted({e["path"] for e in graph["formats"].values()} - set(files)):
         raise ValueError(f"there is no {missing[0]}")
-    for port in (*graph["interface"]["inputs"], *graph["interface"]["outputs"]):
-        if not isinstance(port["name"], str) or any(type(n) is not int for n in port["shape"]):
+    ports = [*graph["interface"]["inputs"], *graph["interface"]["outputs"]]
+    for port in ports:
+        if not isinstance(port["name"], str) or not all(_is_size(n) for n in port["shape"]):
             raise ValueError(f"{port} is no input or output")
+        if not DTYPE.fullmatch(port["dtype"]):
+            raise ValueError(f"{port} has a type that is none")
+    classes = graph["interface"].get("class_names", {})
+    if not all(isinstance(label, str) for labels in classes.values() for label in labels):
+        raise ValueError("the names of its classes are none")
 
 
 def check_name(name: str) -> None:
     """Raises RefusedBundleError for a path that could leave the folder, or is not portable."""
     parts = PurePosixPath(name).parts
     is_plain = name == "/".join(parts) and bool(parts) and not name.startswith("/")
-    if not is_plain or ".." in parts or any(c in name for c in "\\:\0") or name in OWN_FILES:
-        raise RefusedBundleError(f"{MANIFEST} names {name!r}, which is not a path in the bundle")
+    is_safe = ".." not in parts and not any(c in name for c in "\\:") and shown(name) == name
+    if not is_plain or not is_safe or name in OWN_FILES:
+        message = f"{MANIFEST} names {shown(repr(name), 300)}, which is not a path in the bundle"
+        raise RefusedBundleError(message)
 
 
 def wanted_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,12 +246,13 @@ def wanted_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     if not path.is_file() or path.is_symlink():
         return files
     try:
-        only = json.loads(path.read_bytes())["only"]
+        only = parse_json(read_plain(path))["only"]
         unknown = sorted(set(only) - set(manifest["formats"]))
-    except (ValueError, TypeError, LookupError) as error:
-        raise RefusedBundleError(f"{PULLED} was altered: {error!r}") from error
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise RefusedBundleError(f"{PULLED} was altered: {shown(repr(error), 300)}") from error
     if unknown:
-        raise RefusedBundleError(f"{PULLED} was altered: there is no format {unknown[0]!r}")
+        message = f"{PULLED} was altered: there is no format {shown(repr(unknown[0]), 300)}"
+        raise RefusedBundleError(message)
     return chosen_files(manifest, only)
 
 
@@ -162,15 +276,13 @@ def file_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Everything that differs from the manifest: missing, altered, added, or no regular file."""
     wanted = wanted_files(folder, manifest)
     found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        mode = path.lstat().st_mode
+    for name, path, mode in entries(folder):
         if stat.S_ISREG(mode):
             found[name] = path
         elif not stat.S_ISDIR(mode):
-            yield f"{name} is a symlink or special file; a bundle has regular files alone"
+            yield f"{shown(name)} is a symlink or special file; a bundle has regular files alone"
     for name in sorted(set(found) - set(wanted) - {*OWN_FILES}):
-        yield f"{name} is not in the manifest; it was added"
+        yield f"{shown(name)} is not in the manifest; it was added"
     for name, entry in sorted(wanted.items()):
         if name not in found:
             yield f"{name} is missing"
@@ -183,10 +295,15 @@ def file_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
 def verify_files(folder: Path) -> dict[str, Any]:
     """The manifest of a bundle all of whose files are right. Raises RefusedBundleError."""
     manifest = read_manifest(folder)
-    problems = list(file_problems(folder, manifest))
+    try:
+        problems = list(file_problems(folder, manifest))
+    except OSError as error:
+        raise RefusedBundleError(
+            f"bundle {shown(folder)} cannot be read: {shown(error)}"
+        ) from error
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise RefusedBundleError(f"bundle {folder}: {problems[0]}{more}")
+        raise RefusedBundleError(f"bundle {shown(folder)}: {problems[0]}{more}")
     return manifest
 
 
@@ -198,13 +315,27 @@ def verify_golden(folder: Path) -> int:
     """
     manifest = read_manifest(folder)
     num_compared = 0
+    for prefix, graph, path in _models(folder, manifest):
+        try:
+            num_compared += _verify_golden_of(folder, manifest, graph, prefix, path)
+        except RefusedBundleError:
+            raise
+        except Exception as error:  # of what a stranger wrote, or of a runtime
+            message = f"{path} cannot be proved: {type(error).__name__}: {_first_line(error)}"
+            raise RefusedBundleError(message) from error
+    if not num_compared and not (folder / PULLED).is_file():
+        raise RefusedBundleError(f"bundle {shown(folder)} holds no ONNX model or no golden samples")
+    return num_compared
+
+
+def _models(
+    folder: Path, manifest: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """The ONNX files that are there: prefix, graph and path of each."""
     for prefix, graph in graphs(manifest):
         for path in (f"{prefix}{MODEL}", f"{prefix}{INT8_MODEL}"):
             if (folder / path).is_file():
-                num_compared += _verify_golden_of(folder, manifest, graph, prefix, path)
-    if not num_compared and not (folder / PULLED).is_file():
-        raise RefusedBundleError(f"bundle {folder} holds no ONNX model or no golden samples")
-    return num_compared
+                yield prefix, graph, path
 
 
 def _verify_golden_of(
@@ -216,11 +347,12 @@ def _verify_golden_of(
     def array(case: str, kind: str, port: str) -> Any:
         name = f"{prefix}golden/{case}.{kind}.{port}.npy"
         if name not in manifest["files"]:
-            message = f"{prefix}golden/golden.json asks for {name}, which is in no {MANIFEST}"
+            asked = shown(name, 300)
+            message = f"{prefix}golden/golden.json asks for {asked}, which is in no {MANIFEST}"
             raise RefusedBundleError(message)
         return _load_array(folder / name)
 
-    golden = json.loads((folder / f"{prefix}golden/golden.json").read_bytes())
+    golden = parse_json(read_plain(folder / f"{prefix}golden/golden.json"))
     session, num_compared = open_session(folder / path), 0
     for case in golden["cases"]:
         ports = graph["interface"]["inputs"]
@@ -228,7 +360,8 @@ def _verify_golden_of(
         try:
             outputs = run(session, graph, inputs)
         except WrongInputError as refusal:
-            message = f"{path} does not run here on golden case {case['name']}: {refusal}"
+            where = f"golden case {shown(case['name'], 100)}"
+            message = f"{path} does not run here on {where}: {refusal}"
             raise RefusedBundleError(message) from refusal
         for name, tolerance in case["tolerances"].items():
             limit = golden["int8_tolerance"] if path.endswith(INT8_MODEL) else tolerance
@@ -236,19 +369,67 @@ def _verify_golden_of(
             num_compared += 1
             if not error <= limit:
                 raise RefusedBundleError(
-                    f"{path} gives wrong numbers here: golden case {case['name']}, output "
-                    f"{name}: scaled error {error:.3g}, tolerance {limit:.3g}"
+                    f"{path} gives wrong numbers here: golden case {shown(case['name'], 100)}, "
+                    f"output {shown(name, 100)}: scaled error {error:.3g}, tolerance {limit:.3g}"
                 )
     return num_compared
 
 
-def proof(folder: Path) -> str:
-    """Verify files and golden samples; one line that says so. Raises RefusedBundleError."""
+def proof(folder: Path, time_limit_s: float = TIME_LIMIT_S) -> str:
+    """Verify files and golden samples; one line that says so. Raises RefusedBundleError.
+
+    The golden samples run in a process of their own, for so many seconds at most.
+    """
     manifest = verify_files(folder)
-    num = verify_golden(folder)
+    has_models = any(_models(folder, manifest))
+    num = (
+        int(_in_child(["golden", str(folder)], time_limit_s))
+        if has_models
+        else verify_golden(folder)
+    )
     if not num:
         return f"{manifest['name']}: all files are right; no ONNX model was pulled, none was run"
     return f"{manifest['name']}: all files and {num} golden outputs are right on this machine"
+
+
+def _in_child(arguments: list[str], time_limit_s: float) -> str:
+    """What this program prints for these arguments, run in a process of its own.
+
+    Raises what it was refused with; RefusedBundleError, too, where it crashes or takes too long.
+    """
+    for name in ("numpy", "onnxruntime"):
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+    safe = ["-P"] if hasattr(sys.flags, "safe_path") else []
+    command = [sys.executable, *safe, str(Path(__file__).absolute()), *arguments]
+    command += ["--time-limit-s", repr(time_limit_s)]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            timeout=time_limit_s + 30,
+        )
+    except subprocess.TimeoutExpired:
+        done = subprocess.CompletedProcess(command, LATE_CODE, b"", b"")
+    if done.returncode == 0:
+        return done.stdout.decode(errors="replace")
+    told = (done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
+    if done.returncode in (1, 2) and told.startswith("error: "):
+        kind = WrongInputError if done.returncode == 2 else RefusedBundleError
+        raise kind(shown(told.removeprefix("error: ")))
+    raise RefusedBundleError(_why_ended(done.returncode, told, time_limit_s))
+
+
+def _why_ended(code: int, told: str, time_limit_s: float) -> str:
+    if code == LATE_CODE:
+        return (
+            f"the model was still running after {time_limit_s:g} s, and was ended: it may never "
+            "come to an end; allow it more with --time-limit-s"
+        )
+    how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+    return f"the process that ran the model ended with {how}: {shown(told, 300)}"
 
 
 def open_session(path: Path) -> Any:
@@ -273,17 +454,27 @@ def run(session: Any, graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> di
         array = inputs[port["name"]]
         if list(array.shape[1:]) != port["shape"] or not array.ndim or not len(array):
             raise WrongInputError(
-                f"input {port['name']} has shape {list(array.shape)}; expected "
+                f"input {shown(port['name'], 100)} has shape {list(array.shape)}; expected "
                 f"[samples, {', '.join(map(str, port['shape']))}] with at least one sample"
             )
         checked[port["name"]] = _as_type(array, port)
     names = [port["name"] for port in graph["interface"]["outputs"]]
     try:
-        return dict(zip(names, session.run(names, checked), strict=True))
+        outputs = dict(zip(names, session.run(names, checked), strict=True))
     except Exception as error:  # ONNX Runtime has classes of its own
         raise WrongInputError(
             f"ONNX Runtime cannot compute this input; is a value out of range? {_first_line(error)}"
         ) from error
+    for name, array in outputs.items():
+        num_samples = next(iter(numbers.values()), None)
+        if getattr(array, "dtype", None) is None or array.dtype.kind not in "iufb":
+            raise RefusedBundleError(f"output {shown(name, 100)} holds no numbers")
+        if not array.ndim or len(array) != num_samples:
+            raise RefusedBundleError(
+                f"output {shown(name, 100)} has the shape {list(array.shape)} for {num_samples} "
+                "samples; expected one row for each"
+            )
+    return outputs
 
 
 def _as_type(array: Any, port: Mapping[str, Any]) -> Any:
@@ -297,21 +488,31 @@ def _as_type(array: Any, port: Mapping[str, Any]) -> Any:
         if found.dtype.kind in "iub" and not np.array_equal(found, array):
             raise ValueError("a fraction, a missing value, or one out of range")
     except (TypeError, ValueError) as error:
-        wanted = f"{port['name']} has a value that is no {port['dtype']}"
+        wanted = f"{shown(port['name'], 100)} has a value that is no {port['dtype']}"
         raise WrongInputError(f"input {wanted}: {error}") from error
     return found
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return shown((str(error).splitlines() or [type(error).__name__])[0], 200)
 
 
-def predict(folder: Path, source: Path, target: Path | None) -> None:
+def predict(
+    folder: Path, source: Path, target: Path | None, time_limit_s: float = TIME_LIMIT_S
+) -> None:
     """Verify the files, then predict ``source`` into ``target``, or as CSV or JSON to stdout.
 
-    Raises RefusedBundleError or WrongInputError.
+    The model runs in a process of its own, for so many seconds at most. Raises RefusedBundleError
+    or WrongInputError.
     """
-    manifest = verify_files(folder)
+    verify_files(folder)
+    to = ["--to", str(target)] if target is not None else []
+    sys.stdout.write(_in_child(["compute", str(folder), str(source), *to], time_limit_s))
+
+
+def compute(folder: Path, source: Path, target: Path | None) -> None:
+    """As ``predict``, in this process, without verifying the files."""
+    manifest = read_manifest(folder)
     kind = source.suffix.lower()
     if kind not in INPUT_KINDS:
         raise WrongInputError(f"{source} is none of {', '.join(INPUT_KINDS)}")
@@ -320,11 +521,19 @@ def predict(folder: Path, source: Path, target: Path | None) -> None:
         raise WrongInputError(f"{folder} was pulled without an ONNX model; pull it with onnx")
     if target is not None and not target.parent.is_dir():
         raise WrongInputError(f"there is no folder {target.parent} to write {target.name} to")
-    outputs = run(open_session(folder / model), manifest, read_inputs(source, manifest))
+    inputs = read_inputs(source, manifest)
+    try:
+        session = open_session(folder / model)
+    except Exception as error:  # ONNX Runtime has classes of its own
+        raise RefusedBundleError(f"{model} cannot be opened: {_first_line(error)}") from error
+    outputs = run(session, manifest, inputs)
     kind = target.suffix.lower() if target else (".json" if kind == ".json" else ".csv")
     if target is not None and kind not in INPUT_KINDS:
         raise WrongInputError(f"{target} is none of {', '.join(INPUT_KINDS)}")
-    write_outputs(outputs, manifest, target, kind)
+    try:
+        write_outputs(outputs, manifest, target, kind)
+    except OSError as error:
+        raise WrongInputError(f"{target or 'stdout'} cannot be written: {error}") from error
 
 
 def read_inputs(source: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,20 +546,23 @@ def read_inputs(source: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     ports = manifest["interface"]["inputs"]
+    if not ports:
+        raise WrongInputError("the model of this bundle takes no inputs")
     try:
         if source.suffix.lower() == ".json":
-            value = json.loads(source.read_bytes())
+            value = parse_json(read_plain(source.resolve(), MAX_INPUT_BYTES))
             by_name = value if isinstance(value, dict) else {ports[0]["name"]: value}
             arrays = {name: np.asarray(rows) for name, rows in by_name.items()}
         elif source.suffix.lower() == ".npy":
-            arrays = {ports[0]["name"]: _load_array(source)}
+            arrays = {ports[0]["name"]: _load_array(source.resolve())}
         else:
             arrays = _split_columns(_read_csv(np, source), ports)
-    except (OSError, ValueError, EOFError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, ArithmeticError, RecursionError, MemoryError, csv.Error) as error:
         raise WrongInputError(f"{source} cannot be read: {_first_line(error)}") from error
     names = {port["name"] for port in ports}
     if set(arrays) != names:
-        raise WrongInputError(f"{source} has inputs {sorted(arrays)}; expected {sorted(names)}")
+        found = shown(f"{sorted(arrays)}; expected {sorted(names)}")
+        raise WrongInputError(f"{source} has inputs {found}")
     return arrays
 
 
@@ -381,10 +593,10 @@ def write_outputs(
 
 
 def _columns(name: str, flat: Any, manifest: Mapping[str, Any]) -> list[str]:
-    classes = manifest["interface"]["class_names"].get(name)
-    width = flat.shape[1]
+    classes = manifest["interface"].get("class_names", {}).get(name)
+    name, width = shown(name), flat.shape[1]
     if classes and len(classes) == width:
-        return [f"{name}:{label}" for label in classes]
+        return [f"{name}:{shown(label)}" for label in classes]
     return [name] if width == 1 else [f"{name}_{i}" for i in range(width)]
 
 
@@ -398,8 +610,8 @@ def _json_rows(array: Any) -> Any:
 
 
 def _read_csv(np: Any, source: Path) -> Any:
-    with source.open(newline="") as stream:
-        rows = [row for row in csv.reader(stream) if row]
+    text = read_plain(source.resolve(), MAX_INPUT_BYTES).decode("utf-8-sig")
+    rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
     if len(rows) < 2:
         raise ValueError(f"expected a header and at least one row, found {len(rows)} rows")
     is_numbered = rows[0] == [str(number) for number in range(len(rows[0]))]
@@ -433,9 +645,17 @@ def _split_columns(table: Any, ports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _load_array(path: Path) -> Any:
+    """The array of an NPY file. Raises OSError or ValueError."""
     import numpy as np
 
-    return np.load(path, allow_pickle=False)
+    with open_plain(path) as stream:
+        if stream.read(len(NPY_MAGIC)) != NPY_MAGIC:
+            raise ValueError(f"{path.name} is no NPY file")
+        stream.seek(0)
+        try:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+        except Exception as error:  # numpy parses the header as a piece of Python
+            raise ValueError(f"{path.name} is no NPY file: {_first_line(error)}") from error
 
 
 def _scaled_error(np: Any, found: Any, expected: Any) -> float:
@@ -464,19 +684,49 @@ def main(arguments: list[str] | None = None) -> int:
     predicting.add_argument("folder", type=Path)
     predicting.add_argument("input", type=Path)
     predicting.add_argument("--to", type=Path, metavar="FILE", help="write there, not to stdout")
+    golden = commands.add_parser("golden", help="run the golden samples in this very process")
+    golden.set_defaults(command="golden")
+    golden.add_argument("folder", type=Path)
+    computing = commands.add_parser("compute", help="predict in this very process")
+    computing.set_defaults(command="compute")
+    computing.add_argument("folder", type=Path)
+    computing.add_argument("input", type=Path)
+    computing.add_argument("--to", type=Path)
+    parser.set_defaults(time_limit_s=TIME_LIMIT_S)
+    for one in (parser, verifying, predicting, golden, computing):
+        one.add_argument(
+            "--time-limit-s",
+            type=float,
+            default=argparse.SUPPRESS,
+            metavar="SECONDS",
+            help=f"end a model that runs longer; default: {TIME_LIMIT_S:g}",
+        )
     options = parser.parse_args(arguments)
     try:
-        if options.command == "predict":
-            predict(options.folder, options.input, options.to)
-        else:
-            print(proof(options.folder))
+        _act(options)
     except ModuleNotFoundError as error:
         print(f"error: this needs {error.name}: pip install onnxruntime numpy", file=sys.stderr)
         return 1
-    except (RefusedBundleError, WrongInputError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RefusedBundleError, WrongInputError, OSError) as error:
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 2 if isinstance(error, WrongInputError) else 1
     return 0
+
+
+def _act(options: argparse.Namespace) -> None:
+    if options.command == "predict":
+        predict(options.folder, options.input, options.to, options.time_limit_s)
+    elif options.command == "verify":
+        print(proof(options.folder, options.time_limit_s))
+    else:
+        # Whoever started this process may be gone by then.
+        timer = threading.Timer(options.time_limit_s, os._exit, (LATE_CODE,))
+        timer.daemon = True
+        timer.start()
+        if options.command == "golden":
+            print(verify_golden(options.folder))
+        else:
+            compute(options.folder, options.input, options.to)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ file instead of its rest, the part that is known is skipped.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,11 +16,16 @@ import httpx
 
 from holdfast.training.bundles import consumer
 from holdfast.training.bundles.registry import REGISTRY, BundleReference, numbered
-from holdfast.training.errors import BundleError, InputError, StorageError
+from holdfast.training.errors import BundleError, DataFormatError, InputError, StorageError
+from holdfast.training.runs.shown_text import shown
+from holdfast.training.runs.stored_json import parse_json, required_fields
 
 TIMEOUT_S = 30.0
 MAX_IDLE_ATTEMPTS = 5
 MAX_MANIFEST_BYTES = 64 << 20
+MAX_POSITIONS = 1 << 20
+MAX_HEADER_CHARS = 300
+SMALL_FILE_S = 300.0
 OK, PARTIAL, NOT_FOUND, BAD_RANGE = 200, 206, 404, 416
 TRY_AGAIN = (408, 429, 500, 502, 503, 504)
 
@@ -34,15 +38,30 @@ class HttpStore:
     """
 
     def __init__(self, url: str, retry_s: float = 0.5) -> None:
-        own = httpx.URL(url)
-        if not own.host:
-            raise InputError(f"store {url} names no host; expected http://host:port/path/")
-        self._url = own.copy_with(query=None, fragment=None)
+        try:
+            own = httpx.URL(url)
+            if not own.host:
+                raise InputError(f"store {url} names no host; expected http://host:port/path/")
+            self._url = own.copy_with(query=None, fragment=None)
+            self._url.raw_path.decode()
+        except (httpx.InvalidURL, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"store {_without_password(url)} is no address ({error}); expected "
+                "http://host:port/path/"
+            ) from error
         self._retry_s = retry_s
-        self._client = httpx.Client(
-            timeout=TIMEOUT_S,
-            headers={"Accept-Encoding": "identity", "Cache-Control": "no-cache"},
-        )
+        try:
+            self._client = httpx.Client(
+                timeout=TIMEOUT_S,
+                headers={"Accept-Encoding": "identity", "Cache-Control": "no-cache"},
+            )
+        except (httpx.InvalidURL, OSError, ValueError) as error:  # proxies and certificates
+            raise InputError(
+                f"HTTP cannot be spoken as the environment says ({error}): look at HTTP_PROXY, "
+                "HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR"
+            ) from error
 
     def __str__(self) -> str:
         """The URL without a password."""
@@ -58,6 +77,12 @@ class HttpStore:
         folder = f"{REGISTRY}/{reference.name}/aliases/{reference.alias}"
         version, number, step = 0, 0, 1
         while step:
+            if step > MAX_POSITIONS:
+                raise BundleError(
+                    f"{self}/{folder} seems to have more than {MAX_POSITIONS:,} positions: the "
+                    f"server shows a page for files that are not there; name a version: "
+                    f"{reference.name}@1"
+                )
             path = f"{folder}/{numbered(number + step)}.json"
             content = self.get(path)
             if content is not None:
@@ -75,11 +100,12 @@ class HttpStore:
     def _version_in(self, path: str, content: bytes) -> int:
         """What a position of an alias says. A server may show a page for files it does not have."""
         try:
-            version = json.loads(content)["version"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise BundleError(f"{self}/{path} is no position of an alias: {error!r}") from error
-        if type(version) is not int or version < 1:
-            raise BundleError(f"{self}/{path} is no position of an alias: version {version!r}")
+            moved = required_fields(parse_json(content, path), path, {"version": (int,)})
+        except DataFormatError as error:
+            raise BundleError(f"{self}/{path} is no position of an alias: {error}") from error
+        version: int = moved["version"]
+        if not 1 <= version <= MAX_POSITIONS:
+            raise BundleError(f"{self}/{path} is no position of an alias: version {version!r:.40}")
         return version
 
     def source(self, name: str, version: int) -> HttpSource:
@@ -89,11 +115,17 @@ class HttpStore:
     def get(self, path: str) -> bytes | None:
         """A small file; None where the server has none. Raises StorageError and BundleError."""
         content = bytearray()
+        deadline_s = time.monotonic() + SMALL_FILE_S
         try:
             for chunk in self.stream(path, 0, None):
                 content += chunk
                 if len(content) > MAX_MANIFEST_BYTES:
                     raise BundleError(f"{self}/{path} has more than {MAX_MANIFEST_BYTES:,} bytes")
+                if time.monotonic() > deadline_s:
+                    raise StorageError(
+                        f"{self}/{path}: only {len(content):,} bytes came in {SMALL_FILE_S:g} s; "
+                        "try again when the server is faster"
+                    )
         except FileNotFoundError:
             return None
         return bytes(content)
@@ -117,7 +149,9 @@ class HttpStore:
                 if size_bytes is None or position >= size_bytes:
                     return
             except httpx.TransportError as error:
-                reason = f"{type(error).__name__}: {error}"
+                reason = shown(f"{type(error).__name__}: {error}", MAX_HEADER_CHARS)
+            except (httpx.InvalidURL, UnicodeError, OverflowError) as error:
+                raise InputError(f"{self}/{path} is no address: {error}") from error
             num_idle = 0 if position > before else num_idle + 1
             if num_idle >= MAX_IDLE_ATTEMPTS:
                 raise StorageError(
@@ -154,8 +188,14 @@ class HttpStore:
         found = response.headers.get("Content-Range", "")
         if status == PARTIAL and found.startswith(f"bytes {start}-"):
             return 0
-        elsewhere = response.headers.get("Location", found)
+        elsewhere = shown(response.headers.get("Location", found), MAX_HEADER_CHARS)
         raise BundleError(f"{where}: the server answers {status} {elsewhere}; expected the file")
+
+
+def _without_password(url: str) -> str:
+    """An address that cannot be parsed, without what stands before an @."""
+    scheme, mark, rest = url.partition("://")
+    return f"{scheme}{mark}{rest.rpartition('@')[2]}"
 
 
 class HttpSource:

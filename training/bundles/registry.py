@@ -11,6 +11,7 @@ succeeds for exactly one of several movers; nothing is ever overwritten, so the 
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -24,12 +25,20 @@ from typing import Any
 
 from holdfast.training.bundles import consumer
 from holdfast.training.bundles.sources import FolderSource
-from holdfast.training.errors import BundleError, DataFormatError, InputError
-from holdfast.training.runs.durable_json import create_json_durably, sync_folder
+from holdfast.training.errors import BundleError, DataFormatError, InputError, StorageError
+from holdfast.training.runs.durable_json import (
+    FULL_ERRNOS,
+    create_json_durably,
+    storage_error,
+    sync_folder,
+)
 from holdfast.training.runs.paths import checked_store
-from holdfast.training.runs.stored_json import read_json
+from holdfast.training.runs.stored_json import Kinds, read_json, required_fields
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+NUMBER = re.compile(r"[0-9]{6}|[1-9][0-9]{6,14}")
+PARTIAL = re.compile(r"\.[0-9a-f]{12}\.partial")
+MOVE: Kinds = {"moved_at": (str,), "reason": (str,), "version": (int,)}
 REGISTRY = "registry"
 VERSION_DIGITS = 6
 MAX_ATTEMPTS = 100
@@ -86,15 +95,13 @@ class Registry:
         self.folder = checked_store(store) / REGISTRY
 
     def names(self) -> list[str]:
-        """Names that have at least one version."""
-        return sorted(path.parent.name for path in self.folder.glob("*/versions"))
+        """Names that have at least one version. Raises StorageError."""
+        found = [name for name in _listed(self.folder) if NAME.fullmatch(name)]
+        return [name for name in found if (self.folder / name / "versions").is_dir()]
 
     def versions(self, name: str) -> list[int]:
-        """Published versions, ascending."""
-        folder = self.folder / _checked_name(name) / "versions"
-        if not folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
+        """Published versions, ascending. Raises StorageError."""
+        return _numbers(self.folder / _checked_name(name) / "versions")
 
     def bundle(self, name: str, version: int) -> Path:
         """The folder of a version, whether it is there or not."""
@@ -105,54 +112,52 @@ class Registry:
 
         The same bundle again gives its old version, also where only what was measured while it was
         made differs: times and latencies. After return the copy is durable and was
-        verified; before that there is none. Raises BundleError if ``source`` does not verify.
+        verified; before that there is none. Raises BundleError if ``source`` does not verify, or
+        StorageError.
         """
         manifest = _verified(source)
         FolderSource(source).refuse_additions(manifest)  # a partial pull verifies, too
         name = _checked_name(manifest["name"])
         for version in self.versions(name):
-            known = _verified_manifest(self.bundle(name, version))
-            if _lasting(known) == _lasting(manifest):
-                return name, version
+            with suppress(BundleError):  # an odd version is no fault of this one
+                known = _verified_manifest(self.bundle(name, version))
+                if _lasting(known) == _lasting(manifest):
+                    return name, version
         versions = self.folder / name / "versions"
-        versions.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(versions)
         staging = versions / f".{secrets.token_hex(6)}.partial"
         try:
-            shutil.copytree(source, staging)
+            versions.mkdir(parents=True, exist_ok=True)
+            _require_own(versions)
+            _clear_abandoned(versions)
+            _copy_tree(source, staging)
             _verified(staging)
             _sync_tree(staging)
             return name, self._move_into_place(name, staging)
+        except OSError as error:
+            size_bytes = sum(entry["size_bytes"] for entry in manifest["files"].values())
+            raise storage_error("publish a bundle to", versions, error, size_bytes) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
     def position(self, name: str, alias: str) -> AliasMove | None:
         """Where an alias stands; None where it was never set."""
-        history = self.history(name, alias)
-        return history[-1] if history else None
+        folder = self._alias_folder(name, alias)
+        numbers = _numbers(folder, ".json")
+        return _read_move(folder, numbers[-1]) if numbers else None
 
     def history(self, name: str, alias: str) -> list[AliasMove]:
         """All positions of an alias, oldest first."""
         folder = self._alias_folder(name, alias)
-        if not folder.is_dir():
-            return []
-        moves = []
-        for path in sorted(folder.glob("*.json")):
-            content: Any = read_json(path)
-            try:
-                moves.append(AliasMove(number=int(path.stem), **content))
-            except (TypeError, ValueError) as error:
-                raise DataFormatError(
-                    f"{path} is no position of an alias ({error}); move it away: the one before it "
-                    "holds then"
-                ) from error
-        return moves
+        return [_read_move(folder, number) for number in _numbers(folder, ".json")]
+
+    def alias_names(self, name: str) -> list[str]:
+        """Aliases that were ever set. Raises StorageError."""
+        folder = self.folder / _checked_name(name) / "aliases"
+        return [alias for alias in _listed(folder) if NAME.fullmatch(alias)]
 
     def aliases(self, name: str) -> dict[str, int]:
-        """Alias -> version."""
-        folder = self.folder / _checked_name(name) / "aliases"
-        found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        positions = {alias: self.position(name, alias) for alias in found}
+        """Alias -> version. Raises DataFormatError or StorageError where one cannot be read."""
+        positions = {alias: self.position(name, alias) for alias in self.alias_names(name)}
         return {alias: move.version for alias, move in positions.items() if move}
 
     def move_alias(
@@ -167,7 +172,10 @@ class Registry:
         if version not in self.versions(name):
             raise InputError(f"{name} has no version {version}; it has {self.versions(name)}")
         folder = self._alias_folder(name, alias)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error("make the folder", folder, error) from error
         number = 1 if after is None else after.number + 1
         return create_json_durably(
             folder / f"{numbered(number)}.json",
@@ -247,6 +255,57 @@ def numbered(number: int) -> str:
     return f"{number:0{VERSION_DIGITS}d}"
 
 
+def _listed(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise storage_error("list", folder, error) from error
+
+
+def _numbers(folder: Path, suffix: str = "") -> list[int]:
+    """Numbers that name a version or a position of an alias, ascending."""
+    found = [
+        NUMBER.fullmatch(name.removesuffix(suffix))
+        for name in _listed(folder)
+        if name.endswith(suffix)
+    ]
+    numbers = sorted(int(name[0]) for name in found if name is not None)
+    return [number for number in numbers if number > 0]
+
+
+def _read_move(folder: Path, number: int) -> AliasMove:
+    path = folder / f"{numbered(number)}.json"
+    try:
+        content = required_fields(read_json(path), path, MOVE)
+        if content["version"] < 1 or content.keys() != MOVE.keys():
+            raise DataFormatError(f"{path} names version {content['version']!r:.40}")
+    except FileNotFoundError as error:
+        raise StorageError(f"{path} was taken away while it was read; try again") from error
+    except DataFormatError as error:
+        raise DataFormatError(
+            f"{path} is no position of an alias ({error}); move it away: the one before it holds "
+            "then"
+        ) from error
+    return AliasMove(number=number, **content)
+
+
+def _require_own(folder: Path) -> None:
+    """Raise StorageError for a link: nothing is written or deleted behind one."""
+    if folder.is_symlink() or folder.parent.is_symlink():
+        raise StorageError(f"{folder} is a link, expected a folder of the registry's own")
+
+
+def _copy_tree(source: Path, staging: Path) -> None:
+    try:
+        shutil.copytree(source, staging)
+    except shutil.Error as error:  # a list of (from, to, words)
+        words = "; ".join(sorted({str(one[2]) for one in error.args[0]}))
+        full = next((n for n in FULL_ERRNOS if os.strerror(n) in words), errno.EIO)
+        raise OSError(full, words) from error
+
+
 def _lasting(manifest: dict[str, Any]) -> dict[str, Any]:
     """What is the same whenever and however fast the same champion is exported."""
     passing = ("measured", "manifest_digest")
@@ -268,11 +327,12 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _clear_abandoned(versions: Path) -> None:
-    """Delete what publishers left that were killed long ago."""
-    for path in versions.glob(".*.partial"):
+    """Delete what publishers left that were killed long ago; they alone make such names."""
+    for path in versions.iterdir():
         with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > ABANDONED_S:
-                shutil.rmtree(path, ignore_errors=True)
+            is_old = time.time() - path.lstat().st_mtime > ABANDONED_S
+            if PARTIAL.fullmatch(path.name) and is_old:
+                shutil.rmtree(path, ignore_errors=True)  # which refuses a link
 
 
 def _sync_tree(folder: Path) -> None:

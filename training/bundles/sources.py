@@ -5,7 +5,6 @@ Imports the standard library alone.
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 
 from holdfast.training.bundles import consumer
 from holdfast.training.errors import BundleError
+from holdfast.training.runs.shown_text import shown
 
 CHUNK_BYTES = 1 << 20
 
@@ -54,24 +54,29 @@ class FolderSource:
 
     def refuse_additions(self, manifest: Mapping[str, Any]) -> None:
         """Links, special files, and files that the manifest does not name."""
-        for path in sorted(self._folder.rglob("*")):
-            name, mode = path.relative_to(self._folder).as_posix(), path.lstat().st_mode
+        try:
+            found = consumer.entries(self._folder)
+        except OSError as error:
+            raise BundleError(f"{self} cannot be read: {error}") from error
+        for name, _, mode in found:
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise BundleError(f"{self}: {name} is a symlink or special file; pull refuses it")
+                raise BundleError(
+                    f"{self}: {shown(name)} is a symlink or special file; pull refuses it"
+                )
             if stat.S_ISREG(mode) and name not in manifest["files"] and name != consumer.MANIFEST:
-                raise BundleError(f"{self}: {name} is not in the manifest; it was added")
+                raise BundleError(f"{self}: {shown(name)} is not in the manifest; it was added")
 
     def read(self, name: str, start: int, size_bytes: int) -> Iterator[bytes]:  # noqa: ARG002
         """Its bytes; a link is not followed."""
-        with os.fdopen(self._open_without_links(name), "rb") as stream:
+        with self._open_without_links(name) as stream:
             stream.seek(start)
             while chunk := stream.read(CHUNK_BYTES):
                 yield chunk
 
-    def _open_without_links(self, name: str) -> int:
+    def _open_without_links(self, name: str) -> Any:
         try:
-            return os.open(self._folder / name, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+            return consumer.open_plain(self._folder / name)
         except FileNotFoundError:
             raise BundleError(f"{self}: {name} is missing; the manifest names it") from None
         except OSError as error:
-            raise BundleError(f"{self}: {name} cannot be read: {error.strerror}") from error
+            raise BundleError(f"{self}: {name} cannot be read: {error}") from error

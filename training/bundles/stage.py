@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.training.bundles import consumer
-from holdfast.training.bundles.bundle import BundleFacts, complete_bundle, publish, verified
+from holdfast.training.bundles.bundle import (
+    BundleFacts,
+    complete_bundle,
+    publish,
+    require_replaceable,
+    verified,
+)
 from holdfast.training.errors import BundleError, ExportError, ParityError
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.export.artifacts import chosen_formats, open_champion, write_artifacts
@@ -199,6 +205,7 @@ def run_export(stage: Stage) -> StageOutcome:
     names = chosen_formats(stage.config.export)
     if is_done(stage.run.bundle, champion, names):
         return StageOutcome("completed", 0)
+    require_replaceable(stage.run.bundle)
     with stage.writing() as lease:
         manifest = Export(stage, lease, champion, names).run()
     if manifest is None:

@@ -75,6 +75,25 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def allowed_mode(mode: int) -> int:
+    """What the umask leaves of a file's or folder's mode, for those that are made otherwise."""
+    return mode & ~_umask()
+
+
+def _umask() -> int:
+    try:
+        for line in (
+            Path("/proc/self/status").read_text(encoding="ascii", errors="replace").split("\n")
+        ):
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    except OSError:
+        pass  # another system than Linux
+    found = os.umask(0o077)  # it cannot be asked for in another way
+    os.umask(found)
+    return found
+
+
 def storage_error(action: str, path: Path, error: OSError, needed_bytes: int = 0) -> StorageError:
     """The typed error for a failed file operation; a full disk becomes a StorageFullError."""
     if error.errno not in FULL_ERRNOS:

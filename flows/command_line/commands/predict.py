@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from holdfast.flows.command_line.options import EXIT_CODES
+from holdfast.flows.command_line.options import EXIT_CODES, TIME_LIMIT_OPTION
 from holdfast.training.bundles import console
 
 HELP = """Predict a CSV, NPY or JSON file with a bundle's ONNX model, for a first look.
@@ -31,6 +31,8 @@ Examples:
 @click.option(
     "--to", type=click.Path(path_type=Path), metavar="FILE", help="Write there, not to stdout."
 )
-def command(bundle: Path, input_file: Path, to: Path | None) -> None:
+@TIME_LIMIT_OPTION
+def command(bundle: Path, input_file: Path, to: Path | None, time_limit_s: float) -> None:
     """Predict it."""
-    console.run(Namespace(command="predict", folder=bundle, input=input_file, to=to))
+    told = {"input": input_file, "to": to, "time_limit_s": time_limit_s}
+    console.run(Namespace(command="predict", folder=bundle, **told))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from holdfast.flows.command_line.options import TIME_LIMIT_OPTION
 from holdfast.training.bundles import console
 
 HELP = """Prove a bundle on this machine.
@@ -28,6 +29,7 @@ Examples:
     short_help="Prove a bundle on this machine.",
 )
 @click.argument("folder", type=click.Path(path_type=Path))
-def command(folder: Path) -> None:
+@TIME_LIMIT_OPTION
+def command(folder: Path, time_limit_s: float) -> None:
     """Verify it."""
-    console.run(Namespace(command="verify", folder=folder))
+    console.run(Namespace(command="verify", folder=folder, time_limit_s=time_limit_s))

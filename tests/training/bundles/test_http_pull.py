@@ -16,7 +16,7 @@ import pytest
 
 from holdfast.training.bundles import console, consumer
 from holdfast.training.bundles.http_store import HttpStore
-from holdfast.training.bundles.pull import pull
+from holdfast.training.bundles.pull import MARK, pull
 from holdfast.training.bundles.registry import BundleReference, Registry
 from holdfast.training.errors import BundleError, InputError, StorageError
 from tests.training.bundles.small_bundle import files_of, make_bundle
@@ -115,6 +115,14 @@ def pull_from(server: Server, target: Path, reference: str = "digits") -> None:
     pull(store.source(asked.name, store.resolve(asked)), target)
 
 
+def half_file(target: Path) -> Path:
+    """Where a pull that was interrupted keeps the large file."""
+    content = target.with_name(f"{target.name}.partial") / "bundle"
+    content.mkdir(parents=True)
+    (content.parent / MARK).touch()
+    return content / LARGE
+
+
 @pytest.mark.parametrize(("reference", "number"), [("digits", 1), ("digits@1", 0)])
 def test_a_reference_is_found_without_listing_folders(
     server: Server, tmp_path: Path, reference: str, number: int
@@ -164,8 +172,7 @@ def test_a_pull_that_gave_up_goes_on_when_it_is_called_again(
     server: Server, tmp_path: Path
 ) -> None:
     server.drop_after = 0
-    half = tmp_path / f"there.partial/{LARGE}"
-    half.parent.mkdir()
+    half = half_file(tmp_path / "there")
     half.write_bytes((tmp_path / "source-1" / LARGE).read_bytes()[:20_000])
     with pytest.raises(StorageError, match=r"20,000 bytes are here.*run the same command again"):
         pull_from(server, tmp_path / "there")
@@ -181,8 +188,7 @@ def test_a_pull_that_gave_up_goes_on_when_it_is_called_again(
 
 def test_without_ranges_the_known_part_is_skipped(server: Server, tmp_path: Path) -> None:
     server.has_ranges = False
-    half = tmp_path / f"there.partial/{LARGE}"
-    half.parent.mkdir()
+    half = half_file(tmp_path / "there")
     half.write_bytes((tmp_path / "source-1" / LARGE).read_bytes()[:20_000])
     pull_from(server, tmp_path / "there")
     assert files_of(tmp_path / "there") == files_of(tmp_path / "source-1")
@@ -218,8 +224,7 @@ def test_a_wrong_byte_is_refused_by_name(server: Server, tmp_path: Path) -> None
 
 
 def test_a_half_file_of_something_else_is_fetched_again(server: Server, tmp_path: Path) -> None:
-    half = tmp_path / f"there.partial/{LARGE}"
-    half.parent.mkdir()
+    half = half_file(tmp_path / "there")
     half.write_bytes(b"something else")
     pull_from(server, tmp_path / "there")
     assert files_of(tmp_path / "there") == files_of(tmp_path / "source-1")

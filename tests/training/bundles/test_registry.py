@@ -153,17 +153,18 @@ def test_an_interrupted_pull_goes_on_where_it_stood(source: Path, tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         pull(FolderSource(source), target, progress=interrupt)
     assert not target.exists()
-    half = tmp_path / "there.partial/model.safetensors"
+    half = tmp_path / "there.partial/bundle/model.safetensors"
     half.write_bytes((source / "model.safetensors").read_bytes()[:1000])
-    inode = (tmp_path / "there.partial/1/model.onnx").stat().st_ino
+    inode = (tmp_path / "there.partial/bundle/1/model.onnx").stat().st_ino
     pull(FolderSource(source), target)
     assert files_of(target) == files_of(source)
     assert (target / "1/model.onnx").stat().st_ino == inode
 
 
 def test_a_wrong_half_file_is_copied_again(source: Path, tmp_path: Path) -> None:
-    half = tmp_path / "there.partial/model.safetensors"
-    half.parent.mkdir()
+    half = tmp_path / "there.partial/bundle/model.safetensors"
+    half.parent.mkdir(parents=True)
+    (tmp_path / "there.partial/holdfast-pull").touch()
     half.write_bytes(b"something else")
     (half.parent / "stranger").write_text("of an older bundle")
     pull(FolderSource(source), tmp_path / "there")
