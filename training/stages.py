@@ -13,6 +13,7 @@ from holdfast.training.errors import HoldfastError, LoaderError
 from holdfast.training.experiment.error_places import described
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.progress import Progress, ProgressFormat
+from holdfast.training.runs.shown_text import ShownFormatter, shown
 from holdfast.training.stage import (
     Stage,
     StageArguments,
@@ -37,7 +38,9 @@ def run_stage(name: str, options: dict[str, Any]) -> StageOutcome:
     Errors are told in one line on stderr; what we did not foresee comes with its traceback.
     """
     arguments = StageArguments(**options)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(ShownFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         with prepared_stage(arguments) as stage:
             outcome = _stage_function(name)(stage)
@@ -71,7 +74,7 @@ def _tell(error: BaseException, outcome: StageOutcome, arguments: StageArguments
         line += f"; the traceback is in {record}"
     elif isinstance(error, LoaderError) or not isinstance(error, HoldfastError):
         print(outcome.error["traceback"], file=sys.stderr, end="")
-    print(f"error: {' '.join(line.splitlines())}", file=sys.stderr)
+    print(f"error: {shown(' '.join(line.splitlines()))}", file=sys.stderr)
 
 
 def _record_of(error: LoaderError, run: RunDirectory) -> Path | None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import click
 
 from holdfast.training.errors import HoldfastError, InputError
+from holdfast.training.runs.shown_text import shown, shown_lines
 
 COMMANDS_PACKAGE = "holdfast.flows.command_line.commands"
 COMMANDS = {
@@ -131,6 +132,7 @@ def _refuse(error: click.UsageError) -> int:
 
 def _fail(message: str, exit_code: int) -> int:
     """Tell what is wrong: with the input, in one line; with a run, also the end of its log."""
-    shown = " ".join(message.splitlines()) if exit_code == InputError.exit_code else message
-    click.echo(f"holdfast: {shown}", err=True)
+    is_input = exit_code == InputError.exit_code
+    told = shown(" ".join(message.splitlines())) if is_input else shown_lines(message)
+    click.echo(f"holdfast: {told}", err=True)
     return exit_code

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from holdfast.training.bundles.summary import promotion_line, published_name
+from holdfast.training.runs.shown_text import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -60,7 +61,7 @@ class LineView:
 
     def say(self, text: str) -> None:
         """One line on stderr."""
-        print(text, file=sys.stderr, flush=True)
+        print(shown(text), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Nothing."""
@@ -78,7 +79,7 @@ class TerminalView:
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description:<17}"),
             BarColumn(bar_width=14),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             console=self._console,
         )
@@ -95,7 +96,7 @@ class TerminalView:
                 self._finish(stage)
         elif kind == "progress":
             done, total, detail = progress_of(event)
-            bar = self._bar(stage)
+            bar, detail = self._bar(stage), shown(detail)
             self._progress.update(bar, completed=done, total=total, detail=detail)
         elif kind == "outcome" and event.get("step") is not None:
             self._progress.update(self._bar(stage), detail=f"step {event['step']}")
@@ -104,7 +105,7 @@ class TerminalView:
 
     def say(self, text: str) -> None:
         """One line above the bars."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(shown(text), highlight=False, markup=False)
 
     def close(self) -> None:
         """Stop drawing; the bars stay as they are."""

@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+import logging
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from holdfast.training.configuration.loading import nearest
-from holdfast.training.errors import InputError
+from holdfast.training.errors import InputError, StorageError
 from holdfast.training.runs.directory import RunDirectory
+from holdfast.training.runs.shown_text import shown
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_STORE = "./runs"
 
 
 def find_runs(store: Path) -> list[RunDirectory]:
-    """All runs of a store, the newest first."""
-    records = sorted(
-        store.glob("*/*/run.json"), key=lambda path: (path.stat().st_mtime, path), reverse=True
-    )
-    return [RunDirectory(path.parent) for path in records]
+    """All runs of a store, the newest first.
+
+    A run whose folder may not be entered, or whose ``run.json`` is no plain file, is among them:
+    whoever reads it is told what is wrong. Raises StorageError where the store cannot be listed.
+    """
+    found = [
+        (changed_s, folder)
+        for experiment in _folders(store)
+        for folder in _folders(experiment, is_told=False)
+        if (changed_s := _changed_s(folder / "run.json")) is not None
+    ]
+    return [RunDirectory(folder) for _, folder in sorted(found, reverse=True)]
+
+
+def _folders(place: Path, *, is_told: bool = True) -> list[Path]:
+    """The folders in a folder; empty where there is none."""
+    try:
+        return [Path(entry.path) for entry in os.scandir(place) if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        if is_told:
+            raise StorageError(f"cannot list {place}: {error.strerror}") from error
+        logger.warning("left out: cannot list %s: %s", shown(place), error.strerror)
+        return []
+
+
+def _changed_s(path: Path) -> float | None:
+    """When a file was changed, 0 where that may not be seen; None where there is none."""
+    try:
+        return path.lstat().st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        return 0.0
 
 
 def find_run(store: Path, reference: str) -> RunDirectory:
@@ -25,9 +61,10 @@ def find_run(store: Path, reference: str) -> RunDirectory:
     Raises:
         InputError: there is none, or several experiments have a run of that id.
     """
-    as_path = Path(reference).expanduser()
-    if (as_path / "run.json").is_file():
-        return RunDirectory(as_path)
+    with suppress(OSError, ValueError, RuntimeError):  # what can be no path is a run's name
+        as_path = Path(reference).expanduser()
+        if (as_path / "run.json").is_file():
+            return RunDirectory(as_path)
     runs = find_runs(store)
     found = [run for run in runs if reference in (run.path.name, full_name(run))]
     if len(found) == 1:

@@ -27,7 +27,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
-from prefect.exceptions import PrefectException
+from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
 from holdfast.flows.fleet.rescue_policy import (
@@ -44,6 +44,7 @@ from holdfast.training.errors import InputError
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.directory import RunDirectory
 from holdfast.training.runs.run_ids import fill_run_id
+from holdfast.training.runs.shown_text import ShownFormatter, shown
 
 logger = logging.getLogger("holdfast.rescue")
 
@@ -55,7 +56,9 @@ WATCHED_STATES = [
     StateType.SCHEDULED,
 ]
 PAGE = 200
-API_ERRORS = (httpx.HTTPError, PrefectException, OSError)
+API_ERRORS = (httpx.HTTPError, PrefectException)
+OF_ALL = (401, 403, 408, 429)
+"""Answers that every flow run would get."""
 HEARTBEAT = "prefect.flow-run.heartbeat"
 
 
@@ -67,6 +70,7 @@ class Rescuer:
         self._watches = Watches()
         self._last_look_s: float | None = None
         self._given_up: set[Any] = set()
+        self._left_out: dict[Any, str] = {}
 
     def look(self) -> int:
         """Look at every flow run once, and act; the number of flow runs looked at.
@@ -81,13 +85,15 @@ class Rescuer:
             with get_client(sync_client=True) as client:
                 flow_runs = list(self._flow_runs(client))
                 for flow_run in flow_runs:
-                    self._attend(client, flow_run)
-        except API_ERRORS as error:
+                    self._attend_alone(client, flow_run)
+        except (*API_ERRORS, OSError) as error:
             logger.warning("the server does not answer, nothing is marked: %s", _first_line(error))
             self._watches.forget()
             flow_runs = []
         else:
             self._watches.keep_only({str(flow_run.id) for flow_run in flow_runs})
+            known = {flow_run.id for flow_run in flow_runs}
+            self._left_out = {key: told for key, told in self._left_out.items() if key in known}
         self._last_look_s = time.monotonic()
         return len(flow_runs)
 
@@ -105,6 +111,24 @@ class Rescuer:
             if len(page) < PAGE:
                 return
             offset += PAGE
+
+    def _attend_alone(self, client: SyncPrefectClient, flow_run: FlowRun) -> None:
+        """Attend to one flow run; what is wrong with it alone keeps no other one waiting."""
+        try:
+            self._attend(client, flow_run)
+        except API_ERRORS as error:
+            if not _is_about_one(error):
+                raise
+            self._leave_out(flow_run, error)
+        except Exception as error:  # noqa: BLE001 - of its parameters or its store, whatever they hold
+            self._leave_out(flow_run, error)
+
+    def _leave_out(self, flow_run: FlowRun, error: Exception) -> None:
+        self._watches.forget_about(str(flow_run.id))
+        if self._left_out.get(flow_run.id) != repr(error):
+            self._left_out[flow_run.id] = repr(error)
+            told = f"{type(error).__name__}: {_first_line(error)}"
+            logger.warning("%s (%s) is left out: %s", shown(flow_run.name), flow_run.id, told)
 
     def _attend(self, client: SyncPrefectClient, flow_run: FlowRun) -> None:
         seen = self._see(client, flow_run)
@@ -124,9 +148,9 @@ class Rescuer:
         result = client.set_flow_run_state(flow_run.id, state)
         logger.warning(
             "%s (%s): %s -> %s: %s [%s]",
-            flow_run.name,
+            shown(flow_run.name),
             flow_run.id,
-            flow_run.state.name,
+            shown(flow_run.state.name),
             state.name,
             verdict.reason,
             result.status.value,
@@ -136,7 +160,8 @@ class Rescuer:
         assert flow_run.state is not None
         if flow_run.state.id not in self._given_up:
             self._given_up.add(flow_run.state.id)
-            logger.error("%s (%s) stays crashed: %s", flow_run.name, flow_run.id, verdict.reason)
+            name = shown(flow_run.name)
+            logger.error("%s (%s) stays crashed: %s", name, flow_run.id, verdict.reason)
 
     def _see(self, client: SyncPrefectClient, flow_run: FlowRun) -> Sighting:
         assert flow_run.state is not None
@@ -192,14 +217,24 @@ def run_of(flow_run: FlowRun) -> RunDirectory | None:
     except (KeyError, InputError):
         return None
     path = Path(str(store).removeprefix("file://"))
-    return RunDirectory(path / name / run_id) if path.is_absolute() else None
+    is_path = path.is_absolute() and "\0" not in f"{path}{name}"
+    return RunDirectory(path / name / run_id) if is_path else None
+
+
+def _is_about_one(error: Exception) -> bool:
+    """Whether an error of the server is about the flow run that was asked about, not the server."""
+    if isinstance(error, ObjectNotFound):
+        return True
+    if not isinstance(error, httpx.HTTPStatusError):
+        return False
+    return error.response.is_client_error and error.response.status_code not in OF_ALL
 
 
 def rescue(settings: RescueSettings, *, is_once: bool) -> int:
     """Watch until SIGTERM or Ctrl-C, or for one window; the exit code."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(ShownFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)
     is_stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -237,8 +272,11 @@ def _is_in_process(flow_run: FlowRun) -> bool:
 
 def _step(run: RunDirectory | None) -> int | None:
     """The newest checkpoint of a run; None where the store is out of sight."""
-    return newest_step(run) if run is not None and run.path.is_dir() else None
+    try:
+        return newest_step(run) if run is not None and run.path.is_dir() else None
+    except (OSError, ValueError):  # it may not be entered, or can be no path
+        return None
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return shown((str(error).splitlines() or [type(error).__name__])[0], 200)

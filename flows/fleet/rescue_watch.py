@@ -64,8 +64,8 @@ def see_engine(
             ttl_s=view.ttl_s,
             is_run_written=_is_written(watches, run, flow_run_id, now_s),
         )
-    except StorageError:
-        # A store that does not answer says nothing about who lives.
+    except (StorageError, OSError, ValueError):
+        # A store that does not answer, or may not be entered, says nothing about who lives.
         watches.forget_about(flow_run_id)
         return None
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from holdfast.training.errors import HoldfastError, InputError
+from holdfast.training.runs.shown_text import shown
 
 if TYPE_CHECKING:
     from holdfast.training.checkpointing.diff import Comparison
@@ -124,7 +125,7 @@ def verify_command(place: Path, is_json: bool) -> None:
             found.append(seen)
             progress.clear()
             if not is_json:
-                click.echo(f"{seen.condition:<11}{seen.path.name}{_reason(seen)}")
+                click.echo(shown(f"{seen.condition:<11}{seen.path.name}{_reason(seen)}"))
     if is_json:
         _print_json([seen.as_json() for seen in found])
     elif not found:
@@ -153,7 +154,7 @@ def diff_command(a: Path, b: Path, is_json: bool) -> None:
         _print_json(comparison.as_json())
     else:
         for line in _told(comparison):
-            click.echo(line)
+            click.echo(shown(line))
     if comparison.differences:
         sys.exit(EXIT_FOUND)
 
@@ -165,7 +166,7 @@ def _told_errors(exit_code: int | None = None) -> Iterator[None]:
         yield
     except HoldfastError as error:
         hint = "" if isinstance(error, InputError) else "; checkpoints verify says more"
-        click.echo(f"error: {' '.join(str(error).splitlines())}{hint}", err=True)
+        click.echo(f"error: {shown(' '.join(str(error).splitlines()))}{hint}", err=True)
         sys.exit(exit_code or error.exit_code)
     except KeyboardInterrupt:
         click.echo("stopped", err=True)
@@ -193,7 +194,8 @@ def _metrics(metrics: dict[str, float]) -> str:
 
 
 def _print_table(rows: Sequence[dict[str, str]]) -> None:
-    lines = [{name: name for name in rows[0]}, *rows]
+    lines = [{name: shown(cell) for name, cell in row.items()} for row in rows]
+    lines.insert(0, {name: name for name in rows[0]})
     widths = {name: max(len(line[name]) for line in lines) for name in rows[0]}
     for line in lines:
         click.echo("  ".join(line[name].ljust(widths[name]) for name in widths).rstrip())

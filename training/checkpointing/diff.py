@@ -32,7 +32,8 @@ from holdfast.training.checkpointing.manifest import (
 )
 from holdfast.training.checkpointing.tensor_file import ALIASES
 from holdfast.training.configuration.schema import Json
-from holdfast.training.errors import CheckpointCorruptError
+from holdfast.training.errors import CheckpointCorruptError, DataFormatError
+from holdfast.training.runs.stored_json import STATE, parse_json, required_fields
 
 CHUNK_ELEMENTS = 2**22
 SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -172,8 +173,8 @@ def _state(folder: Path, manifest: Manifest) -> dict[str, Any]:
     entry, path = manifest.files[STATE_NAME], folder / STATE_NAME
     content, _ = read_file(path, ALGORITHM, entry.size_bytes)
     try:
-        return dict(json.loads(content.numpy().tobytes()).items())
-    except (ValueError, RecursionError, AttributeError) as error:
+        return required_fields(parse_json(content.numpy().tobytes(), str(path), STATE), path, {})
+    except DataFormatError as error:
         raise CheckpointCorruptError(f"{path} is not a JSON object: {error}") from error
 
 
@@ -202,7 +203,8 @@ def _opened(folder: Path, manifest: Manifest, name: str) -> Iterator[_TensorFile
     require_plain_file(path, expected_bytes)
     try:
         with safe_open(path, framework="pt") as file:
-            aliases = json.loads((file.metadata() or {}).get(ALIASES, "{}"))
+            known = parse_json((file.metadata() or {}).get(ALIASES, "{}").encode(), ALIASES)
+            aliases = required_fields(known, ALIASES, {})
             stored = {**{key: key for key in file.keys()}, **aliases}  # noqa: SIM118
             yield _TensorFile(name.removesuffix(TENSOR_SUFFIX), file, stored)
     except (SafetensorError, ValueError) as error:

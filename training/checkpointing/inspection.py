@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.training.checkpointing.loading import parsed_files
-from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.manager import DAMAGED
 from holdfast.training.checkpointing.manifest import (
     MANIFEST_NAME,
@@ -20,6 +20,7 @@ from holdfast.training.checkpointing.manifest import (
     check_names,
     local_folder,
     manifest_of,
+    read_of_checkpoint,
 )
 from holdfast.training.checkpointing.storage import LocalReader
 from holdfast.training.errors import CheckpointCorruptError, InputError, StorageError
@@ -168,7 +169,7 @@ def _verify(path: Path, on_bytes: Callable[[int], None]) -> Inspection:
         try:
             folder = replace(
                 local_folder(path),
-                read=lambda file, digest, size: read_file(path / file, digest, size, on_bytes),
+                read=partial(read_of_checkpoint, path, on_bytes=on_bytes),
             )
             for _ in parsed_files(folder, manifest_of(folder)):
                 pass

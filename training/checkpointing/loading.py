@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ from holdfast.training.checkpointing.manifest import (
 )
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.configuration.schema import Json
-from holdfast.training.errors import CheckpointCorruptError
+from holdfast.training.errors import CheckpointCorruptError, DataFormatError
+from holdfast.training.runs.stored_json import STATE, parse_json
 
 MODEL_NAME = f"model{TENSOR_SUFFIX}"
 
@@ -98,7 +98,6 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
 def _parse_state(content: Tensor, path: str) -> Json:
     try:
-        state: Json = json.loads(content.numpy().tobytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{path} is not JSON: {error}") from error
-    return state
+        return parse_json(content.numpy().tobytes(), path, STATE)
+    except DataFormatError as error:
+        raise CheckpointCorruptError(str(error)) from error

@@ -30,6 +30,7 @@ from holdfast.training.checkpointing.digests import (
 from holdfast.training.errors import CheckpointCorruptError, StorageError
 from holdfast.training.runs.durable_json import storage_error
 from holdfast.training.runs.faultpoints import reach
+from holdfast.training.runs.stored_json import NO_FOLLOW, kind_name
 
 NUM_WRITER_THREADS = 3  # one hashes, one flushes, one reads back
 
@@ -90,6 +91,7 @@ def read_file(
     algorithm: str,
     size_bytes: int | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    max_bytes: int | None = None,
 ) -> tuple[Tensor, str]:
     """The content of a file, uint8, and its digest.
 
@@ -99,14 +101,19 @@ def read_file(
         size_bytes: how large it must be; None for any size.
         on_bytes: told the size of each chunk that was read. With it the content is mapped rather
             than held in memory, which stays small however large the file is.
+        max_bytes: how large it may be at most, where its size is not known.
 
     Raises:
-        CheckpointCorruptError: it is missing, not a plain file, of another size, or the disk
-            cannot give it back.
+        CheckpointCorruptError: it is missing, not a plain file, of another size, full of holes
+            where the memory of this machine does not hold it, or the disk cannot give it back.
         StorageError: it cannot be read for another reason.
     """
     with _typed_errors(path), closing(_open_plain(path, size_bytes)) as file:
         found_bytes = os.fstat(file.fileno()).st_size
+        if max_bytes is not None and found_bytes > max_bytes:
+            raise CheckpointCorruptError(
+                f"{path} has {found_bytes} bytes, at most {max_bytes} are expected"
+            )
         if on_bytes is not None:
             return _digest_and_map(file, found_bytes, algorithm, on_bytes)
         return _read_and_digest(file, found_bytes, algorithm)
@@ -131,7 +138,7 @@ def _typed_errors(path: Path) -> Iterator[None]:
 
 
 def _read_and_digest(file: io.FileIO, num_bytes: int, algorithm: str) -> tuple[Tensor, str]:
-    content = torch.empty(num_bytes, dtype=torch.uint8)
+    content = _memory_for(file, num_bytes)
     memory, hasher, end = content.numpy().data, new_hasher(algorithm), 0
     hashed = []
     with ThreadPoolExecutor(1) as pool:  # one thread: chunks are hashed in their order
@@ -143,6 +150,20 @@ def _read_and_digest(file: io.FileIO, num_bytes: int, algorithm: str) -> tuple[T
     if end != num_bytes:
         raise CheckpointCorruptError(f"{file.name!s} ended at byte {end} of {num_bytes}")
     return content, f"{algorithm}:{hasher.hexdigest()}"
+
+
+def _memory_for(file: io.FileIO, num_bytes: int) -> Tensor:
+    try:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    except (RuntimeError, MemoryError) as error:
+        # A file that was written holds its bytes; one that only claims a size is mostly a hole.
+        on_disk_bytes = os.fstat(file.fileno()).st_blocks * 512
+        message = f"{file.name!s} has {num_bytes} bytes, which the memory here does not hold"
+        if on_disk_bytes < num_bytes // 2:
+            raise CheckpointCorruptError(
+                f"{message}; only {on_disk_bytes} of them are on the disk"
+            ) from error
+        raise StorageError(f"{message}: take a machine with more") from error
 
 
 def _digest_and_map(
@@ -167,9 +188,9 @@ def _open_plain(path: Path, size_bytes: int | None) -> io.FileIO:
     kind = path.lstat().st_mode
     if not stat.S_ISREG(kind):
         raise CheckpointCorruptError(
-            f"{path} should be a plain file and is {_kind_name(kind)}; it was not made by Holdfast"
+            f"{path} should be a plain file and is {kind_name(kind)}; it was not made by Holdfast"
         )
-    file = path.open("rb", buffering=0)
+    file = io.FileIO(path, "rb", opener=_open_without_waiting)
     found_bytes = os.fstat(file.fileno()).st_size
     if size_bytes is not None and found_bytes != size_bytes:
         file.close()
@@ -179,10 +200,8 @@ def _open_plain(path: Path, size_bytes: int | None) -> io.FileIO:
     return file
 
 
-def _kind_name(kind: int) -> str:
-    if stat.S_ISDIR(kind):
-        return "a folder"
-    return "a link" if stat.S_ISLNK(kind) else f"of mode {kind:o}"
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | NO_FOLLOW)
 
 
 def _write_all(descriptor: int, part: memoryview) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -235,7 +235,12 @@ class CheckpointManager:
         """All committed checkpoints whose manifest can be read, by step."""
         return sorted((manifest.info for _, _, manifest in self._readable()), key=lambda i: i.step)
 
-    def restore(self, *, should_allow_mismatch: bool = False) -> RestoredCheckpoint | None:
+    def restore(
+        self,
+        *,
+        should_allow_mismatch: bool = False,
+        validate: Callable[[RestoredCheckpoint], None] = lambda _: None,
+    ) -> RestoredCheckpoint | None:
         """The newest full checkpoint that verifies; None for a run without any.
 
         Damaged ones are renamed to ``<name>.damaged-<n>``, never deleted, with a warning that
@@ -243,6 +248,7 @@ class CheckpointManager:
 
         Args:
             should_allow_mismatch: take checkpoints of another configuration, too.
+            validate: raises CheckpointCorruptError for one whose contents cannot be put back.
 
         Raises:
             CheckpointMismatchError: the newest one is of another configuration; names the keys.
@@ -255,6 +261,7 @@ class CheckpointManager:
                 if manifest.kind == "full":
                     self._check_match(folder, manifest, should_allow_mismatch)
                     restored = load_checkpoint(folder, manifest, self._migrations)
+                    validate(restored)
                     self._warn_of_differences(manifest)
                     self._finish_slimming()
                     return restored

@@ -6,11 +6,11 @@ digest, and ends with a digest of its own fields, so that a changed digit is fou
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
@@ -22,8 +22,11 @@ from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError
 from holdfast.training.runs.durable_json import json_bytes, storage_error, without_nan
 from holdfast.training.runs.paths import parse_step
+from holdfast.training.runs.stored_json import parse_json
 
 FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_STEP = 10**15
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
 TENSOR_SUFFIX = ".safetensors"
@@ -65,8 +68,8 @@ class Manifest(BaseModel):
 
     format_version: int = FORMAT_VERSION
     """Of the files as they lie on the disk."""
-    step: int = Field(ge=0)
-    epoch: int = Field(ge=0)
+    step: int = Field(ge=0, le=MAX_STEP)
+    epoch: int = Field(ge=0, le=MAX_STEP)
     kind: Kind = "full"
     trigger: Trigger
     metrics: dict[str, float] = Field(default_factory=dict)
@@ -126,14 +129,32 @@ class Folder:
 
 
 def local_folder(path: Path) -> Folder:
-    """A folder on a disk. One that is missing, or a file, is a folder without files."""
+    """A folder on a disk. One that is missing, a file or a link, is a folder without files."""
+    if path.is_symlink():
+        return Folder(path, frozenset(), lambda *_: _refuse_link(path))
     try:
         files = frozenset(entry.name for entry in path.iterdir())
     except (NotADirectoryError, FileNotFoundError):
         files = frozenset()
     except OSError as error:
         raise storage_error("list", path, error) from error
-    return Folder(path, files, lambda file, *expected: read_file(path / file, *expected))
+    return Folder(path, files, partial(read_of_checkpoint, path))
+
+
+def read_of_checkpoint(
+    folder: Path,
+    file: str,
+    algorithm: str,
+    size_bytes: int | None,
+    on_bytes: Callable[[int], None] | None = None,
+) -> tuple[Tensor, str]:
+    """As ``read_file``; a file whose size nothing tells is a manifest, and small."""
+    max_bytes = MAX_MANIFEST_BYTES if size_bytes is None else None
+    return read_file(folder / file, algorithm, size_bytes, on_bytes, max_bytes)
+
+
+def _refuse_link(path: Path) -> NoReturn:
+    raise CheckpointCorruptError(f"{path} is a link, expected a folder: nothing behind it is read")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -209,7 +230,7 @@ def parse_manifest(
         CheckpointCorruptError: it is not a manifest, it was changed, or its format is not known.
     """
     try:
-        fields = json.loads(content)
+        fields: Any = parse_json(content, path)
         digest = str(fields.pop(DIGEST_KEY))
         found = digest_of([json_bytes(fields)], digest.partition(":")[0])
         version = int(fields["format_version"])
@@ -227,7 +248,7 @@ def parse_manifest(
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise CheckpointCorruptError(
-            f"{path}: {place}: {first['msg']}, found {first['input']!r}"
+            f"{path}: {place}: {first['msg']}, found {first['input']!r:.200}"
         ) from error
 
 

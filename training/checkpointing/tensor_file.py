@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError
+from holdfast.training.runs.stored_json import parse_json
 
 LENGTH_BYTES = 8
 ALIGNMENT_BYTES = 64
@@ -154,7 +155,7 @@ def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
     try:
         tensors = {name: _aligned(slot.view(data)) for name, slot in layout.slots.items()}
         return {**tensors, **{name: tensors[stored] for name, stored in layout.aliases.items()}}
-    except (ValueError, LookupError, TypeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, RuntimeError, OverflowError) as error:
         raise _not_safetensors(file, error) from error
 
 
@@ -170,7 +171,7 @@ def parse_layout(memory: memoryview, file: str) -> tuple[Layout, memoryview]:
     """
     try:
         header, data = _split(memory)
-        aliases = json.loads(header.pop(METADATA, {}).get(ALIASES, "{}"))
+        aliases: Any = parse_json(header.pop(METADATA, {}).get(ALIASES, "{}").encode(), ALIASES)
         slots: dict[str, Slot] = {}
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -195,7 +196,7 @@ def parse_layout(memory: memoryview, file: str) -> tuple[Layout, memoryview]:
 
 def _not_safetensors(file: str, error: Exception) -> CheckpointCorruptError:
     return CheckpointCorruptError(
-        f"{file} is not a safetensors file: {error!r}; nothing else is ever loaded"
+        f"{file} is not a safetensors file: {error!r:.500}; nothing else is ever loaded"
     )
 
 
@@ -203,7 +204,7 @@ def _split(memory: memoryview) -> tuple[dict[str, Any], memoryview]:
     num_bytes = int.from_bytes(memory[:LENGTH_BYTES], "little")
     if num_bytes > min(MAX_HEADER_BYTES, len(memory) - LENGTH_BYTES):
         raise ValueError(f"its header would have {num_bytes} bytes, the file {len(memory)}")
-    header = json.loads(memory[LENGTH_BYTES : LENGTH_BYTES + num_bytes].tobytes())
+    header = parse_json(memory[LENGTH_BYTES : LENGTH_BYTES + num_bytes].tobytes(), "its header")
     if not isinstance(header, dict):
         raise ValueError(f"its header is a {type(header).__name__}, not an object")
     return header, memory[LENGTH_BYTES + num_bytes :]

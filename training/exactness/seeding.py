@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import random
+import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,13 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 MT_WORDS = 624
+GENERATOR_SHAPES = {
+    "random.words": (torch.int64, MT_WORDS + 2),
+    "random.gauss": (torch.float64, 2),
+    "numpy.words": (torch.int64, MT_WORDS + 2),
+    "numpy.gauss": (torch.float64, 1),
+    "torch.cpu": (torch.uint8, 5056),
+}
 _CUDA_PREFIX = "torch.cuda."
 
 
@@ -102,6 +110,53 @@ def restore_generators(captured: Mapping[str, Tensor]) -> None:
     torch.default_generator.set_state(captured["torch.cpu"].cpu())
     for name in sorted(name for name in captured if name.startswith(_CUDA_PREFIX)):
         _restore_cuda(int(name.removeprefix(_CUDA_PREFIX)), captured[name])
+
+
+def generator_problem(captured: Mapping[str, Tensor]) -> str | None:
+    """What keeps states from being put back, or from being drawn from; None where nothing does.
+
+    NumPy takes a position that lies outside of its state, and ends the process at the next draw;
+    a state of zeros alone keeps it from ever finding a normal number.
+    """
+    for name, (dtype, size) in GENERATOR_SHAPES.items():
+        found = captured.get(name)
+        if found is None or found.dtype != dtype or tuple(found.shape) != (size,):
+            return f"{name} is not {size} numbers of type {dtype}"
+    for name, state in captured.items():
+        device = name.removeprefix(_CUDA_PREFIX)
+        is_state = state.dtype == torch.uint8 and state.dim() == 1 and device.isdecimal()
+        if name.startswith(_CUDA_PREFIX) and not is_state:
+            return f"{name} is no state of a generator"
+    return _words_problem(captured)
+
+
+def _words_problem(captured: Mapping[str, Tensor]) -> str | None:
+    version, *python_words, python_position = captured["random.words"].tolist()
+    *numpy_words, numpy_position, has_gauss = captured["numpy.words"].tolist()
+    if version != random.getstate()[0] or has_gauss not in (0, 1):
+        return f"random has the version {version}, numpy has_gauss {has_gauss}"
+    states = {
+        "random": (python_words, python_position),
+        "numpy": (numpy_words, numpy_position),
+        "torch.cpu": _torch_words(captured["torch.cpu"]),
+    }
+    for name, (words, position) in states.items():
+        if not 0 <= position <= MT_WORDS or not all(0 <= word < 2**32 for word in words):
+            return f"the state of {name} is at position {position}, expected 0 to {MT_WORDS}"
+        if not (words[0] & 0x8000_0000 or any(words[1:])):
+            return f"the state of {name} is zero, from which nothing can be drawn"
+    return None
+
+
+def _torch_words(state: Tensor) -> tuple[list[int], int]:
+    """Words and position of torch's MT19937; -1 where the two places that tell it disagree."""
+    # ATen, CPUGeneratorImplStateLegacy: seed u64, left i32, seeded i32, next u64, words u64[624].
+    _, left, seeded, following, *words = struct.unpack_from(
+        f"<QiiQ{MT_WORDS}Q", bytes(state.numpy())
+    )
+    is_fresh = (left, following) == (1, 0)
+    is_whole = seeded == 1 and 1 <= left <= MT_WORDS and left + following == MT_WORDS + 1
+    return words, following if is_fresh or is_whole else -1
 
 
 def _restore_cuda(device: int, state: Tensor) -> None:

@@ -27,6 +27,7 @@ from holdfast.training.loop.optimization import Schedule, build_optimizer, named
 from holdfast.training.loop.saving import Saver
 from holdfast.training.loop.segment_record import RecordKeeper
 from holdfast.training.loop.state import TrainState
+from holdfast.training.loop.state_validation import validate_state
 from holdfast.training.loop.train_step import TrainStep, gradient_scaler, resolve_device
 from holdfast.training.loop.trainer import Trainer
 from holdfast.training.runs.costs import Costs
@@ -202,7 +203,9 @@ def check_metrics(stage: Stage, trainer: Trainer) -> None:
 
 def restore(stage: Stage, manager: CheckpointManager, state: TrainState) -> int:
     """Put back the newest good checkpoint, if there is one. Returns the step."""
-    restored = manager.restore(should_allow_mismatch=stage.arguments.should_allow_mismatch)
+    restored = manager.restore(
+        should_allow_mismatch=stage.arguments.should_allow_mismatch, validate=validate_state
+    )
     if restored is not None:
         state.restore(restored.tensors, restored.state)
         stage.progress.emit("restored", step=state.counters.step, path=str(restored.path))

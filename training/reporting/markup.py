@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from holdfast.training.reporting.wording import NO_VALUE, decimals_for, number
+from holdfast.training.runs.shown_text import shown_lines
 
 Cell = str | float | int | None
 # What tells times or segments carries this attribute: it differs between a run that was
@@ -48,8 +49,8 @@ class Column:
 
 
 def text(value: str) -> Html:
-    """Text, escaped."""
-    return Html(escape(value))
+    """Text, escaped, with the codes of characters that do not print."""
+    return Html(escape(shown_lines(value)))
 
 
 def joined(parts: Sequence[Html]) -> Html:

@@ -12,6 +12,7 @@ from typing import Literal, TextIO
 
 from holdfast.training.configuration.schema import Json
 from holdfast.training.runs.durable_json import without_nan
+from holdfast.training.runs.shown_text import shown
 
 ProgressFormat = Literal["text", "jsonl", "none"]
 
@@ -69,7 +70,9 @@ def silence_output() -> None:
 
 
 def _as_text(event: str, values: dict[str, Json]) -> str:
-    parts = [f"{name}={_short(value)}" for name, value in values.items() if value is not None]
+    parts = [
+        f"{name}={shown(_short(value))}" for name, value in values.items() if value is not None
+    ]
     return f"{time.strftime('%H:%M:%S')} {event:<10} {' '.join(parts)}"
 
 

@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,6 @@ from holdfast.training.errors import DataFormatError, HoldfastError, StorageErro
 if TYPE_CHECKING:
     from holdfast.training.configuration.schema import Json
 
-MAX_INTEGER_DIGITS = 300  # what every float can hold
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC
 KIND_NAMES = {
     stat.S_IFDIR: "a folder",
@@ -43,14 +43,15 @@ Kinds = Mapping[str, tuple[type, ...]]
 
 @dataclass(frozen=True)
 class Limits:
-    """What is read at most; a list in a list has the depth 2."""
+    """What is read at most; a list in a list has the depth 2. Every float holds 300 digits."""
 
     max_bytes: int = 16 * 2**20
     max_depth: int = 100
+    max_digits: int = 300
 
 
 RECORD = Limits()
-STATE = Limits(max_bytes=2**30, max_depth=900)
+STATE = Limits(max_bytes=2**30, max_depth=900, max_digits=4300)
 """Of a checkpoint's ``state.json``: it holds the history of a run, and what users keep."""
 
 
@@ -64,7 +65,7 @@ def read_json(path: Path, limits: Limits = RECORD) -> Json:
             message names the file and what is wrong.
     """
     content, _ = read_plain_file(path, limits.max_bytes)
-    return parse_json(content, str(path), limits.max_depth)
+    return parse_json(content, str(path), limits)
 
 
 def read_plain_file(path: Path, max_bytes: int) -> tuple[bytes, os.stat_result]:
@@ -106,7 +107,7 @@ def open_plain_file(path: Path) -> int:
     raise _not_plain(path, kind_name(mode))
 
 
-def parse_json(content: bytes, source: str, max_depth: int = RECORD.max_depth) -> Json:
+def parse_json(content: bytes, source: str, limits: Limits = RECORD) -> Json:
     """The value of JSON text with finite numbers and whole characters.
 
     Raises DataFormatError; ``source`` is what it calls the text.
@@ -116,9 +117,9 @@ def parse_json(content: bytes, source: str, max_depth: int = RECORD.max_depth) -
             content,
             parse_constant=_refused_constant,
             parse_float=_finite_float,
-            parse_int=_small_integer,
+            parse_int=partial(_small_integer, limits.max_digits),
         )
-        _require_limits(value, max_depth)
+        _require_limits(value, limits.max_depth)
     except (ValueError, RecursionError) as error:
         raise DataFormatError(f"{source} is not JSON ({error}); {NOT_OURS}") from error
     return value
@@ -201,9 +202,9 @@ def _finite_float(text: str) -> float:
     return value
 
 
-def _small_integer(text: str) -> int:
-    if len(text) > MAX_INTEGER_DIGITS:
-        raise ValueError(f"a number has {len(text)} digits, at most {MAX_INTEGER_DIGITS} are read")
+def _small_integer(max_digits: int, text: str) -> int:
+    if len(text) > max_digits:
+        raise ValueError(f"a number has {len(text)} digits, at most {max_digits} are read")
     return int(text)
 
 

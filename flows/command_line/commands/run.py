@@ -25,6 +25,7 @@ from holdfast.tasks.preflight import check_job, store_path
 from holdfast.training.configuration.option import CONFIG_OPTION
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.run_ids import DEFAULT_TEMPLATE, fill_run_id
+from holdfast.training.runs.shown_text import shown
 
 HELP = """Train an experiment, from seed to verified bundle.
 
@@ -123,7 +124,8 @@ def _tell_how_to_go_on(job: Job, outcome: LocalOutcome) -> None:
 
 
 def _tell_result(result: dict[str, Any]) -> None:
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in result["test_metrics"].items())
+    test_metrics = result["test_metrics"]
+    scores = ", ".join(f"{shown(name)} {value:.4g}" for name, value in test_metrics.items())
     goodput = result["goodput"]
     rows = [
         ("run", result["name"]),
@@ -138,7 +140,7 @@ def _tell_result(result: dict[str, Any]) -> None:
     ]
     for name, value in rows:
         if value:
-            click.echo(f"{name:<14}{value}")
+            click.echo(f"{name:<14}{shown(value)}")
 
 
 def _lives(result: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import RunSummary, summarize
 from holdfast.training.errors import HoldfastError
 from holdfast.training.runs.directory import RunDirectory
+from holdfast.training.runs.shown_text import shown
 
 HELP = """Show the runs of a store, or one run with all that is known of it.
 
@@ -58,11 +59,11 @@ def _row(run: RunDirectory) -> dict[str, Any]:
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     columns = {
-        "run": [row["name"] for row in rows],
+        "run": [shown(row["name"]) for row in rows],
         "state": [row["state"] for row in rows],
         "step": [str(row.get("step", "")) for row in rows],
         "segments": [str(row.get("num_segments", "")) for row in rows],
-        "champion": [row.get("champion") or "" for row in rows],
+        "champion": [shown(row.get("champion") or "") for row in rows],
         "on test data": [_scores(row.get("test_metrics") or {}) for row in rows],
     }
     widths = {name: max(map(len, [name, *values])) for name, values in columns.items()}
@@ -72,6 +73,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     ]
     for line in lines:
         click.echo("  ".join(line[name].ljust(widths[name]) for name in columns).rstrip())
+    for row in rows:
+        if row["state"] == "unreadable":
+            click.echo(shown(f"{row['name']}: {row['error']}"), err=True)
 
 
 def _page(summary: RunSummary) -> str:
@@ -94,11 +98,11 @@ def _page(summary: RunSummary) -> str:
         "report": summary.report,
         "last error": summary.error,
     }
-    lines = [f"{name:<14}{value}" for name, value in told.items() if value not in (None, "")]
+    lines = [f"{name:<14}{shown(value)}" for name, value in told.items() if value not in (None, "")]
     if summary.state in ("preempted", "failed", "killed", "trained"):
-        lines.append(f"to go on: holdfast resume {summary.path}")
+        lines.append(f"to go on: holdfast resume {shown(summary.path)}")
     return "\n".join(lines)
 
 
 def _scores(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    return ", ".join(f"{shown(name)} {value:.4g}" for name, value in metrics.items())
