@@ -44,7 +44,7 @@ def validate_state(restored: RestoredCheckpoint) -> None:
     try:
         with shape_expected(place):
             _validate(restored, str(place))
-    except (DataFormatError, RecursionError) as error:
+    except (DataFormatError, CheckpointCorruptError, RecursionError) as error:
         raise CheckpointCorruptError(f"{place} cannot be put back: {error}") from error
 
 
