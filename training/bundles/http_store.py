@@ -41,7 +41,9 @@ class HttpStore:
         try:
             own = httpx.URL(url)
             if not own.host:
-                raise InputError(f"store {url} names no host; expected http://host:port/path/")
+                raise InputError(
+                    f"store {_without_password(url)} names no host; expected http://host:port/path/"
+                )
             self._url = own.copy_with(query=None, fragment=None)
             self._url.raw_path.decode()
         except (httpx.InvalidURL, TypeError, ValueError) as error:

@@ -15,7 +15,7 @@ from holdfast.training.runs.stored_json import Kinds, read_json, required_fields
 if TYPE_CHECKING:
     from holdfast.training.configuration.schema import Json
 
-ARTIFACT: Kinds = {"format": (str,), "name": (str,)}
+ARTIFACT: Kinds = {"format": (str,)}
 PROMOTION: Kinds = {
     "name": (str,),
     "version": (int,),
