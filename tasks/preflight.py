@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from holdfast.training.errors import (
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.experiments import EXPERIMENTS
 from holdfast.training.runs.directory import read_run_record, validate_run_id
+from holdfast.training.runs.durable_json import FULL_ERRNOS
 from holdfast.training.runs.paths import checked_store
 
 MIN_FREE_BYTES = 64 * 2**20
@@ -85,24 +86,42 @@ def require_writable(store: Path) -> None:
         StorageError: the folder cannot be made or written; the message says why.
         StorageFullError: less than 64 MiB are free.
     """
-    probe = store / f".writable-{os.getpid()}"
+    _require_writable(store, "store", "name another with --store")
+
+
+def _require_writable(folder: Path, name: str, advice: str) -> None:
+    probe = folder / f".writable-{secrets.token_hex(6)}"
     try:
-        store.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"holdfast")
-        probe.unlink()
-        free_bytes = shutil.disk_usage(store).free
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with probe.open("xb") as file:  # "x": never through a link that somebody put there
+                file.write(b"holdfast")
+        finally:
+            probe.unlink(missing_ok=True)
+        free_bytes = shutil.disk_usage(folder).free
     except OSError as error:
-        raise StorageError(
-            f"store {store} is not writable: {error.strerror or error}; "
-            "name another with --store, or correct its permissions"
-        ) from error
+        if error.errno not in FULL_ERRNOS:
+            raise StorageError(
+                f"{name} {folder} is not writable: {error.strerror or error}; "
+                f"{advice}, or correct its permissions"
+            ) from error
+        free_bytes = 0
     if free_bytes < MIN_FREE_BYTES:
         raise StorageFullError(
-            f"store {store} is full: {free_bytes:,} bytes are free, at least "
-            f"{MIN_FREE_BYTES:,} are needed; make room, or name another with --store",
+            f"{name} {folder} is full: {free_bytes:,} bytes are free, at least "
+            f"{MIN_FREE_BYTES:,} are needed; make room, or {advice}",
             needed_bytes=MIN_FREE_BYTES,
             free_bytes=free_bytes,
         )
+
+
+def require_prefect_home(home: Path) -> None:
+    """Make sure that Prefect can keep its temporary server's database.
+
+    Raises StorageError or StorageFullError. Prefect itself would try for minutes, and tell it then
+    in the words of its database.
+    """
+    _require_writable(home, "Prefect's folder", "name another with PREFECT_HOME")
 
 
 def _recorded_config(job: Job) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -80,10 +81,10 @@ def examine_store(store: Path, _grace_period_s: float) -> Finding:
 
 def examine_save_time(store: Path, grace_period_s: float) -> Finding:
     """How fast bytes become durable in the store, against the grace period."""
-    probe = store / f".speed-{os.getpid()}"
+    probe = store / f".speed-{secrets.token_hex(6)}"
     try:
         start_s = time.monotonic()
-        with probe.open("wb") as stream:
+        with probe.open("xb") as stream:
             stream.write(os.urandom(PROBE_BYTES))
             stream.flush()
             os.fsync(stream.fileno())
@@ -124,9 +125,9 @@ def examine_server(_store: Path, _grace_period_s: float) -> Finding:
 
 def examine_clock(store: Path, _grace_period_s: float) -> Finding:
     """This machine's clock against that of the store's file system."""
-    probe = store / f".clock-{os.getpid()}"
+    probe = store / f".clock-{secrets.token_hex(6)}"
     try:
-        probe.touch()
+        probe.touch(exist_ok=False)
         difference_s = abs(probe.stat().st_mtime - time.time())
     except OSError as error:
         return Finding("clock", "warning", f"not compared with the store's: {error.strerror}")

@@ -42,15 +42,18 @@ def main() -> int:
 def _run_flow(parameters: dict[str, Any]) -> dict[str, Any]:
     from prefect.settings import (
         PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        get_current_settings,
         temporary_settings,
     )
 
     from holdfast.flows.fleet.server import configured_api_url, require_server
     from holdfast.flows.pipeline.training_pipeline import training_pipeline
+    from holdfast.tasks.preflight import require_prefect_home
 
     if configured_api_url() is not None:
         require_server()
         return dict(training_pipeline(**parameters))
+    require_prefect_home(get_current_settings().home)
     # Nobody watches a temporary server for missing heartbeats, and the thread costs a second.
     with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
         return dict(training_pipeline(**parameters))

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from holdfast.training.runs.shown_text import shown
+
+TAG = re.compile(r"<(?=[A-Za-z/!?])")
+SPECIAL = "\\|[]`#"
+APOSTROPHE, BAR = "'", "\N{BROKEN BAR}"
 USES = {
     "weights": "`model.safetensors`: weights for PyTorch",
     "onnx": "`1/model.onnx`: ONNX, for every ONNX runtime",
@@ -20,12 +26,13 @@ def model_card(manifest: Mapping[str, Any], parity: Mapping[str, Any], task: str
     return "\n".join(
         [
             _front_matter(manifest, task),
-            f"# {manifest['name']}",
+            f"# {_words(manifest['name'])}",
             "",
-            manifest["description"] or f"A model of the experiment `{manifest['name']}`.",
+            _paragraph(manifest["description"])
+            or f"A model of the experiment {_code(manifest['name'])}.",
             "",
-            f"Trained by Holdfast in run `{manifest['run']['run_id']}`; the champion is the "
-            f"candidate `{manifest['champion']['name']}`.",
+            f"Trained by Holdfast in run {_code(manifest['run']['run_id'])}; the champion is the "
+            f"candidate {_code(manifest['champion']['name'])}.",
             "",
             *_metrics_table(manifest["champion"]["test_metrics"]),
             *_port_table("Inputs", manifest["interface"]["inputs"], {}),
@@ -48,7 +55,7 @@ def model_card(manifest: Mapping[str, Any], parity: Mapping[str, Any], task: str
             "",
             "Measured latencies are in `manifest.json` under `measured`.",
             "",
-            f"Licence of the weights: {manifest['licence']}.",
+            f"Licence of the weights: {_words(manifest['licence'])}.",
             "",
         ]
     )
@@ -86,7 +93,7 @@ def _front_matter(manifest: Mapping[str, Any], task: str) -> str:
 
 
 def _metrics_table(metrics: Mapping[str, float | None]) -> list[str]:
-    rows = [f"| {name} | {_number(value)} |" for name, value in sorted(metrics.items())]
+    rows = [f"| {_words(name)} | {_number(value)} |" for name, value in sorted(metrics.items())]
     return ["## On the test set", "", "| metric | value |", "|---|---|", *rows, ""]
 
 
@@ -97,8 +104,8 @@ def _port_table(
     for port in ports:
         shape = ", ".join(["samples", *map(str, port["shape"])])
         rows.append(
-            f"| `{port['name']}` | {port['dtype']} | [{shape}] | "
-            f"{', '.join(classes.get(port['name'], []))} |"
+            f"| {_code(port['name'])} | {port['dtype']} | [{shape}] | "
+            f"{_words(', '.join(classes.get(port['name'], [])))} |"
         )
     return [f"## {title}", "", "| name | type | shape | classes |", "|---|---|---|---|", *rows, ""]
 
@@ -121,11 +128,27 @@ def _file_table(parity: Mapping[str, Any]) -> list[str]:
         if error is not None and bound:
             proof = f"{error:.2g}, {error / bound:.0%} of what may be"
         part, _, form = row["format"].rpartition(".")
-        use = f"`{row['name']}`: {part.replace('_', ' ')}, {form}" if part else USES[form]
+        told = f"{_code(row['name'])}: {_words(part.replace('_', ' '))}, {form}"
+        use = told if part else USES[form]
         rows.append(f"| {use} | {row['size_bytes']:,} | {proof} |")
     head = ["## Files", "", "| file | bytes | parity |", "|---|---|---|"]
     text = "Parity: the largest error against the champion in fp64, relative to the largest value."
     return [*head, *rows, "", text, ""]
+
+
+def _paragraph(text: str) -> str:
+    """The experiment's own words about itself: one paragraph, in which no tag begins."""
+    return TAG.sub("&lt;", shown(" ".join(text.splitlines()), max_chars=len(text)))
+
+
+def _words(text: object) -> str:
+    """Text from elsewhere as words: no table, link, tag or heading can begin in it."""
+    return "".join(f"\\{c}" if c in SPECIAL else c for c in shown(text)).replace("<", "&lt;")
+
+
+def _code(text: object) -> str:
+    """Text from elsewhere between backticks, and within one cell of a table."""
+    return f"`{shown(text).replace('`', APOSTROPHE).replace('|', BAR)}`"
 
 
 def _number(value: float | None) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +21,13 @@ from holdfast.training.bundles.bundle import (
     require_replaceable,
     verified,
 )
-from holdfast.training.errors import BundleError, ExportError, ParityError
+from holdfast.training.errors import (
+    BundleError,
+    ExportError,
+    HoldfastError,
+    ParityError,
+    StorageFullError,
+)
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.export.artifacts import chosen_formats, open_champion, write_artifacts
 from holdfast.training.export.formats import formats
@@ -27,11 +36,13 @@ from holdfast.training.export.specification import Interface, export_spec
 from holdfast.training.parity.assembly import check_names
 from holdfast.training.parity.checking import Action, CheckRequest, check_in_fresh_process
 from holdfast.training.runs.directory import RunDirectory, utc_now
+from holdfast.training.runs.durable_json import FULL_ERRNOS
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.stored_json import Kinds, read_json, required_fields
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
 
 MAX_SHOWN = 5
+NO_SPACE = os.strerror(errno.ENOSPC)
 CHAMPION: Kinds = {
     "name": (str,),
     "path": (str,),
@@ -206,12 +217,46 @@ def run_export(stage: Stage) -> StageOutcome:
     if is_done(stage.run.bundle, champion, names):
         return StageOutcome("completed", 0)
     require_replaceable(stage.run.bundle)
-    with stage.writing() as lease:
+    with stage.writing() as lease, _full_disk_told(stage.run, champion, names):
         manifest = Export(stage, lease, champion, names).run()
     if manifest is None:
         return _preempted(stage)
     _tell(stage, manifest)
     return StageOutcome("completed", 0)
+
+
+@contextmanager
+def _full_disk_told(
+    run: RunDirectory, champion: ChosenChampion, names: tuple[str, ...]
+) -> Iterator[None]:
+    """Raise StorageFullError where the block failed and there is no room for a bundle.
+
+    The libraries that write artifacts tell it each in its own way, or not at all.
+    """
+    needed_bytes = champion.path.stat().st_size * (len(names) + 1)
+    try:
+        yield
+    except Exception as error:
+        free_bytes = shutil.disk_usage(run.path).free
+        is_typed = isinstance(error, HoldfastError) and not isinstance(error, StorageFullError)
+        if not _is_about_space(error) and (is_typed or free_bytes >= needed_bytes):
+            raise
+        raise StorageFullError(
+            f"the bundle of {run.path} cannot be written: it needs about {needed_bytes:,} bytes, "
+            f"{free_bytes:,} are free: make room and export again; nothing was published",
+            needed_bytes=needed_bytes,
+            free_bytes=free_bytes,
+        ) from error
+
+
+def _is_about_space(error: BaseException | None) -> bool:
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        if getattr(error, "errno", None) in FULL_ERRNOS or NO_SPACE in str(error):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def exporter_versions() -> dict[str, str]:

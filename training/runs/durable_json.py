@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from holdfast.training.configuration.schema import Json
 
 FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+NO_LINK_ERRNOS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def json_bytes(value: Json) -> bytes:
@@ -63,7 +64,20 @@ def create_json_durably(path: Path, value: Json) -> bool:
         _write_durably(path, json_bytes(value), _link_then_unlink)
     except FileExistsError:
         return False
+    except StorageError as error:
+        raise without_links(path, error) or error from error.__cause__
     return True
+
+
+def without_links(path: Path, error: OSError) -> StorageError | None:
+    """What to say where a link failed because the file system has none; None where it has."""
+    cause = error.__cause__ if isinstance(error, StorageError) else error
+    if not isinstance(cause, OSError) or cause.errno not in NO_LINK_ERRNOS:
+        return None
+    return StorageError(
+        f"the file system of {path} has no hard links ({cause.strerror}), which it needs so that "
+        f"exactly one of several writers wins: put the store on one that has"
+    )
 
 
 def sync_folder(path: Path) -> None:

@@ -24,7 +24,6 @@ This module imports the standard library and small modules of its own kind alone
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import re
@@ -39,7 +38,12 @@ from types import TracebackType
 from typing import Self
 
 from holdfast.training.errors import LeaseHeldError, LeaseLostError, StorageError
-from holdfast.training.runs.durable_json import json_bytes, storage_error, sync_folder
+from holdfast.training.runs.durable_json import (
+    json_bytes,
+    storage_error,
+    sync_folder,
+    without_links,
+)
 from holdfast.training.runs.lease_view import (
     FORMAT_VERSION,
     LeaseView,
@@ -63,7 +67,6 @@ FENCED_PREFIX = "fenced-"
 STAGING_NAME = re.compile(r"([0-9]{8,15})-[0-9a-f]{16}")
 FENCED_NAME = re.compile(rf"{FENCED_PREFIX}{STAGING_NAME.pattern}-[0-9a-f]{{16}}")
 MAX_GENERATION = 10**12
-NO_LINK_ERRNOS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 class Lease:
@@ -234,7 +237,8 @@ class Lease:
                 self._give_up_claim()
         except OSError as error:
             shutil.rmtree(self.staging, ignore_errors=True)
-            raise _link_error(self._run, error) from error
+            failed = storage_error("take the lease in", self._run.lease, error)
+            raise without_links(self._run.path, error) or failed from error
         # Content is never rewritten in place: the release mark will be a new file.
         content.unlink(missing_ok=True)
 
@@ -409,12 +413,3 @@ def _is_same_file(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except FileNotFoundError:
         return False
-
-
-def _link_error(run: RunDirectory, error: OSError) -> StorageError:
-    if error.errno in NO_LINK_ERRNOS:
-        return StorageError(
-            f"the file system of {run.path} has no hard links ({error.strerror}), which the lease "
-            f"needs so that exactly one of several writers wins: put the store on one that has"
-        )
-    return storage_error("take the lease in", run.lease, error)
