@@ -12,6 +12,7 @@ from the ``task_status`` that Prefect itself passes in.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -19,18 +20,23 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from prefect.states import Failed
 from prefect.workers.process import (
     ProcessJobConfiguration,
     ProcessWorker,
     ProcessWorkerResult,
 )
 
+from holdfast.flows.fleet.admission import Asked, differing, refusal
 from holdfast.flows.fleet.worker_link import DRAIN_SIGNAL, engine_environment
 from holdfast.training.exactness.reproducibility import SAFE_PATH
+from holdfast.training.runs.shown_text import shown
 
 if TYPE_CHECKING:
     from anyio.abc import TaskStatus
     from prefect.client.schemas.objects import FlowRun
+
+logger = logging.getLogger(__name__)
 
 DRAIN_S = 28.0
 LOOK_EVERY_S = 0.1
@@ -44,6 +50,7 @@ class DrainingWorker(ProcessWorker):
 
     type = ProcessWorker.type
     drain_s: float = DRAIN_S
+    allowed: tuple[str, ...] = ()
 
     @classmethod
     def __dispatch_key__(cls) -> str | None:
@@ -65,7 +72,10 @@ class DrainingWorker(ProcessWorker):
         configuration: ProcessJobConfiguration,
         task_status: TaskStatus[int] | None = None,
     ) -> ProcessWorkerResult:
-        """Run an engine to its end, knowing its process id meanwhile."""
+        """Run an engine to its end, knowing its process id meanwhile; or refuse to."""
+        reason = refusal(await self._asked(flow_run, configuration), self.allowed)
+        if reason is not None:
+            return await self._refuse(flow_run, reason, task_status)
         configuration.env = {
             **ENGINE_DEFAULTS,
             **SAFE_PATH,
@@ -78,6 +88,37 @@ class DrainingWorker(ProcessWorker):
             )
         finally:
             self.engines.pop(flow_run.id, None)
+
+    async def _asked(self, flow_run: FlowRun, configuration: ProcessJobConfiguration) -> Asked:
+        """What this flow run wants, as its deployment and the work pool have completed it."""
+        if not self.allowed:
+            return Asked(None, None)
+        entrypoint, steps = None, []
+        if flow_run.deployment_id is not None:
+            deployment = await self.client.read_deployment(flow_run.deployment_id)
+            entrypoint, steps = deployment.entrypoint, deployment.pull_steps or []
+        experiment = flow_run.parameters.get("experiment")
+        folder = configuration.working_dir
+        here = {**os.environ, **configuration._base_environment()}
+        return Asked(
+            experiment=experiment if isinstance(experiment, str) else None,
+            entrypoint=entrypoint,
+            num_pull_steps=len(steps),
+            has_command=configuration._command_configured,
+            working_folder=str(folder) if folder is not None else None,
+            variables=differing(configuration.env, here),
+        )
+
+    async def _refuse(
+        self, flow_run: FlowRun, reason: str, task_status: TaskStatus[int] | None
+    ) -> ProcessWorkerResult:
+        """Failed, and not Crashed: a rescuer would have another worker try it."""
+        message = f"worker {self.name!r} does not take it up: {reason}"
+        logger.warning("%s (%s): %s", shown(flow_run.name), flow_run.id, shown(message))
+        await self.client.set_flow_run_state(flow_run.id, Failed(message=message), force=True)
+        if task_status is not None:
+            task_status.started(os.getpid())
+        return ProcessWorkerResult(status_code=0, identifier="refused")
 
     def _started(self, flow_run_id: UUID) -> Callable[[int], None]:
         def remember(pid: int) -> None:
@@ -152,10 +193,17 @@ async def serve(worker: DrainingWorker, printer: Callable[[str], None] = print) 
 
 
 def run_worker(
-    pool: str, *, name: str | None, limit: int | None, drain_s: float, queues: tuple[str, ...] = ()
+    pool: str,
+    *,
+    name: str | None,
+    limit: int | None,
+    drain_s: float,
+    queues: tuple[str, ...] = (),
+    allowed: tuple[str, ...] = (),
 ) -> None:
-    """Take up runs from a work pool until told to stop."""
+    """Take up runs from a work pool until told to stop; see ``admission`` for ``allowed``."""
     DrainingWorker.drain_s = drain_s
+    DrainingWorker.allowed = allowed
     worker = DrainingWorker(
         work_pool_name=pool,
         work_queues=list(queues) or None,

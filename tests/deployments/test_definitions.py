@@ -189,6 +189,101 @@ def test_compose_keeps_concurrency_slots_over_a_restart_of_the_server() -> None:
     assert environment["PREFECT_API_DATABASE_CONNECTION_URL"].startswith("postgresql+asyncpg://")
 
 
+def test_compose_lets_nobody_at_the_api_without_a_password() -> None:
+    services = compose()["services"]
+    server = services["server"]["environment"]["PREFECT_SERVER_API_AUTH_STRING"]
+    assert server.startswith("${HOLDFAST_API_AUTH:?")  # compose refuses to start without it
+    for name in ("deploy", "worker", "rescuer"):
+        assert services[name]["environment"]["PREFECT_API_AUTH_STRING"] == server
+    assert services["server"]["ports"] == ["127.0.0.1:4200:4200"]
+
+
+def test_compose_keeps_workers_from_the_database() -> None:
+    services = compose()["services"]
+    reaching = {name for name, found in services.items() if "database" in found.get("networks", [])}
+    assert reaching == {"database", "server"}
+    assert compose()["networks"]["database"] == {"internal": True}
+
+
+NETWORK_POLICY_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata", "spec"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "networking.k8s.io/v1"},
+        "kind": {"const": "NetworkPolicy"},
+        "metadata": {
+            "type": "object",
+            "required": ["name"],
+            "additionalProperties": False,
+            "properties": {"name": {"type": "string", "pattern": "^[a-z-]+$"}},
+        },
+        "spec": {
+            "type": "object",
+            "required": ["podSelector", "policyTypes"],
+            "additionalProperties": False,
+            "properties": {
+                "podSelector": {"$ref": "#/$defs/selector"},
+                "policyTypes": {"type": "array", "items": {"enum": ["Ingress", "Egress"]}},
+                "ingress": {"type": "array", "items": {"$ref": "#/$defs/rule"}},
+                "egress": {"type": "array", "items": {"$ref": "#/$defs/rule"}},
+            },
+        },
+    },
+    "$defs": {
+        "selector": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "matchLabels": {"type": "object", "additionalProperties": {"type": "string"}}
+            },
+        },
+        "peer": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {"podSelector": {"$ref": "#/$defs/selector"}},
+        },
+        "rule": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "from": {"type": "array", "items": {"$ref": "#/$defs/peer"}},
+                "to": {"type": "array", "items": {"$ref": "#/$defs/peer"}},
+                "ports": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "additionalProperties": False,
+                        "properties": {
+                            "protocol": {"enum": ["TCP", "UDP"]},
+                            "port": {"type": "integer"},
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def network_policies() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOYMENTS / "network_policy.yaml").read_text()))
+
+
+def test_the_network_policies_have_the_shape_of_ones() -> None:
+    for policy in network_policies():
+        jsonschema.validate(policy, NETWORK_POLICY_SCHEMA)
+
+
+def test_the_network_policies_select_the_pods_that_runs_have() -> None:
+    labels = job_manifest()["spec"]["template"]["metadata"]["labels"]
+    by_name = {policy["metadata"]["name"]: policy["spec"] for policy in network_policies()}
+    assert by_name["runs-reach-the-api-alone"]["podSelector"] == {"matchLabels": labels}
+    allowed = by_name["api-for-workers-and-runs"]["ingress"][0]["from"]
+    assert {"podSelector": {"matchLabels": labels}} in allowed
+    assert by_name["nothing-comes-in"] == {"podSelector": {}, "policyTypes": ["Ingress"]}
+
+
 def test_compose_gives_a_worker_longer_than_its_runs_need_to_save() -> None:
     assert compose()["services"]["worker"]["stop_grace_period"] == "45s"
 

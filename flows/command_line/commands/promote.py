@@ -17,7 +17,8 @@ HELP = """Publish a run's bundle; it takes the alias champion if it is not worse
 Both models answer the same test data; section [promotion] of the configuration says how much worse
 is too much. A bundle with other inputs or outputs than the holder's does not take it by itself:
 holdfast alias moves it. A bundle that does not take the alias is kept under its version. A run
-decides once, at its end; this command decides again.
+decides once, at its end; this command decides again. It runs the experiment's code, which
+run.json names: promote runs of stores that you trust.
 
 \b
 Examples:

@@ -17,6 +17,8 @@ from holdfast.tasks.run_summary import experiment_reference
 
 HELP = """Write a run's report again, and say where it is.
 
+It runs the experiment's code, which run.json names: ask for reports of stores that you trust.
+
 \b
 Examples:
   holdfast report digits-20260131-030000

@@ -9,6 +9,7 @@ import click
 from holdfast.flows.command_line.options import POOL_OPTION
 from holdfast.flows.fleet.server import require_server
 from holdfast.training.exactness.reproducibility import python_command
+from holdfast.training.errors import InputError
 
 HELP = """Take up runs from a work pool on this machine, and hand them over in time.
 
@@ -22,6 +23,7 @@ Examples:
   holdfast worker
   holdfast worker --pool spot --name node-3 --limit 1
   holdfast worker --drain-s 110                      a machine that is told two minutes ahead
+  holdfast worker --allow digits --allow 'ours.*'    these experiments alone, and no other command
 """
 POLL_EVERY_S = 2
 
@@ -48,8 +50,21 @@ POLL_EVERY_S = 2
     help="Seconds from SIGTERM until runs that have not left are killed; the machine's grace "
     "period less two.",
 )
+@click.option(
+    "--allow",
+    "allowed",
+    multiple=True,
+    metavar="PATTERN",
+    help="Take up experiments of this name alone (* and ? match anything), and refuse commands, "
+    "pull steps, working folders and variables that a flow run brings; may be repeated.",
+)
 def command(
-    pool: str, name: str | None, limit: int | None, queues: tuple[str, ...], drain_s: float
+    pool: str,
+    name: str | None,
+    limit: int | None,
+    queues: tuple[str, ...],
+    drain_s: float,
+    allowed: tuple[str, ...],
 ) -> int:
     """Work."""
     os.environ.setdefault("PREFECT_WORKER_QUERY_SECONDS", str(POLL_EVERY_S))
@@ -57,11 +72,16 @@ def command(
 
     require_server()
     kind = require_pool(pool)
+    if kind != "process" and allowed:
+        raise InputError(
+            f"work pool {pool} is of type {kind}, whose worker is Prefect's own and knows no "
+            "--allow; limit what its containers may do instead, see docs/hardening.md"
+        )
     if kind != "process":
         return _start_stock_worker(pool, kind, name, limit)
     from holdfast.flows.fleet.worker import run_worker
 
-    run_worker(pool, name=name, limit=limit, drain_s=drain_s, queues=queues)
+    run_worker(pool, name=name, limit=limit, drain_s=drain_s, queues=queues, allowed=allowed)
     return 0
 
 
