@@ -21,6 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 OUTSIDE_DIGEST: dict[str, Any] = {"digest": "no"}
 UNLESS_DEFAULT: dict[str, Any] = {"digest": "unless default"}
 
+MAX_TIME_S = 366 * 24 * 3600
+MAX_LEASE_S = 24 * 3600  # nobody can take over a run whose holder vanished before it has passed
+
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Split = Literal["train", "validation", "test"]
 """Which part of the data."""
@@ -178,14 +181,14 @@ class CheckpointConfig(Section):
 
     every_steps: int | None = Field(None, ge=1, json_schema_extra=OUTSIDE_DIGEST)
     """Save every so many steps."""
-    every_s: float | None = Field(None, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    every_s: float | None = Field(None, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
     """Save when this many seconds have passed since the last save."""
     every_epochs: int = Field(1, ge=1)
     """Save after every so many epochs. Selection chooses among these, so this one is part of the
     digest."""
     is_auto: bool = Field(True, json_schema_extra=OUTSIDE_DIGEST)
     """Also save at the interval of Young and Daly, from the measured cost of a save."""
-    mean_time_between_preemptions_s: float = Field(3600.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    mean_time_between_preemptions_s: float = Field(3600.0, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
     """What `is_auto` assumes until the run's own segments tell."""
     max_overhead: float = Field(0.01, gt=0, le=1, json_schema_extra=OUTSIDE_DIGEST)
     """Largest fraction of time that `is_auto` spends saving."""
@@ -222,28 +225,28 @@ class SelectionConfig(Section):
     """Steps' worth of training data to recompute them on, of one epoch at most."""
     num_bootstrap: int = Field(2000, ge=100)
     """Resamples of the test set for the interval of the metric."""
-    save_every_s: float = Field(5.0, ge=0, json_schema_extra=OUTSIDE_DIGEST)
+    save_every_s: float = Field(5.0, ge=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
     """What was measured is saved after so many seconds, less often where saving takes long."""
 
 
 class PreemptionConfig(Section):
     """Which notices are listened to. Never changes the result."""
 
-    grace_period_s: float = Field(30.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    grace_period_s: float = Field(30.0, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
     """Seconds from a signal to the machine's end."""
     sources: tuple[Literal["signal", "slurm", "sentinel", "aws", "gcp", "azure"], ...] = Field(
         ("signal", "slurm"), json_schema_extra=OUTSIDE_DIGEST
     )
     """Where notices come from."""
-    max_wall_time_s: float | None = Field(None, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    max_wall_time_s: float | None = Field(None, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
     """Stop, saved, after this many seconds of one segment."""
     sentinel_file: Path | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
     """A file whose appearance is a notice, as a container's preStop hook writes it."""
-    poll_interval_s: float = Field(2.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    poll_interval_s: float = Field(2.0, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
     """Seconds between two questions to a metadata service."""
     metadata_url: str | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
     """Base address of the metadata service; unset takes the cloud's own."""
-    lease_ttl_s: float = Field(20.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    lease_ttl_s: float = Field(20.0, gt=0, le=MAX_LEASE_S, json_schema_extra=OUTSIDE_DIGEST)
     """A lease that was not renewed for this long may be taken over."""
 
 
@@ -254,7 +257,7 @@ class LoggingConfig(Section):
         "info", json_schema_extra=OUTSIDE_DIGEST
     )
     """Least severe message that is shown."""
-    every_s: float = Field(5.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    every_s: float = Field(5.0, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
     """Seconds between two progress lines."""
     tensorboard: bool = Field(False, json_schema_extra=OUTSIDE_DIGEST)
     """Write TensorBoard event files into the run directory."""
@@ -283,7 +286,7 @@ class ExportConfig(Section):
     """Smallest fraction of test samples that int8 puts into the champion's class."""
     num_latency_runs: int = Field(100, ge=10, json_schema_extra=OUTSIDE_DIGEST)
     """Timed calls of each artifact and batch size."""
-    timeout_s: float = Field(1800.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    timeout_s: float = Field(1800.0, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
     """A check that takes longer counts as failed."""
     licence: str = Field("apache-2.0", min_length=1, json_schema_extra=OUTSIDE_DIGEST)
     """Licence of the weights, as the model card states it."""
