@@ -400,8 +400,9 @@ def _in_child(arguments: list[str], time_limit_s: float) -> str:
     for name in ("numpy", "onnxruntime"):
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    safe = ["-P"] if hasattr(sys.flags, "safe_path") else []
-    command = [sys.executable, *safe, str(Path(__file__).absolute()), *arguments]
+    # Python 3.10, which a bundle may well be used with, knows no -P.
+    python, safe = sys.executable, ["-P"] if hasattr(sys.flags, "safe_path") else []
+    command = [python, *safe, str(Path(__file__).absolute()), *arguments]
     command += ["--time-limit-s", repr(time_limit_s)]
     try:
         done = subprocess.run(

@@ -188,7 +188,9 @@ class CheckpointConfig(Section):
     digest."""
     is_auto: bool = Field(True, json_schema_extra=OUTSIDE_DIGEST)
     """Also save at the interval of Young and Daly, from the measured cost of a save."""
-    mean_time_between_preemptions_s: float = Field(3600.0, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
+    mean_time_between_preemptions_s: float = Field(
+        3600.0, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST
+    )
     """What `is_auto` assumes until the run's own segments tell."""
     max_overhead: float = Field(0.01, gt=0, le=1, json_schema_extra=OUTSIDE_DIGEST)
     """Largest fraction of time that `is_auto` spends saving."""
@@ -238,7 +240,9 @@ class PreemptionConfig(Section):
         ("signal", "slurm"), json_schema_extra=OUTSIDE_DIGEST
     )
     """Where notices come from."""
-    max_wall_time_s: float | None = Field(None, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
+    max_wall_time_s: float | None = Field(
+        None, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST
+    )
     """Stop, saved, after this many seconds of one segment."""
     sentinel_file: Path | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
     """A file whose appearance is a notice, as a container's preStop hook writes it."""

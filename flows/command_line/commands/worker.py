@@ -8,8 +8,8 @@ import click
 
 from holdfast.flows.command_line.options import POOL_OPTION
 from holdfast.flows.fleet.server import require_server
-from holdfast.training.exactness.reproducibility import python_command
 from holdfast.training.errors import InputError
+from holdfast.training.exactness.reproducibility import python_command
 
 HELP = """Take up runs from a work pool on this machine, and hand them over in time.
 
