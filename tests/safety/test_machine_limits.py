@@ -23,7 +23,7 @@ from holdfast.training.runs.directory import RunDirectory, RunRecord, utc_now, w
 from holdfast.training.runs.durable_json import create_json_durably
 from tests.safety.hostile import within
 from tests.training.bundles.small_bundle import make_bundle
-from tests.training.checkpointing.checkpoints import in_child, on_a_small_disk
+from tests.training.checkpointing.checkpoints import SKIPPED, in_child, on_a_small_disk
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
@@ -131,6 +131,47 @@ def test_the_registry_and_a_pull_have_the_modes_that_the_umask_leaves(
         os.umask(before)
     for path in (*(tmp_path / "store").rglob("*"), tmp_path / "there"):
         assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+@pytest.mark.slow
+def test_a_full_dev_shm_is_named_where_loader_processes_need_it(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(SMALL_SHARED_MEMORY)
+    command = [sys.executable, "-P", str(program), str(SKIPPED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode == SKIPPED:
+        pytest.skip("this system does not let us mount a small /dev/shm")
+    assert done.stdout.startswith("/dev/shm, through which loader processes are sent"), done
+
+
+SMALL_SHARED_MEMORY = """
+import ctypes, sys
+import torch
+from torch.utils.data import TensorDataset
+from holdfast.training.data.loader import FixedSizePlan, Loader
+from holdfast.training.errors import LoaderError
+
+def main():
+    libc = ctypes.CDLL(None)
+    if libc.unshare(0x20000) or libc.mount(None, b"/", None, 1 << 18 | 1 << 14, None):
+        sys.exit(int(sys.argv[1]))
+    if libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=64k"):
+        sys.exit(int(sys.argv[1]))
+    dataset = TensorDataset(torch.zeros(64, 5000))
+    loader = Loader(
+        dataset, FixedSizePlan(64, 16, False, 0), num_microbatches=1, num_workers=1,
+        has_persistent_workers=False, prefetch_factor=1, seed=0, should_pin=False,
+    )
+    try:
+        for _ in loader.steps(0, 0):
+            pass
+    except LoaderError as error:
+        print(error)
+    loader.close()
+
+if __name__ == "__main__":
+    main()
+"""
 
 
 def leave_free(folder: Path, num_bytes: int) -> None:

@@ -34,6 +34,12 @@ __all__ = ["BatchPlan", "FixedSizePlan", "Loader", "Microbatch", "Permutation", 
 
 WorkerInit = Callable[[int], None]
 _KILL_TIMEOUT_S = 10.0
+SHARED_MEMORY_WORDS = ("shared memory", "(shm)", "bus error")  # torch's, in its errors
+FULL_SHARED_MEMORY = (
+    "/dev/shm, through which loader processes are sent their data set and send batches, is full: "
+    "enlarge it (docker run --shm-size, an emptyDir of medium Memory), or use fewer "
+    "data.num_workers, a smaller data.prefetch_factor or smaller microbatches"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +182,11 @@ class _WorkerPool:
         atexit.register(self.close)
         try:
             self._iterator = iter(loader)
+        except RuntimeError as error:
+            self.close()
+            if _is_about_shared_memory(error):
+                raise LoaderError(FULL_SHARED_MEMORY) from error
+            raise
         except (AttributeError, TypeError, ValueError) as error:  # what pickling raises
             self.close()
             raise InputError(
@@ -190,6 +201,8 @@ class _WorkerPool:
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
+                if _is_about_shared_memory(error):
+                    raise LoaderError(FULL_SHARED_MEMORY) from error
                 if not self._is_a_process_dead():
                     raise
                 raise LoaderError(
@@ -243,6 +256,10 @@ def _microbatch(place: Place, batch: Any) -> Microbatch:
         place.num_samples_in_step,
         batch,
     )
+
+
+def _is_about_shared_memory(error: BaseException) -> bool:
+    return any(words in str(error).lower() for words in SHARED_MEMORY_WORDS)
 
 
 def _recorded(places: Iterator[Place], pending: deque[Place]) -> Iterator[Place]:
