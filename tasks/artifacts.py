@@ -18,6 +18,7 @@ from holdfast.tasks.job import Job
 from holdfast.tasks.learning_curves import data_uri, draw_learning_curves
 from holdfast.tasks.run_summary import champion_name, history_of, numbers_in, read_optional
 from holdfast.training.runs.directory import RunDirectory, read_segments
+from holdfast.training.runs.shown_text import shown
 
 # Keys of an artifact in parity.json, in the order in which a reader asks for them.
 PARITY_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -42,7 +43,7 @@ def show_run(job: Job) -> None:
     create_markdown_artifact(
         key="learning-curves",
         markdown=f"![learning curves]({picture}){legend}",
-        description=f"Loss of {job.experiment}/{job.run_id}",
+        description=shown(f"Loss of {job.experiment}/{job.run_id}"),
     )
     _show_table("candidates", candidate_rows(run), "Validation metrics of each candidate")
     _show_table("parity", parity_rows(run), "Exported artifacts against the champion")
@@ -90,7 +91,8 @@ def _named_entries(entries: Any) -> list[dict[str, Any]]:
 
 def _show_table(key: str, rows: list[dict[str, Any]], description: str) -> None:
     if rows:
-        create_table_artifact(key=key, table=rows, description=description)
+        told = [{shown(title): shown(cell) for title, cell in row.items()} for row in rows]
+        create_table_artifact(key=key, table=told, description=description)
 
 
 def _show_link(key: str, path: Path) -> None:
