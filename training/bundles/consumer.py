@@ -401,7 +401,8 @@ def _in_child(arguments: list[str], time_limit_s: float) -> str:
         if find_spec(name) is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     # Python 3.10, which a bundle may well be used with, knows no -P.
-    python, safe = sys.executable, ["-P"] if hasattr(sys.flags, "safe_path") else []
+    safe = ["-P"] if hasattr(sys.flags, "safe_path") else []
+    python = sys.executable
     command = [python, *safe, str(Path(__file__).absolute()), *arguments]
     command += ["--time-limit-s", repr(time_limit_s)]
     try:
