@@ -37,7 +37,7 @@ from holdfast.training.experiment.loading import (
     source_file,
 )
 from holdfast.training.experiment.protocol import Context, Experiment
-from holdfast.training.preemption.notices import PreemptionMonitor
+from holdfast.training.preemption.notices import PreemptionMonitor, reclaim_signals
 from holdfast.training.preemption.sources import build_sources
 from holdfast.training.runs.directory import (
     RunDirectory,
@@ -163,6 +163,7 @@ def prepared_stage(arguments: StageArguments) -> Iterator[Stage]:
             seed=derive_seed(config.seed, "experiment"),
         ),
     )
+    reclaim_signals("after it was built")
     record = _run_record(arguments, config, experiment)
     if run.run_json.exists():
         record, here = write_run_record_once(run, record), record

@@ -27,12 +27,12 @@ from holdfast.training.champion.candidate_plan import (
 from holdfast.training.checkpointing.loading import MODEL_NAME
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.manifest import read_manifest
+from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.errors import CheckpointCorruptError, DataFormatError
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.loop.evaluation import evaluate, metrics_of
 from holdfast.training.loop.optimization import named_metric
-from holdfast.training.loop.state import load_model
 from holdfast.training.loop.train_step import resolve_device
 from holdfast.training.runs.durable_json import read_json, storage_error, sync_folder
 from holdfast.training.runs.durable_json import write_json_durably as write_json

@@ -35,6 +35,7 @@ from holdfast.training.champion.candidates import (
     publish_json,
 )
 from holdfast.training.checkpointing.local_files import read_file
+from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.configuration.schema import Json, Split
 from holdfast.training.errors import DataFormatError, SelectionError
@@ -43,7 +44,6 @@ from holdfast.training.experiment.protocol import Dataset, Records
 from holdfast.training.loop.evaluation import evaluate, metrics_of
 from holdfast.training.loop.optimization import named_metric
 from holdfast.training.loop.record_file import RecordFile
-from holdfast.training.loop.state import load_model
 from holdfast.training.loop.train_step import resolve_device
 from holdfast.training.runs.durable_json import read_json
 from holdfast.training.runs.lease import Lease
