@@ -42,6 +42,7 @@ from holdfast.training.errors import DataFormatError, SelectionError
 from holdfast.training.exactness.seeding import derive_seed, seed_generators
 from holdfast.training.experiment.protocol import Dataset, Records
 from holdfast.training.loop.evaluation import evaluate, metrics_of
+from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.loop.optimization import named_metric
 from holdfast.training.loop.record_file import RecordFile
 from holdfast.training.loop.train_step import resolve_device
@@ -87,6 +88,7 @@ def run_evaluation(stage: Stage) -> StageOutcome:
     made = _made(stage)
     if _known(stage.run.evaluation_json, made) is not None:
         return StageOutcome("completed", 0)
+    restore_experiment(stage.experiment, experiment_checkpoint(stage.run))
     with stage.writing() as lease:
         choice = _choice(stage, lease, made)
         test = _test(stage, lease, made, choice) if choice is not None else None

@@ -134,6 +134,7 @@ class CheckpointManager:
     Attributes:
         snapshot_s: seconds that the last save took from the caller; None before the first.
         durable_s: seconds from the start of the last good save until it was published.
+        differences: in which machine and libraries the restored checkpoint was another's, in words.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class CheckpointManager:
     ) -> None:
         self.snapshot_s: float | None = None
         self.durable_s: float | None = None
+        self.differences: list[str] = []
         self._run = run
         self._identity = identity
         self._policies = tuple(policies)
@@ -354,7 +356,7 @@ class CheckpointManager:
     def _warn_of_differences(self, manifest: Manifest) -> None:
         here = {**self._identity.versions, "device": self._identity.device}
         there = {**manifest.versions, "device": manifest.device}
-        differing = list(_differences(there, here))
+        differing = self.differences = list(_differences(there, here))
         if differing:
             logger.warning(
                 "step %d was saved with other versions, results may differ in the last bits: %s",

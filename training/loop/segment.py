@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
 
 import torch
 
@@ -14,7 +15,11 @@ from holdfast.training.checkpointing.policy import (
     build_schedule,
     mean_time_between_preemptions_s,
 )
-from holdfast.training.configuration.loading import digested_values
+from holdfast.training.configuration.loading import (
+    config_digest,
+    config_from_record,
+    digested_values,
+)
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, TokenPlan
 from holdfast.training.errors import ConfigError
@@ -24,6 +29,7 @@ from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.experiment.protocol import Dataset
 from holdfast.training.loop.evaluation import evaluate_first_batch, metrics_of
 from holdfast.training.loop.optimization import Schedule, build_optimizer, named_metric
+from holdfast.training.loop.revalidation import repeat_validation
 from holdfast.training.loop.saving import Saver
 from holdfast.training.loop.segment_record import RecordKeeper
 from holdfast.training.loop.state import TrainState
@@ -60,6 +66,12 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
     manager = build_manager(stage, trainer, lease, keeper.number)
     with trainer.costs.measured("restore"):
         start_step = restore(stage, manager, trainer.state)
+        repeat_validation(
+            trainer,
+            stage.run,
+            manager.differences,
+            is_mismatch_allowed=stage.arguments.should_allow_mismatch,
+        )
     if trainer.is_finished():
         return StageOutcome("completed", 0, step=start_step)
     keeper.begin(start_step)
@@ -142,11 +154,18 @@ def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) ->
         versions=library_versions(),
         device=device_name(trainer.state.loss_sum.device.type),
         segment=segment,
-        config=digested_values(config),
+        config=_digested(stage),
         run=run_identity(stage.record),
     )
     retention = build_retention(config.checkpoint, config.selection, config.ema)
     return CheckpointManager(stage.run, lease, identity, retention)
+
+
+def _digested(stage: Stage) -> dict[str, Any]:
+    """The values that the run's digest covers; of the choice alone, others may be asked for now."""
+    is_same = config_digest(stage.config) == stage.record.config_digest
+    config = stage.config if is_same else config_from_record(stage.record.config)
+    return digested_values(config)
 
 
 def build_saver(stage: Stage, trainer: Trainer, manager: CheckpointManager) -> Saver:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,25 +23,13 @@ from holdfast.training.checkpointing.model_weights import lay_out_model, load_mo
 from holdfast.training.configuration.schema import Json
 from holdfast.training.exactness.seeding import capture_generators, restore_generators
 from holdfast.training.loop.early_stopping import EarlyStopping
+from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.loop.optimization import Schedule
 from holdfast.training.loop.optimizer_state import (
     CapturedOptimizer,
     capture_optimizer,
     restore_optimizer,
 )
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """An experiment may keep state of its own; it is then part of every checkpoint."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """JSON and tensors."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any], /) -> Any:
-        """Put back what ``state_dict`` returned."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -7,24 +7,27 @@ The checks, by the names that findings carry:
 - ``numbers``: outputs on every probe and on the test set within the bound of ``numbers.py``;
 - ``task``: the metrics of the whole test set; ``agreement``: the classes;
 - ``variation``, ``sensitivity``: the comparison is not empty, because the champion's outputs vary
-  and noise on its weights would be noticed;
+  and noise on its weights would be noticed. An output that does not vary in a model that is not
+  trained either, such as anchors or a temperature, is meant to be so;
 - ``runtime``: the artifact could not be loaded or run. A crash is seen by ``checking.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.protocol import Artifact, Format, Place, PortSignature
 from holdfast.training.export.specification import TensorSpec
 from holdfast.training.parity.champion import Champion, score_test_set
 from holdfast.training.parity.numbers import (
+    NUM_EPS,
     Comparison,
     Reference,
     compare,
@@ -32,6 +35,7 @@ from holdfast.training.parity.numbers import (
     perturbed_copy,
     scaled_error,
 )
+from holdfast.training.parity.probes import BATCH_SIZES
 
 NOTICEABLE_NOISE = 1e-4
 PRINTED_DIGITS = 4  # significant ones, as model cards print metrics
@@ -118,21 +122,48 @@ def check_comparison(champion: Champion) -> ArtifactReport:
     """Could the checks fail at all? Findings here are about the champion, not an artifact."""
     report = ArtifactReport("champion")
     ports = champion.interface.outputs
-    for index, port in enumerate(ports):
-        values = torch.cat([reference.exact[index] for reference in champion.test])
-        if port.dtype.startswith("float") and not _varies(values):
-            report.add("variation", port.name, f"is the same for all {len(values)} test samples")
-    noisy = perturbed_copy(champion.eager, NOTICEABLE_NOISE)
+    checked = {i for i, port in enumerate(ports) if "float" in port.dtype}
+    still = [i for i in checked if not _varies(_column(champion.test, i))]
+    constant = _constant_outputs(champion) if still else set()
+    if constant != checked:  # something has to vary
+        checked -= constant
+    for index in sorted(checked.intersection(still)):
+        num = len(_column(champion.test, index))
+        report.add("variation", ports[index].name, f"is the same for all {num} test samples")
+    noise = noticeable_noise(champion.eager)
+    noisy = perturbed_copy(champion.eager, noise)
     noticed = [False] * len(ports)
     for reference in champion.references.values():
         with torch.no_grad():
             answers = compare(list(noisy(*reference.inputs)), reference)
         noticed = [n or not a.is_good for n, a in zip(noticed, answers, strict=True)]
-    for port, is_noticed in zip(ports, noticed, strict=True):
-        if port.dtype.startswith("float") and not is_noticed:
-            message = f"noise of {NOTICEABLE_NOISE:g} on every weight would not be noticed"
-            report.add("sensitivity", port.name, message)
+    for index in sorted(checked):
+        if not noticed[index]:
+            message = f"noise of {noise:g} on every weight would not be noticed"
+            report.add("sensitivity", ports[index].name, message)
     return report
+
+
+def noticeable_noise(model: nn.Module) -> float:
+    """Relative noise on weights that a comparison must notice; above what their type rounds."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    coarsest = max((torch.finfo(dtype).eps for dtype in types), default=0.0)
+    return max(NOTICEABLE_NOISE, NUM_EPS * coarsest)
+
+
+def _constant_outputs(champion: Champion) -> set[int]:
+    """Outputs that do not vary over the samples in a model that is not trained either."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = GuardedModel(champion.experiment.model(), champion.interface.form).eval()
+    ordinary = champion.references[f"batch-{max(BATCH_SIZES)}"].inputs
+    with torch.no_grad():
+        outputs = list(fresh(*ordinary))
+    return {i for i, values in enumerate(outputs) if not _varies(values)}
+
+
+def _column(references: Sequence[Reference], index: int) -> Tensor:
+    return torch.cat([reference.exact[index] for reference in references])
 
 
 def _check_lineage(
