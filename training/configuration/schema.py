@@ -8,8 +8,8 @@ The digest of a configuration covers what changes the result. Fields marked with
 ``OUTSIDE_DIGEST`` (folders, loader workers, when to save, logging) may differ between the
 segments of one run. A field that was added after the first release and changes the result is marked
 with ``UNLESS_DEFAULT``: at its default it is no part of the digest, so that the runs of before keep
-theirs. Those marked with ``CHOICE_ONLY`` are covered, and yet may be changed in a run that was begun:
-they change which weights win among those that training left, not the training.
+theirs. Those marked with ``CHOICE_ONLY`` are covered, and yet may be changed in a run that was
+begun: they change which weights win among those that training left, not the training.
 """
 
 from __future__ import annotations

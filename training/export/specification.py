@@ -198,7 +198,7 @@ def _flatten(returned: Any, wanted: tuple[str, ...]) -> tuple[OutputStructure, l
     if len(names) != len(flat):
         raise ExportError(f"the model returns {len(flat)} outputs, export_spec() names {names}")
     vectors = tuple(tensor.dim() == 1 for tensor in flat)
-    fields = tuple(getattr(returned, "_fields", ()))
+    fields = tuple(getattr(returned, "_fields", ())) if kind == "tuple" else ()
     return OutputStructure(names=names, kind=kind, is_vector=vectors, fields=fields), flat
 
 

@@ -216,11 +216,12 @@ def move(batch: Any, device: torch.device) -> Any:
     """A nest of tensors on a device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if hasattr(batch, "to"):  # what libraries collate to: packed sequences, encodings, graphs
+        return batch.to(device)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(move(item, device) for item in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)(move(item, device) for item in batch)
     if isinstance(batch, dict):
         return {key: move(value, device) for key, value in batch.items()}
-    # What libraries collate to, such as packed sequences and graphs, moves itself.
-    return batch.to(device) if hasattr(batch, "to") else batch
+    return batch

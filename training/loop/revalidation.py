@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from holdfast.training.checkpointing.loading import load_weights
 from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.errors import CheckpointCorruptError, CheckpointMismatchError
 from holdfast.training.loop.evaluation import evaluate, metrics_of
-from holdfast.training.loop.experiment_state import Stateful
+from holdfast.training.loop.experiment_state import Stateful, restore_experiment
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.trainer import Trainer
 from holdfast.training.runs.paths import RunDirectory
@@ -44,16 +45,18 @@ def repeat_validation(
     if not differences or not state.history:
         return
     last = state.history[-1]
-    try:
-        is_there = last.step == state.counters.step and state.counters.step_in_epoch == 0
-        weights = {} if is_there else load_weights(run.checkpoint(last.step))
-    except CheckpointCorruptError:
-        logger.warning(
-            "the validation of step %d cannot be repeated here: its checkpoint is gone", last.step
-        )
-        return
+    is_here = last.step == state.counters.step and state.counters.step_in_epoch == 0
     with _left_as_it_was(state):
-        load_model(state.model, {**state.model.state_dict(), **weights})
+        try:
+            if not is_here:
+                _go_back(state, run.checkpoint(last.step))
+        except CheckpointCorruptError:
+            logger.warning(
+                "the validation of step %d cannot be repeated here: its checkpoint, or the "
+                "experiment's own state in it, is gone",
+                last.step,
+            )
+            return
         records = evaluate(
             trainer.experiment,
             state.model,
@@ -64,6 +67,13 @@ def repeat_validation(
     if records is not None:
         found = metrics_of(trainer.experiment, records)
         _compare(trainer, last.step, last.metrics, found, is_mismatch_allowed)
+
+
+def _go_back(state: TrainState, checkpoint: Path) -> None:
+    """Put the weights, and the experiment's own state, of the last end of an epoch back."""
+    weights = load_weights(checkpoint)
+    restore_experiment(state.experiment, checkpoint)
+    load_model(state.model, {**state.model.state_dict(), **weights})
 
 
 @contextmanager

@@ -7,8 +7,8 @@ The checks, by the names that findings carry:
 - ``numbers``: outputs on every probe and on the test set within the bound of ``numbers.py``;
 - ``task``: the metrics of the whole test set; ``agreement``: the classes;
 - ``variation``, ``sensitivity``: the comparison is not empty, because the champion's outputs vary
-  and noise on its weights would be noticed. An output that does not vary in a model that is not
-  trained either, such as anchors or a temperature, is meant to be so;
+  and noise on its weights would be noticed. An output of which the same is true in a model that is
+  not trained, such as anchors, a temperature or a mask, is meant to be so;
 - ``runtime``: the artifact could not be loaded or run. A crash is seen by ``checking.py``.
 """
 
@@ -123,25 +123,30 @@ def check_comparison(champion: Champion) -> ArtifactReport:
     report = ArtifactReport("champion")
     ports = champion.interface.outputs
     checked = {i for i, port in enumerate(ports) if "float" in port.dtype}
-    still = [i for i in checked if not _varies(_column(champion.test, i))]
-    constant = _constant_outputs(champion) if still else set()
-    if constant != checked:  # something has to vary
-        checked -= constant
-    for index in sorted(checked.intersection(still)):
+    still = {i for i in checked if not _varies(_column(champion.test, i))}
+    noise = noticeable_noise(champion.eager)
+    deaf = checked - _noticed(champion, noise)
+    meant = _by_design(champion) if still | deaf else set()
+    if not checked - meant:
+        meant = set()  # something has to be proved
+    for index in sorted(still - meant):
         num = len(_column(champion.test, index))
         report.add("variation", ports[index].name, f"is the same for all {num} test samples")
-    noise = noticeable_noise(champion.eager)
+    for index in sorted(deaf - meant):
+        message = f"noise of {noise:g} on every weight would not be noticed"
+        report.add("sensitivity", ports[index].name, message)
+    return report
+
+
+def _noticed(champion: Champion, noise: float) -> set[int]:
+    """Outputs in which noise on every weight shows, for one of the probes at least."""
     noisy = perturbed_copy(champion.eager, noise)
-    noticed = [False] * len(ports)
+    noticed: set[int] = set()
     for reference in champion.references.values():
         with torch.no_grad():
             answers = compare(list(noisy(*reference.inputs)), reference)
-        noticed = [n or not a.is_good for n, a in zip(noticed, answers, strict=True)]
-    for index in sorted(checked):
-        if not noticed[index]:
-            message = f"noise of {noise:g} on every weight would not be noticed"
-            report.add("sensitivity", ports[index].name, message)
-    return report
+        noticed |= {index for index, answer in enumerate(answers) if not answer.is_good}
+    return noticed
 
 
 def noticeable_noise(model: nn.Module) -> float:
@@ -151,15 +156,20 @@ def noticeable_noise(model: nn.Module) -> float:
     return max(NOTICEABLE_NOISE, NUM_EPS * coarsest)
 
 
-def _constant_outputs(champion: Champion) -> set[int]:
-    """Outputs that do not vary over the samples in a model that is not trained either."""
+def _by_design(champion: Champion) -> set[int]:
+    """Outputs that say nothing about the weights of an untrained model either.
+
+    They do not vary over the samples there, as anchors do not, or are what the champion's are, as
+    what is handed through from the inputs.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         fresh = GuardedModel(champion.experiment.model(), champion.interface.form).eval()
-    ordinary = champion.references[f"batch-{max(BATCH_SIZES)}"].inputs
+    ordinary = champion.references[f"batch-{max(BATCH_SIZES)}"]
     with torch.no_grad():
-        outputs = list(fresh(*ordinary))
-    return {i for i, values in enumerate(outputs) if not _varies(values)}
+        outputs = list(fresh(*ordinary.inputs))
+    same = {i for i, answer in enumerate(compare(outputs, ordinary)) if answer.is_good}
+    return same | {i for i, values in enumerate(outputs) if not _varies(values)}
 
 
 def _column(references: Sequence[Reference], index: int) -> Tensor:
@@ -239,11 +249,16 @@ def _note(
         if math.isfinite(answer.error):
             entry = {"bound": answer.bound, "error": answer.error}
             known = report.numbers.setdefault(probe, {}).get(name)
-            if known is None or entry["error"] / entry["bound"] > known["error"] / known["bound"]:
+            if known is None or _share(entry) > _share(known):
                 report.numbers[probe][name] = entry
         if not answer.is_good:
             figures = f"error {answer.error:.3g}, bound {answer.bound:.3g}"
             report.add("numbers", f"input {probe}, output {name}", f"{answer.reason} ({figures})")
+
+
+def _share(entry: dict[str, float]) -> float:
+    """How much of what may be is used up; integers may not differ at all."""
+    return entry["error"] / (entry["bound"] or 1.0)
 
 
 def _check_test_set(
