@@ -105,6 +105,11 @@ class MovingAverages:
             for name, index in self._names().items()
         }
 
+    @property
+    def source_names(self) -> frozenset[str]:
+        """Names, in the model's state dict, of what is averaged or copied."""
+        return frozenset(self._names())
+
     def averaged(self) -> dict[str, Tensor]:
         """As ``tensors``, without what is copied."""
         return {

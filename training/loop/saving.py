@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from holdfast.training.checkpointing.finite import non_finite
 from holdfast.training.checkpointing.manager import CheckpointContents, CheckpointManager, Published
@@ -143,7 +142,8 @@ class Saver:
         with self._costs.measured("saving"):
             self._wait()
             tensors, state = self._state.capture()
-            self._require_finite(tensors)
+            finite = self._state.must_be_finite(tensors)
+            self._require_finite_weights()
             counters = self._state.counters
             self._manager.save(
                 CheckpointContents(
@@ -153,29 +153,35 @@ class Saver:
                     metrics=metrics,
                     tensors=tensors,
                     state=state,
+                    must_be_finite=finite,
                 )
             )
         self._last_save_s, self._last_save_step = time.monotonic(), counters.step
         self._has_advance_notice = False
 
-    def _require_finite(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Raise NonFiniteStateError where a resume from this state could not go on."""
-        bad = self._state.non_finite(tensors)
+    def _require_finite_weights(self) -> None:
+        """Raise NonFiniteStateError where a resume from these weights could not go on.
+
+        The rest of the state is looked at when it is written, which does not hold training up.
+        """
+        parameters = dict(self._state.model.named_parameters())
+        bad = non_finite(parameters)
         if not bad:
             return
         step, first = self._state.counters.step, self._last_save_step + 1
         gradients = {
             name: parameter.grad
-            for name, parameter in self._state.model.named_parameters()
+            for name, parameter in parameters.items()
             if parameter.grad is not None and parameter.grad.layout == torch.strided
         }
         bad_gradients = non_finite(gradients)
         gradient = f"that of {bad_gradients[0]} is not finite" if bad_gradients else "is finite"
         began = f"after step {step}" if first >= step else f"in steps {first} to {step}"
+        others = f", with {len(bad) - 1} others" if len(bad) > 1 else ""
         raise NonFiniteStateError(
-            f"{bad[0]} is not finite any more, with {len(bad) - 1} others: it began {began}; the "
-            f"losses were finite, and of the last gradient {gradient}. Nothing was saved since the "
-            f"last checkpoint: look for a square root, a logarithm or a division whose slope is "
+            f"the parameter {bad[0]} is not finite any more{others}: it began {began}; the losses "
+            f"were finite, and of the last gradient {gradient}. Nothing was saved since the last "
+            f"checkpoint: look for a square root, a logarithm or a division whose slope is "
             f"infinite, lower the learning rate, or clip gradients",
             step=step,
             tensor=bad[0],

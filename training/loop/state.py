@@ -125,21 +125,23 @@ class TrainState:
         named = {name: value for name, value in seldom.items() if value}
         return tensors, {**state, **named, "optimizer": optimizer.values}
 
-    def non_finite(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
-        """What is not finite and must be, in words, of what ``capture`` gave; the first begins.
+    def must_be_finite(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:
+        """Names, by file stem, of what must be finite beside the weights, of what ``capture`` gave.
 
-        Buffers may hold infinities, and so may the averages of such buffers.
+        The optimizer's state and averages. Buffers may hold infinities, and so may the averages
+        of such buffers.
         """
-        parameters = dict(self.model.named_parameters())
-        bad = [f"the parameter {name}" for name in non_finite(parameters)]
-        bad += [f"the optimizer's {name}" for name in non_finite(tensors["optimizer"])]
-        averages = non_finite(self.averages.averaged())
-        live = self.model.state_dict()
-        for name in averages:
-            own = live[name.partition("/")[2]]
-            if name.partition("/")[2] in parameters or not non_finite({name: own}):
-                bad.append(f"the moving average {name}")
-        return bad
+        parameters = {name for name, _ in self.model.named_parameters()}
+        others = {
+            name: tensor
+            for name, tensor in tensors["model"].items()
+            if name not in parameters and name in self.averages.source_names
+        }
+        infinite = set(non_finite(others))
+        averages = [
+            name for name in self.averages.averaged() if name.partition("/")[2] not in infinite
+        ]
+        return {"optimizer": list(tensors["optimizer"]), "ema": averages}
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Json) -> None:
         """Put back what ``capture`` took; generators last, as loading may draw from them.

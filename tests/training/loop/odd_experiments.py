@@ -70,6 +70,24 @@ class Overflowing(Plain):
         return loss
 
 
+class BadMomentum(Plain):
+    """An optimizer whose state leaves what fp32 can hold, while the weights stay."""
+
+    def model(self) -> nn.Module:
+        self.built = super().model()
+        return self.built
+
+    def score(self, model: nn.Module, batch: Any) -> Mapping[str, Tensor]:
+        import gc
+
+        if self.num_calls == 8:  # the end of the first epoch
+            for found in gc.get_objects():
+                if type(found) is torch.optim.AdamW:
+                    for state in found.state.values():
+                        state["exp_avg_sq"].fill_(torch.inf)
+        return super().score(model, batch)
+
+
 class Unfreezing(Plain):
     """Trains its last layer alone for six steps."""
 

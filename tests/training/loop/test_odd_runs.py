@@ -79,9 +79,17 @@ def test_a_state_that_is_not_finite_is_not_saved(
 def test_where_no_gradient_is_to_blame_the_message_says_so(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteStateError) as caught:
         train("Overflowing", tmp_path, "checkpoint.every_steps=5", "checkpoint.is_auto=false")
-    assert "the parameter 2.bias is not finite any more" in str(caught.value)
-    assert "it began in steps 1 to 5" in str(caught.value)
+    assert "the parameter 2.bias is not finite any more: it began" in str(caught.value)
+    assert "it began in steps 1 to 5; the losses" in str(caught.value)
     assert "of the last gradient is finite" in str(caught.value)
+
+
+def test_an_optimizer_that_is_not_finite_is_not_saved_either(tmp_path: Path) -> None:
+    every = ("checkpoint.every_steps=3", "checkpoint.is_auto=false")
+    with pytest.raises(NonFiniteStateError) as caught:
+        train("BadMomentum", tmp_path, *every)
+    assert str(caught.value).startswith("optimizer.0.weight/exp_avg_sq is not finite after step 8")
+    assert steps(tmp_path)[-1] == "step-00000006"
 
 
 @pytest.mark.parametrize("clip", ["train.max_steps=16", "train.clip_norm=0.5"])
