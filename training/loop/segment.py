@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
@@ -22,7 +24,7 @@ from holdfast.training.configuration.loading import (
 )
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, TokenPlan
-from holdfast.training.errors import ConfigError
+from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.exactness.reproducibility import compile_statically
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.exactness.versions import device_name, library_versions
@@ -128,7 +130,9 @@ def build_state(stage: Stage, num_steps_per_epoch: int, device: torch.device) ->
     """The state before the first step: the model, and generators for training, from the seed."""
     config = stage.config
     seed_generators(stage.seed("model"))
-    model = stage.experiment.model().to(device)
+    model = stage.experiment.model()
+    require_shapes(model)
+    model = model.to(device)
     model.train()
     if config.train.should_compile:
         compile_statically(model)
@@ -144,6 +148,17 @@ def build_state(stage: Stage, num_steps_per_epoch: int, device: torch.device) ->
     )
     seed_generators(stage.seed("training"))
     return state
+
+
+def require_shapes(model: nn.Module) -> None:
+    """Make sure that every layer knows its shape. Raises ExperimentError for a lazy one."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, tensor in named if is_lazy(tensor)]
+    if lazy:
+        raise ExperimentError(
+            f"{lazy[0]} of the model {type(model).__name__} has no shape yet, its layer is lazy: "
+            f"give it its size, or let model() call the model once on a batch"
+        )
 
 
 def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) -> CheckpointManager:

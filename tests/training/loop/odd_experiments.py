@@ -160,3 +160,19 @@ class TooLarge(Plain):
         if self.num_calls == 2:
             torch.empty(2**55, dtype=torch.uint8)
         return super().loss(model, batch)
+
+
+class Lazy(Plain):
+    """A layer whose shape is found in the first forward pass."""
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 2))
+
+
+class LazyButRun(Lazy):
+    """The same, run once where it is built."""
+
+    def model(self) -> nn.Module:
+        model = super().model()
+        model(torch.zeros(2, 6))
+        return model

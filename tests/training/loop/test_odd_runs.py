@@ -117,6 +117,7 @@ def test_a_layer_that_is_unfrozen_is_trained_and_resumed(
         ("OneLeft", "train.num_epochs=1", ExperimentError, "data.should_drop_last=true"),
         ("SparseGradients", "train.clip_norm=1.0", ConfigError, "that of 0.weight is sparse"),
         ("NothingToValidate", "train.num_epochs=1", ExperimentError, "has no samples"),
+        ("Lazy", "train.num_epochs=1", ExperimentError, "0.weight of the model Sequential has no"),
         ("TooLarge", "train.num_microbatches=1", OutOfMemoryError, "train.num_microbatches=2"),
     ],
 )
@@ -128,6 +129,12 @@ def test_what_cannot_be_is_told_in_one_line(
         train(name, tmp_path, *options)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_lazy_layers_that_were_run_once_are_layers_like_others(tmp_path: Path) -> None:
+    train("LazyButRun", tmp_path, "train.num_epochs=1")
+    with staged("LazyButRun", tmp_path, "train.num_epochs=1") as stage:
+        assert run_candidates(stage).outcome == "completed"
 
 
 def test_an_experiment_with_state_is_restored_in_the_stages_after_training(tmp_path: Path) -> None:
