@@ -27,12 +27,12 @@ from interleaving import markdown_table
 from torch import nn
 
 from holdfast.training.checkpointing.local_files import read_file
+from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.exactness.reproducibility import child_environment
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.experiment.protocol import Dataset
 from holdfast.training.loop.evaluation import evaluate
-from holdfast.training.loop.state import load_model
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageArguments, prepared_stage
 

@@ -34,7 +34,15 @@ OnEvent = Callable[[Event], None]
 OnLog = Callable[[str], None]
 
 EXIT_BAD_INPUT = 2
-FINAL_ERRORS = ("ParityError", "BundleError", "SelectionError", "NonFiniteLossError")
+FINAL_ERRORS = (
+    "ExportError",
+    "ParityError",
+    "BundleError",
+    "SelectionError",
+    "NonFiniteLossError",
+    "NonFiniteStateError",
+    "OutOfMemoryError",
+)
 NUM_TAIL_LINES = 20
 KILL_MARGIN_S = 2.0
 

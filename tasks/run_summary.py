@@ -106,8 +106,16 @@ def summarize(run: RunDirectory) -> RunSummary:
 
 
 def experiment_reference(run: RunDirectory) -> str:
-    """How the run's experiment was named when the run was begun."""
-    return read_run_record(run).experiment
+    """How the run's experiment was named when the run was begun.
+
+    A file that is not found from here is named by where it was found from then.
+    """
+    record = read_run_record(run)
+    file, _, name = record.experiment.rpartition(":")
+    is_elsewhere = file.endswith(".py") and not Path(file).exists()
+    if is_elsewhere and record.folder is not None and (Path(record.folder) / file).exists():
+        return f"{Path(record.folder) / file}:{name}"
+    return record.experiment
 
 
 def history_of(run: RunDirectory) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ settings.load_profile("repeatable")
 # Tests run side by side. Threads of several processes that share a core wait for each other:
 # on two cores, two trainings with two threads each take four times as long as with one each.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell ignores Ctrl-C for what it starts with "&", and children inherit it. Tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

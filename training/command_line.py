@@ -139,6 +139,8 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
     Returns the exit code.
     """
     hold_signals()
+    if outcome_file is not None:
+        outcome_file = outcome_file.absolute()  # the experiment may change the folder
     try:
         if not _can_be_written(outcome_file):
             path, outcome_file = outcome_file, None

@@ -21,9 +21,12 @@
     │   └── LeaseLostError                      this segment is no longer the writer
     ├── TrainingError
     │   ├── LoaderError                         a sample could not be fetched; a loader process died
-    │   └── NonFiniteLossError (ArithmeticError)
+    │   ├── NonFiniteLossError (ArithmeticError)
+    │   ├── NonFiniteStateError (ArithmeticError)  optimizer, weights or averages hold NaN
+    │   └── OutOfMemoryError (MemoryError)
     ├── SelectionError (ValueError)             candidates that cannot be averaged or compared
     └── ExportError
+        ├── CheckDiedError                      the process of a check was killed
         ├── ParityError                         an artifact is not the champion
         └── BundleError                         a bundle that is not what its manifest says
 
@@ -141,12 +144,34 @@ class NonFiniteLossError(TrainingError, ArithmeticError):
         self.batch = batch
 
 
+class NonFiniteStateError(TrainingError, ArithmeticError):
+    """Parameters, the optimizer's state or moving averages hold a NaN or an infinity.
+
+    Attributes:
+        step: after which it was found.
+        tensor: the first of them.
+    """
+
+    def __init__(self, message: str, *, step: int, tensor: str) -> None:
+        super().__init__(message)
+        self.step = step
+        self.tensor = tensor
+
+
+class OutOfMemoryError(TrainingError, MemoryError):
+    """A step or an evaluation does not fit into memory; the same would happen again."""
+
+
 class SelectionError(HoldfastError, ValueError):
     """Candidates that cannot be averaged or compared with each other."""
 
 
 class ExportError(HoldfastError):
     """The champion cannot be exported."""
+
+
+class CheckDiedError(ExportError):
+    """The process of a check was killed before it said anything; another try may be luckier."""
 
 
 class ParityError(ExportError):

@@ -11,7 +11,7 @@ import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from holdfast.training.configuration.loading import (
     experiment_settings,
     resolve_config,
 )
-from holdfast.training.configuration.schema import Json, RunConfig
+from holdfast.training.configuration.schema import Json, RunConfig, Split
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import set_up_torch
 from holdfast.training.exactness.seeding import derive_seed
@@ -36,8 +36,8 @@ from holdfast.training.experiment.loading import (
     source_digest,
     source_file,
 )
-from holdfast.training.experiment.protocol import Context, Experiment
-from holdfast.training.preemption.notices import PreemptionMonitor
+from holdfast.training.experiment.protocol import Context, Experiment, require_map_style
+from holdfast.training.preemption.notices import PreemptionMonitor, reclaim_signals
 from holdfast.training.preemption.sources import build_sources
 from holdfast.training.runs.directory import (
     RunDirectory,
@@ -77,12 +77,17 @@ class StageArguments:
     should_allow_mismatch: bool = False
     should_decide_again: bool = False
     progress_format: ProgressFormat = "text"
+    folder: Path = field(default_factory=Path.cwd)
+    """Where the program was started: an experiment may change the folder."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "store", self.folder / self.store)
 
     @property
     def run(self) -> RunDirectory:
         """The run's directory in the store."""
         name = experiment_name(self.experiment)
-        return RunDirectory(self.store.absolute() / name / validate_run_id(self.run_id))
+        return RunDirectory(self.store / name / validate_run_id(self.run_id))
 
 
 @dataclass(frozen=True)
@@ -154,20 +159,22 @@ def prepared_stage(arguments: StageArguments) -> Iterator[Stage]:
     """
     run = arguments.run
     config, experiment_class = _configuration(arguments, run)
+    located = with_absolute_paths(config, arguments.folder, _begun_in(run))
     set_up_torch(config.train.mode, arguments.num_threads)
     experiment = build_experiment(
         experiment_class,
         Context(
             settings=experiment_settings(settings_class(experiment_class), config),
-            data_folder=config.data.folder,
+            data_folder=located.data.folder,
             seed=derive_seed(config.seed, "experiment"),
         ),
     )
+    reclaim_signals("after it was built")
     record = _run_record(arguments, config, experiment)
     if run.run_json.exists():
         record, here = write_run_record_once(run, record), record
         _warn_of_other_code(record, here, experiment_class)
-    monitor = PreemptionMonitor(build_sources(config.preemption))
+    monitor = PreemptionMonitor(build_sources(located.preemption))
     progress = Progress(arguments.progress_format, config.logging.every_s)
     monitor.start()
     try:
@@ -193,12 +200,43 @@ def failed_outcome(error: BaseException) -> StageOutcome:
 
 
 def data_fingerprint(experiment: Experiment) -> str:
-    """What the training and validation data were made from; test data is not looked at."""
+    """What the training and validation data were made from; test data is not looked at.
+
+    Raises ExperimentError where a data set has no items by index.
+    """
+    splits: tuple[Split, ...] = ("train", "validation")
     parts = []
-    for split in ("train", "validation"):
+    for split in splits:
         dataset = experiment.dataset(split)
+        require_map_style(dataset, split)
         parts.append(str(getattr(dataset, "fingerprint", f"num_samples={len(dataset)}")))
     return "/".join(parts)
+
+
+def with_absolute_paths(config: RunConfig, folder: Path, begun_in: str | None) -> RunConfig:
+    """The configuration with its relative paths made absolute.
+
+    They are below ``folder``, where this program was started. Data that is not there may be below
+    ``begun_in``, where the run was begun: its record was moved, or is read from elsewhere.
+    """
+    data, preemption = config.data, config.preemption
+    if data.folder is not None:
+        located = folder / data.folder
+        if begun_in is not None and not located.exists():
+            begun = Path(begun_in) / data.folder
+            located = begun if begun.exists() else located
+        data = data.model_copy(update={"folder": located})
+    if preemption.sentinel_file is not None:
+        file = folder / preemption.sentinel_file
+        preemption = preemption.model_copy(update={"sentinel_file": file})
+    return config.model_copy(update={"data": data, "preemption": preemption})
+
+
+def _begun_in(run: RunDirectory) -> str | None:
+    try:
+        return read_run_record(run).folder
+    except FileNotFoundError:
+        return None
 
 
 def _configuration(
@@ -232,6 +270,7 @@ def _run_record(arguments: StageArguments, config: RunConfig, experiment: Experi
         versions=library_versions(),
         num_threads=arguments.num_threads,
         created_at=utc_now(),
+        folder=str(arguments.folder),
     )
 
 

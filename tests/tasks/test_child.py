@@ -112,6 +112,27 @@ def test_bad_input_is_told_in_the_childs_own_words(tmp_path: Path) -> None:
     assert outcome.is_final
 
 
+@pytest.mark.parametrize(
+    ("kind", "is_final"),
+    [
+        ("ExportError", True),
+        ("OutOfMemoryError", True),
+        ("NonFiniteLossError", True),
+        ("NonFiniteStateError", True),
+        ("CheckDiedError", False),
+        ("StorageError", False),
+        ("LoaderError", False),
+    ],
+)
+def test_what_would_happen_again_is_final(kind: str, is_final: bool, tmp_path: Path) -> None:
+    script = (
+        "import json, sys; print(json.dumps({'event': 'outcome', 'outcome': 'failed', "
+        f"'error': {{'type': '{kind}', 'message': 'for a reason'}}}})); sys.exit(1)"
+    )
+    outcome, _, _, _ = run_script(tmp_path, script)
+    assert outcome.is_final == is_final
+
+
 def test_a_stop_lets_the_child_save_before_it_goes_on(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
 

@@ -3,7 +3,8 @@
 What is averaged: every floating-point (or complex) parameter and persistent buffer. Averages of
 half-precision weights are kept in fp32: with a decay of 0.9999 a bf16 average stops moving, as
 its steps are smaller than its resolution. Double precision stays double. Integer and boolean
-buffers are copied.
+buffers are copied. So are buffers that begin with an infinity (a mask, an observer's range), for
+the mean of two infinities is NaN, and those that take another shape or type on the way.
 
 Running statistics of batch norm are averaged along with the weights. A copy of the newest ones
 would fit the newest weights only, while averaged statistics are those of the span that the
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.averages.posthoc_ema import power_weight
+from holdfast.training.checkpointing.finite import non_finite
+from holdfast.training.checkpointing.model_weights import buffer_slots
 from holdfast.training.configuration.schema import EmaConfig, Json
 from holdfast.training.errors import CheckpointMismatchError, ExperimentError, InputError
 
@@ -66,15 +69,13 @@ class MovingAverages:
     def __init__(self, model: nn.Module, config: EmaConfig) -> None:
         self._tracks = tracks_of(config)
         self._sources = _Sources(model) if self._tracks else None
+        live = self._live(model)
         self._averages: dict[str, list[Tensor]] = {
-            track.name: [_average_of(tensor) for tensor in self._live(model)]
-            for track in self._tracks
+            track.name: [_average_of(tensor) for tensor in live] for track in self._tracks
         }
-        self._groups = [
-            (indices, {name: [a[i] for i in indices] for name, a in self._averages.items()})
-            for indices in self._grouped()
-        ]
-        self._converted: dict[int, list[Tensor]] = {}
+        self._changed: set[str] = set()
+        self._infinite = set() if self._sources is None else set(self._sources.infinite_buffers())
+        self._group()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,12 +87,12 @@ class MovingAverages:
         """Take in the weights after ``step`` optimizer steps. Never waits for the device."""
         if self._sources is None:
             return
+        self._follow()
         live = self._sources.tensors(model)
         for number, (indices, averages) in enumerate(self._groups):
             sources = self._in_average_type(number, [live[i] for i in indices])
-            is_averaged = _is_averaged(sources[0])
             for track in self._tracks:
-                if is_averaged:
+                if self._is_averaged(indices[0], sources[0]):
                     torch._foreach_lerp_(averages[track.name], sources, track.weight(step))
                 else:
                     torch._foreach_copy_(averages[track.name], sources)
@@ -104,9 +105,25 @@ class MovingAverages:
             for name, index in self._names().items()
         }
 
+    @property
+    def source_names(self) -> frozenset[str]:
+        """Names, in the model's state dict, of what is averaged or copied."""
+        return frozenset(self._names())
+
+    def averaged(self) -> dict[str, Tensor]:
+        """As ``tensors``, without what is copied."""
+        return {
+            f"{track}/{name}": averages[index]
+            for track, averages in self._averages.items()
+            for name, index in self._names().items()
+            if self._is_averaged(index, averages[index])
+        }
+
     def state(self) -> dict[str, Json]:
         """What a restore needs besides the tensors."""
-        return {"tracks": list(self._averages)}
+        tracks: dict[str, Json] = {"tracks": list(self._averages)}
+        changed: list[Json] = [*sorted(self._changed)]
+        return {**tracks, "changed": changed} if changed else tracks
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -120,6 +137,10 @@ class MovingAverages:
                 f"the checkpoint's moving averages are {state.get('tracks')}, the configuration "
                 f"asks for {list(self._averages)}; restore with the [ema] table of the run"
             )
+        if self._sources is not None:
+            self._changed |= set(state.get("changed", ()))
+            self._follow()
+            self._group()
         own = self.tensors()
         for name, average in own.items():
             saved = tensors.get(name)
@@ -162,12 +183,50 @@ class MovingAverages:
     def _names(self) -> dict[str, int]:
         return {} if self._sources is None else self._sources.names
 
+    def _is_averaged(self, index: int, tensor: Tensor) -> bool:
+        is_number = tensor.is_floating_point() or tensor.is_complex()
+        return is_number and index not in self._copied
+
+    def _group(self) -> None:
+        """Put tensors together that one fused call can take."""
+        copied = self._infinite | self._changed
+        self._copied = {index for name, index in self._names().items() if name in copied}
+        self._groups = [
+            (indices, {name: [a[i] for i in indices] for name, a in self._averages.items()})
+            for indices in self._grouped()
+        ]
+        self._converted: dict[int, list[Tensor]] = {}
+
+    def _follow(self) -> None:
+        """Copy, from now on, the buffers that have become of another kind than they were."""
+        assert self._sources is not None
+        if self._sources.is_as_it_was():
+            return
+        before = self._sources
+        own = self.tensors()
+        self._sources = _Sources(before.model)
+        live = self._sources.tensors(before.model)
+        self._changed |= {
+            name
+            for name in self._sources.names
+            if before.kinds.get(name) != self._sources.kinds[name]
+        }
+        self._averages = {
+            track: [
+                own[f"{track}/{name}"] if name not in self._changed else _average_of(live[index])
+                for index, name in enumerate(self._sources.first_names)
+            ]
+            for track in self._averages
+        }
+        self._group()
+
     def _grouped(self) -> list[list[int]]:
         """Indices of tensors that one fused call can take: same device and same types."""
-        groups: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
+        groups: dict[tuple[Any, ...], list[int]] = {}
         types = () if self._sources is None else self._sources.types
         for index, average in enumerate(next(iter(self._averages.values()), ())):
-            key = (average.device, average.dtype, types[index])
+            is_copied = index in self._copied
+            key = (average.device, average.dtype, types[index], is_copied)
             groups.setdefault(key, []).append(index)
         return list(groups.values())
 
@@ -186,13 +245,20 @@ class _Sources:
 
     The state dict is walked once; afterwards each tensor is looked up where its module keeps it,
     because a buffer may be assigned anew in ``forward``.
+
+    Attributes:
+        names: index of the tensor by each of its names in the state dict.
+        first_names: the first name of each tensor, by index.
+        types: of the tensors, by index.
+        kinds: shape and type of each buffer; None for what is a parameter, or not there.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.names: dict[str, int] = {}
+        self.first_names: list[str] = []
         self.types: list[torch.dtype] = []
         self._slots: list[tuple[dict[str, Any], str]] = []
-        self._model = model
         slots = _slots(model)
         state = model.state_dict(keep_vars=True)
         first_names: dict[tuple[Any, ...], int] = {}
@@ -209,12 +275,30 @@ class _Sources:
             self.names[name] = index
             if index == len(self._slots):
                 self._slots.append(slots[name])
+                self.first_names.append(name)
                 self.types.append(tensor.dtype)
+        self._buffers = buffer_slots(model)
+        known = {name: _kind(where[key]) for name, (where, key) in self._buffers.items()}
+        self.kinds = {**dict.fromkeys(self.names), **known}
+        self._buffer_kinds = list(known.values())
 
     def tensors(self, model: nn.Module) -> list[Tensor]:
         """The distinct tensors as they are now."""
-        assert model is self._model, "averages follow the model that they were made for"
+        assert model is self.model, "averages follow the model that they were made for"
         return [where[key] for where, key in self._slots]
+
+    def is_as_it_was(self) -> bool:
+        """Whether every buffer has the shape and the type that it had."""
+        return self._buffer_kinds == [_kind(where[key]) for where, key in self._buffers.values()]
+
+    def infinite_buffers(self) -> list[str]:
+        """Names of buffers that hold an infinity or a NaN."""
+        live = {name: where[key] for name, (where, key) in self._buffers.items()}
+        return non_finite({name: tensor for name, tensor in live.items() if tensor is not None})
+
+
+def _kind(tensor: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype)
 
 
 def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
@@ -232,10 +316,6 @@ def _identity(name: str, tensor: Tensor) -> tuple[Any, ...]:
     if tensor.numel() == 0:
         return (name,)
     return (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
-
-
-def _is_averaged(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _average_of(tensor: Tensor) -> Tensor:

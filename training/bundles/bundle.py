@@ -67,9 +67,10 @@ def complete_bundle(folder: Path, facts: BundleFacts, scratch: Path) -> dict[str
     for place in ("", *(f"{FOLDER}/{part}" for part in facts.parts)):
         shutil.copytree(scratch / place / "golden", folder / place / "golden", dirs_exist_ok=True)
     shutil.copyfile(Path(consumer.__file__), folder / "verify.py")
-    (folder / "config.pbtxt").write_text(triton_config(facts.interface, facts.max_batch_size))
-    mlmodel = mlflow_model(facts.interface, dict(facts.versions), PYTHON_VERSION)
-    (folder / "1/MLmodel").write_text(mlmodel)
+    if "onnx" in facts.formats:  # what serves it
+        (folder / "config.pbtxt").write_text(triton_config(facts.interface, facts.max_batch_size))
+        mlmodel = mlflow_model(facts.interface, dict(facts.versions), PYTHON_VERSION)
+        (folder / "1/MLmodel").write_text(mlmodel)
     (folder / "parity.json").write_bytes(json_bytes(dict(facts.parity)))
     manifest = _facts_json(folder, facts)
     (folder / "README.md").write_text(model_card(manifest, facts.parity, facts.task))

@@ -310,8 +310,8 @@ def verify_files(folder: Path) -> dict[str, Any]:
 def verify_golden(folder: Path) -> int:
     """Run the golden samples on this machine; the number of compared arrays.
 
-    0 where a partial pull left the ONNX files out. Call ``verify_files`` before. Raises
-    RefusedBundleError with the case, the output, and figures.
+    0 where the bundle has no ONNX file, or a partial pull left it out. Call ``verify_files``
+    before. Raises RefusedBundleError with the case, the output, and figures.
     """
     manifest = read_manifest(folder)
     num_compared = 0
@@ -323,7 +323,7 @@ def verify_golden(folder: Path) -> int:
         except Exception as error:  # of what a stranger wrote, or of a runtime
             message = f"{path} cannot be proved: {type(error).__name__}: {_first_line(error)}"
             raise RefusedBundleError(message) from error
-    if not num_compared and not (folder / PULLED).is_file():
+    if not num_compared and "onnx" in manifest["formats"] and not (folder / PULLED).is_file():
         raise RefusedBundleError(f"bundle {shown(folder)} holds no ONNX model or no golden samples")
     return num_compared
 
@@ -334,7 +334,7 @@ def _models(
     """The ONNX files that are there: prefix, graph and path of each."""
     for prefix, graph in graphs(manifest):
         for path in (f"{prefix}{MODEL}", f"{prefix}{INT8_MODEL}"):
-            if (folder / path).is_file():
+            if path in manifest["files"] and (folder / path).is_file():
                 yield prefix, graph, path
 
 
@@ -388,7 +388,10 @@ def proof(folder: Path, time_limit_s: float = TIME_LIMIT_S) -> str:
         else verify_golden(folder)
     )
     if not num:
-        return f"{manifest['name']}: all files are right; no ONNX model was pulled, none was run"
+        reason = "no ONNX model was pulled"
+        if "onnx" not in manifest["formats"]:
+            reason = f"it was exported without ONNX, as {', '.join(sorted(manifest['formats']))}"
+        return f"{manifest['name']}: all files are right; {reason}, none was run"
     return f"{manifest['name']}: all files and {num} golden outputs are right on this machine"
 
 
@@ -519,6 +522,12 @@ def compute(folder: Path, source: Path, target: Path | None) -> None:
     if kind not in INPUT_KINDS:
         raise WrongInputError(f"{source} is none of {', '.join(INPUT_KINDS)}")
     model = next((p for p in (MODEL, INT8_MODEL) if (folder / p).is_file()), None)
+    if model is None and "onnx" not in manifest["formats"]:
+        made = ", ".join(sorted(manifest["formats"]))
+        raise WrongInputError(
+            f"{folder} was exported without ONNX, which this program runs; it has {made}: load one "
+            f"of them with PyTorch"
+        )
     if model is None:
         raise WrongInputError(f"{folder} was pulled without an ONNX model; pull it with onnx")
     if target is not None and not target.parent.is_dir():

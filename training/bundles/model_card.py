@@ -42,23 +42,37 @@ def model_card(manifest: Mapping[str, Any], parity: Mapping[str, Any], task: str
             _about_inputs(manifest["interface"]["inputs"]),
             "",
             *_file_table(parity),
-            "## Check it, use it",
-            "",
-            "```sh",
-            "pip install onnxruntime numpy",
-            "python verify.py                          # digests, then golden samples on this CPU",
-            "python verify.py predict . samples.csv    # or .npy, .json",
-            "```",
-            "",
-            "Triton: this folder is a model folder (`config.pbtxt`, `1/`). "
-            "MLflow: `mlflow.pyfunc.load_model('1')`.",
-            "",
+            *_how_to_use(manifest["formats"]),
             "Measured latencies are in `manifest.json` under `measured`.",
             "",
             f"Licence of the weights: {_words(manifest['licence'])}.",
             "",
         ]
     )
+
+
+def _how_to_use(formats: Mapping[str, Any]) -> list[str]:
+    if "onnx" not in formats:
+        return [
+            "## Check it, use it",
+            "",
+            "`python verify.py` checks the digests of all files. There is no ONNX model, so "
+            "nothing is run by it: load one of the files above with PyTorch.",
+            "",
+        ]
+    return [
+        "## Check it, use it",
+        "",
+        "```sh",
+        "pip install onnxruntime numpy",
+        "python verify.py                          # digests, then golden samples on this CPU",
+        "python verify.py predict . samples.csv    # or .npy, .json",
+        "```",
+        "",
+        "Triton: this folder is a model folder (`config.pbtxt`, `1/`). "
+        "MLflow: `mlflow.pyfunc.load_model('1')`.",
+        "",
+    ]
 
 
 def _front_matter(manifest: Mapping[str, Any], task: str) -> str:
@@ -69,7 +83,7 @@ def _front_matter(manifest: Mapping[str, Any], task: str) -> str:
     ]
     card_task = task or "other"
     header: dict[str, Any] = {
-        "library_name": "onnx",
+        "library_name": "onnx" if "onnx" in manifest["formats"] else "pytorch",
         "license": manifest["licence"],
         "model-index": [
             {
@@ -83,7 +97,7 @@ def _front_matter(manifest: Mapping[str, Any], task: str) -> str:
                 ],
             }
         ],
-        "tags": ["holdfast", "onnx", "pytorch"],
+        "tags": ["holdfast", *(["onnx"] if "onnx" in manifest["formats"] else []), "pytorch"],
     }
     if task:
         header["pipeline_tag"] = task

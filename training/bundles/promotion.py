@@ -1,28 +1,33 @@
 """Does a new champion take the alias? Only if it is not worse than the holder, on the same data.
 
 Both models answer the same test samples: the new bundle's and the holder's ONNX file, each in ONNX
-Runtime, so that what is compared is what is served. What is chance says the paired bootstrap of
-``holdfast.training.champion.bootstrap``.
+Runtime, so that what is compared is what is served; of a bundle without ONNX its weights. What is
+chance says the paired bootstrap of ``holdfast.training.champion.bootstrap``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from holdfast.training.bundles import consumer
 from holdfast.training.bundles.registry import DEFAULT_ALIAS, Registry
 from holdfast.training.bundles.summary import PROMOTION, promotion_fields
 from holdfast.training.champion.bootstrap import resampled_metrics
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import DataFormatError, ExportError
 from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.experiment.model_call import call_form
 from holdfast.training.experiment.protocol import Experiment, Records, example_inputs
 from holdfast.training.export.onnx_export import OnnxArtifact, OnnxFormat
+from holdfast.training.export.protocol import Artifact, Place
 from holdfast.training.export.specification import derive_interface, export_spec
+from holdfast.training.export.weights import WeightsFormat
+from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.parity.champion import score_test_set
 from holdfast.training.runs.fenced import publish_json, take_away
 from holdfast.training.runs.stored_json import read_json
@@ -88,6 +93,7 @@ def run_promotion(stage: Stage) -> StageOutcome:
     """
     if not stage.run.bundle.is_dir():
         raise ExportError(f"run {stage.run.path.name} has no bundle; export it first")
+    restore_experiment(stage.experiment, experiment_checkpoint(stage.run))
     registry = Registry(stage.arguments.store.absolute())
     with stage.writing() as lease:
         bundle = registry.publish(stage.run.bundle)
@@ -156,7 +162,9 @@ def promote(
 
 
 def port_differences(new: Path, holder: Path) -> list[str]:
-    """In words, each input and output that the two bundles' ONNX files do not have in common.
+    """In words, each input and output that the two bundles' models do not have in common.
+
+    As their ONNX files declare them, or where there is none, as their manifests do.
 
     Raises ExportError if a file cannot be opened.
     """
@@ -171,15 +179,30 @@ def port_differences(new: Path, holder: Path) -> list[str]:
 def _ports(bundle: Path) -> dict[str, str]:
     """Types and shapes by name, in words."""
     described = {}
+    if not _has_onnx(bundle):
+        interface = consumer.read_manifest(bundle)["interface"]
+        return {
+            f"{kind} {port['name']}": _port_text(port["dtype"], [None, *port["shape"]])
+            for kind in ("input", "output")
+            for port in interface[f"{kind}s"]
+        }
     try:
         inputs, outputs = OnnxArtifact(bundle / OnnxFormat.path, lineage=None).signature()
     except Exception as error:  # runtimes raise anything
         raise ExportError(f"{bundle} cannot be opened: {error}") from error
     for kind, ports in (("input", inputs), ("output", outputs)):
         for port in ports:
-            sizes = ", ".join("samples" if size is None else str(size) for size in port.shape)
-            described[f"{kind} {port.name}"] = f"{port.dtype} [{sizes}]"
+            described[f"{kind} {port.name}"] = _port_text(port.dtype, port.shape)
     return described
+
+
+def _port_text(dtype: str, shape: Sequence[int | None]) -> str:
+    sizes = ", ".join("samples" if size is None else str(size) for size in shape)
+    return f"{dtype} [{sizes}]"
+
+
+def _has_onnx(bundle: Path) -> bool:
+    return "onnx" in consumer.read_manifest(bundle)["formats"]
 
 
 def compare_bundles(
@@ -228,9 +251,15 @@ def paired_differences(
 def _records(bundle: Path, experiment: Experiment, config: RunConfig) -> Records:
     model = experiment.model().eval()
     examples = example_inputs(experiment, 2)
-    interface = derive_interface(model, examples, export_spec(experiment))
-    artifact = OnnxArtifact(bundle / OnnxFormat.path, lineage=None)
+    form = call_form(experiment, model)
+    interface = derive_interface(model, examples, export_spec(experiment), form)
+    place = Place(bundle, bundle, experiment.model, interface)
     try:
+        artifact: Artifact = (
+            OnnxArtifact(bundle / OnnxFormat.path, lineage=None)
+            if _has_onnx(bundle)
+            else WeightsFormat().load(place)
+        )
         batch_size = config.data.evaluation_batch_size
         return score_test_set(experiment, interface, artifact.run, batch_size)[0]
     except Exception as error:  # runtimes raise anything

@@ -33,6 +33,7 @@ from holdfast.training.export.artifacts import chosen_formats, open_champion, wr
 from holdfast.training.export.formats import formats
 from holdfast.training.export.parts import part_artifacts, write_parts
 from holdfast.training.export.specification import Interface, export_spec
+from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.parity.assembly import check_names
 from holdfast.training.parity.checking import Action, CheckRequest, check_in_fresh_process
 from holdfast.training.runs.directory import RunDirectory, utc_now
@@ -150,6 +151,8 @@ class Export:
             scratch=str(self.scratch),
             formats=self.formats,
             parts=parts,
+            folder=str(self.stage.arguments.folder),
+            state=str(state) if (state := experiment_checkpoint(self.stage.run)) else None,
         )
         outcome = check_in_fresh_process(request, action, self.stage.should_stop)
         return None if outcome.is_stopped else outcome.reports
@@ -213,6 +216,7 @@ def run_export(stage: Stage) -> StageOutcome:
         BundleError: what was written does not verify.
     """
     champion = read_champion(stage.run)
+    restore_experiment(stage.experiment, experiment_checkpoint(stage.run))
     names = chosen_formats(stage.config.export)
     if is_done(stage.run.bundle, champion, names):
         return StageOutcome("completed", 0)

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from holdfast.training.data.batch_plan import BatchPlan
 from holdfast.training.data.loader import Loader
 from holdfast.training.exactness.seeding import derive_seed, preserved_generators, seed_generators
+from holdfast.training.experiment.model_call import BY_POSITION, CallForm
 from holdfast.training.experiment.protocol import model_inputs
 from holdfast.training.loop.evaluation import evaluation_mode, model_device, move
 from holdfast.training.loop.segment import batch_plan
@@ -24,13 +25,14 @@ from holdfast.training.stage import Stage
 
 
 def recompute_batch_norm(
-    model: nn.Module, batches: Iterable[tuple[Tensor, ...]]
+    model: nn.Module, batches: Iterable[tuple[Tensor, ...]], form: CallForm = BY_POSITION
 ) -> dict[str, Tensor]:
     """New running statistics, by their names in the state dict; the model gets them, too.
 
     Args:
         model: with the weights that the statistics are for. Modes of its modules are put back.
-        batches: positional arguments of ``forward``.
+        batches: inputs of the model, flat.
+        form: how the model takes them.
     """
     modules = _batch_norms(model)
     momenta = [module.momentum for module in modules.values()]
@@ -42,7 +44,7 @@ def recompute_batch_norm(
             module.train()
         try:
             for inputs in batches:
-                model(*move(inputs, model_device(model)))
+                form.call(model, move(inputs, model_device(model)))
         finally:
             for module, momentum in zip(modules.values(), momenta, strict=True):
                 module.momentum = momentum

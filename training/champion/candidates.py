@@ -27,12 +27,14 @@ from holdfast.training.champion.candidate_plan import (
 from holdfast.training.checkpointing.loading import MODEL_NAME
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.manifest import read_manifest
+from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.errors import CheckpointCorruptError, DataFormatError, StorageError
 from holdfast.training.exactness.seeding import seed_generators
+from holdfast.training.experiment.model_call import call_form
 from holdfast.training.loop.evaluation import evaluate, metrics_of
+from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.loop.optimization import named_metric
-from holdfast.training.loop.state import load_model
 from holdfast.training.loop.train_step import resolve_device
 from holdfast.training.runs.durable_json import storage_error, sync_folder
 from holdfast.training.runs.durable_json import write_json_durably as write_json
@@ -89,6 +91,7 @@ def run_candidates(stage: Stage) -> StageOutcome:
         CheckpointCorruptError: a checkpoint that is needed was changed.
     """
     planned = plan_candidates(stage.run, stage.config)
+    restore_experiment(stage.experiment, experiment_checkpoint(stage.run))
     with stage.writing() as lease:
         stage.run.candidates.mkdir(exist_ok=True)
         _clear_leftovers(stage.run, lease, {candidate.name for candidate in planned})
@@ -190,7 +193,9 @@ class _Maker:
         assert candidate.base is not None
         base = self.stage.run.candidates / candidate.base
         tensors, _ = self._read(base / WEIGHTS_NAME)
-        statistics = recompute_batch_norm(self._model(base / WEIGHTS_NAME), self._batches())
+        model = self._model(base / WEIGHTS_NAME)
+        form = call_form(self.stage.experiment, model)
+        statistics = recompute_batch_norm(model, self._batches(), form)
         digest = write_weights(path, {**tensors, **statistics})
         provenance: Any = read_json(base / PROVENANCE_NAME)
         num_steps = self.stage.config.selection.batch_norm_steps

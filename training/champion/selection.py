@@ -34,15 +34,16 @@ from holdfast.training.champion.candidates import (
     preempted,
 )
 from holdfast.training.checkpointing.local_files import read_file
+from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.configuration.schema import Json, Split
 from holdfast.training.errors import DataFormatError, SelectionError
 from holdfast.training.exactness.seeding import derive_seed, seed_generators
 from holdfast.training.experiment.protocol import Dataset, Records
 from holdfast.training.loop.evaluation import evaluate, metrics_of
+from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.loop.optimization import named_metric
 from holdfast.training.loop.record_file import RecordFile
-from holdfast.training.loop.state import load_model
 from holdfast.training.loop.train_step import resolve_device
 from holdfast.training.runs.fenced import publish_json
 from holdfast.training.runs.lease import Lease
@@ -98,6 +99,7 @@ def run_evaluation(stage: Stage) -> StageOutcome:
     made = _made(stage)
     if _known(stage.run.evaluation_json, made) is not None:
         return StageOutcome("completed", 0)
+    restore_experiment(stage.experiment, experiment_checkpoint(stage.run))
     with stage.writing() as lease:
         choice = _choice(stage, lease, made)
         test = _test(stage, lease, made, choice) if choice is not None else None

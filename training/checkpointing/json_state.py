@@ -2,7 +2,8 @@
 
 A component's ``state_dict`` may nest dicts, lists, tuples, numbers, text, bytes and tensors. JSON
 has no tuples, no bytes, no integer keys and no infinity, so these are written as a dict with one
-key that begins with ``$``. Tensors go to a table of their own, under the path that leads to them.
+key that begins with ``$``. Tensors go to a table of their own, under the path that leads to them;
+none overwrites another.
 """
 
 from __future__ import annotations
@@ -31,11 +32,9 @@ def encode(value: Any, path: str, tensors: Tensors) -> Json:
     if isinstance(value, (int, float)) and type(value) in (int, float):
         return value if math.isfinite(value) else {"$float": repr(value)}
     if isinstance(value, Tensor):
-        tensors[path] = value.detach()
-        return {"$tensor": path}
+        return {"$tensor": _put(value.detach(), path, tensors)}
     if isinstance(value, bytes):
-        tensors[path] = torch.tensor(list(value), dtype=torch.uint8)
-        return {"$bytes": path}
+        return {"$bytes": _put(torch.tensor(list(value), dtype=torch.uint8), path, tensors)}
     if isinstance(value, (list, tuple, Mapping)):
         return _encode_nest(value, path, tensors)
     raise UnsupportedStateError(
@@ -53,6 +52,18 @@ def decode(value: Json, tensors: Mapping[str, Tensor]) -> Any:
     if len(value) == 1 and next(iter(value)).startswith("$"):
         return _decode_tagged(*next(iter(value.items())), tensors)
     return {key: decode(item, tensors) for key, item in value.items()}
+
+
+def _put(tensor: Tensor, path: str, tensors: Tensors) -> str:
+    """Add a tensor under its path, or under one nearby where another tensor has that path.
+
+    Different keys may lead to one path: 1 and "1", "a/b" and b within a, all keys that are bytes.
+    """
+    name, number = path, 2
+    while name in tensors:
+        name, number = f"{path}~{number}", number + 1
+    tensors[name] = tensor
+    return name
 
 
 def _encode_nest(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from holdfast.training.checkpointing.manifest import (
     verified_files,
     versions_to_migrate,
 )
+from holdfast.training.checkpointing.policy import Kind
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError, DataFormatError
@@ -84,16 +85,22 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 
     Raises CheckpointCorruptError that names what is wrong, or StorageError.
     """
+    return load_parts(folder, (MODEL_NAME,), kind="weights").tensors["model"]
+
+
+def load_parts(folder: Path, names: Sequence[str], kind: Kind = "full") -> RestoredCheckpoint:
+    """Some files of a checkpoint, verified; the others are not looked at.
+
+    Raises CheckpointCorruptError that names what is wrong, or StorageError.
+    """
     found = local_folder(folder)
     manifest = manifest_of(found)
-    if MODEL_NAME not in manifest.files:
-        raise CheckpointCorruptError(
-            f"{folder} holds no {MODEL_NAME}, only {sorted(manifest.files)}"
-        )
-    only_model = manifest.model_copy(
-        update={"kind": "weights", "files": {MODEL_NAME: manifest.files[MODEL_NAME]}}
-    )
-    return load_checkpoint(found, only_model).tensors["model"]
+    for name in names:
+        if name not in manifest.files:
+            raise CheckpointCorruptError(f"{folder} holds no {name}, only {sorted(manifest.files)}")
+    wanted = {name: manifest.files[name] for name in names}
+    part = manifest.model_copy(update={"kind": kind, "files": wanted})
+    return load_checkpoint(found, part)
 
 
 def _parse_state(content: Tensor, path: str) -> Json:

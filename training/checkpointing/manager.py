@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from holdfast.training.checkpointing.finite import non_finite
 from holdfast.training.checkpointing.loading import (
     RestoredCheckpoint,
     load_checkpoint,
@@ -42,6 +43,7 @@ from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
+    NonFiniteStateError,
     StorageError,
 )
 from holdfast.training.runs.directory import utc_now
@@ -97,6 +99,7 @@ class CheckpointContents:
         metrics: validation metrics, where an epoch has ended.
         tensors: file stem -> name -> live tensor; they are copied before ``save`` returns.
         state: what is not a tensor; no times, so that the same state gives the same bytes.
+        must_be_finite: names, by file stem, of tensors that must hold no NaN or infinity.
     """
 
     step: int
@@ -105,6 +108,7 @@ class CheckpointContents:
     metrics: Mapping[str, float]
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Json
+    must_be_finite: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class Published:
 class _Snapshot:
     manifest: Manifest
     images: Mapping[str, FileImage]
+    must_be_finite: Mapping[str, Tensor]
 
 
 class CheckpointManager:
@@ -134,6 +139,7 @@ class CheckpointManager:
     Attributes:
         snapshot_s: seconds that the last save took from the caller; None before the first.
         durable_s: seconds from the start of the last good save until it was published.
+        differences: in which machine and libraries the restored checkpoint was another's, in words.
     """
 
     def __init__(
@@ -148,6 +154,7 @@ class CheckpointManager:
     ) -> None:
         self.snapshot_s: float | None = None
         self.durable_s: float | None = None
+        self.differences: list[str] = []
         self._run = run
         self._identity = identity
         self._policies = tuple(policies)
@@ -182,7 +189,13 @@ class CheckpointManager:
         state = json_image(contents.state, "state")
         images = {**self._buffers.take(contents.tensors), STATE_NAME: state}
         reach("save.after-snapshot")
-        self._snapshot = _Snapshot(self._manifest(contents), images)
+        finite = {
+            f"{stem}.{name}": self._buffers.copies[stem][name]
+            for stem, names in contents.must_be_finite.items()
+            for name in names
+            if name in self._buffers.copies[stem]  # tied tensors are there once
+        }
+        self._snapshot = _Snapshot(self._manifest(contents), images, finite)
         self._in_flight = self._thread.submit(self._write, self._snapshot, start_s)
         self.snapshot_s = time.monotonic() - start_s
         self._snapshots_s.append(self.snapshot_s)
@@ -206,6 +219,7 @@ class CheckpointManager:
             StorageFullError: there was no room for it.
             StorageError: it could not be written. Either way nothing of it is left, and all
                 older checkpoints are as they were.
+            NonFiniteStateError: what must be finite is not; nothing of it was written.
             LeaseLostError: another segment writes this run now.
         """
         future, self._in_flight = self._in_flight, None
@@ -273,6 +287,7 @@ class CheckpointManager:
     def _write(self, snapshot: _Snapshot, start_s: float) -> Published:
         """Runs in the background thread."""
         manifest = snapshot.manifest
+        _require_finite(snapshot)
 
         def manifest_bytes(files: dict[str, FileEntry]) -> bytes:
             return manifest.model_copy(update={"files": files}).to_bytes()
@@ -361,7 +376,7 @@ class CheckpointManager:
     def _warn_of_differences(self, manifest: Manifest) -> None:
         here = {**self._identity.versions, "device": self._identity.device}
         there = {**manifest.versions, "device": manifest.device}
-        differing = list(_differences(there, here))
+        differing = self.differences = list(_differences(there, here))
         if differing:
             logger.warning(
                 "step %d was saved with other versions, results may differ in the last bits: %s",
@@ -386,6 +401,18 @@ class CheckpointManager:
                 f"nothing was deleted: {', '.join(damaged)}. Put one back from a backup, or move "
                 f"them away to begin anew"
             )
+
+
+def _require_finite(snapshot: _Snapshot) -> None:
+    bad, step = non_finite(snapshot.must_be_finite), snapshot.manifest.step
+    if bad:
+        raise NonFiniteStateError(
+            f"{bad[0]} is not finite after step {step}, one of {len(bad)} tensors that must be. "
+            f"Nothing of that step is saved, older checkpoints are good: lower the learning rate, "
+            f"clip gradients, or look at what the optimizer divides by",
+            step=step,
+            tensor=bad[0],
+        )
 
 
 def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:

@@ -44,10 +44,14 @@ def json_image(value: Json, path: str) -> FileImage:
 
 
 class SnapshotBuffers:
-    """One buffer per file, kept from one snapshot to the next."""
+    """One buffer per file, kept from one snapshot to the next.
+
+    ``copies`` are the tensors of the last snapshot by file stem and name, within the buffers.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self.copies: dict[str, dict[str, Tensor]] = {}
 
     def take(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, FileImage]:
         """Copy all tensors. The images are good until the next call.
@@ -59,10 +63,10 @@ class SnapshotBuffers:
             UnsupportedStateError: a tensor has no place in the format; nothing was copied.
         """
         layouts = {stem: plan_layout(inner, stem) for stem, inner in tensors.items()}
-        images = {}
+        images, self.copies = {}, {}
         for stem, layout in layouts.items():
             data = self._buffer(stem, layout.data_bytes, _is_on_gpu(tensors[stem]))
-            _copy(tensors[stem], layout, data)
+            self.copies[stem] = _copy(tensors[stem], layout, data)
             images[f"{stem}.safetensors"] = FileImage(_parts(layout, data))
         _wait_for_copies(tensors)
         return images
@@ -76,10 +80,12 @@ class SnapshotBuffers:
         return known[:num_bytes]
 
 
-def _copy(tensors: Mapping[str, Tensor], layout: Layout, data: Tensor) -> None:
+def _copy(tensors: Mapping[str, Tensor], layout: Layout, data: Tensor) -> dict[str, Tensor]:
     memory = data.numpy().data
-    for name, slot in layout.slots.items():
-        slot.view(memory).copy_(tensors[name].detach(), non_blocking=True)
+    copies = {name: slot.view(memory) for name, slot in layout.slots.items()}
+    for name, copy in copies.items():
+        copy.copy_(tensors[name].detach(), non_blocking=True)
+    return copies
 
 
 def _wait_for_copies(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

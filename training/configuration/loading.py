@@ -29,6 +29,7 @@ __all__ = [
     "digest_rule",
     "digested_values",
     "experiment_settings",
+    "is_choice_only",
     "nearest",
     "read_toml",
     "resolve_config",
@@ -123,6 +124,17 @@ def digest_rule(info: FieldInfo) -> str:
     """Whether a field is part of the digest: ``yes``, ``no`` or ``unless default``."""
     extra = info.json_schema_extra
     return str(extra.get("digest", "yes")) if isinstance(extra, dict) else "yes"
+
+
+def is_choice_only(key: str, section: type[BaseModel] = RunConfig) -> bool:
+    """Whether a dotted key changes which weights win and nothing else."""
+    name, _, rest = key.partition(".")
+    info = section.model_fields.get(name)
+    if info is None:
+        return False
+    if rest and isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+        return is_choice_only(rest, info.annotation)
+    return isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("choice") is True
 
 
 def read_toml(file: Path) -> Table:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from holdfast.training.configuration.loading import digest_rule
+from holdfast.training.configuration.loading import digest_rule, is_choice_only
 from holdfast.training.configuration.schema import RunConfig, Section
 
 HEAD = """\
@@ -52,7 +52,8 @@ the places before.
 
 `run.json` keeps the resolved configuration and its digest. The digest covers what changes the
 result: a run id belongs to one digest, and another one is refused. What is not part of it may
-differ from segment to segment.
+differ from segment to segment. What is marked `choice` is part of it, and may yet be changed in a
+run that was begun: it changes which of the weights that training left win, not the training.
 
 `train.num_threads`: the first segment takes it, else `OMP_NUM_THREADS`, else all cores of its
 machine, and records the number in `run.json`. Later segments keep to the record, whatever machine
@@ -83,7 +84,8 @@ def _table(fields: Mapping[str, FieldInfo], prefix: str) -> str:
     for name, info in fields.items():
         meaning = (info.description or "").replace("\n", " ").replace("|", "\\|")
         kind = f"{_type(info.annotation)}{_limits(info.metadata)}"
-        described = f"{kind} | {_default(info)} | {meaning} | {digest_rule(info)}"
+        digest = "choice" if is_choice_only(f"{prefix}{name}") else digest_rule(info)
+        described = f"{kind} | {_default(info)} | {meaning} | {digest}"
         lines.append(f"| `{prefix}{name}` | {described} |")
     return "\n".join(lines) + "\n"
 

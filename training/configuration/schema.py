@@ -8,7 +8,8 @@ The digest of a configuration covers what changes the result. Fields marked with
 ``OUTSIDE_DIGEST`` (folders, loader workers, when to save, logging) may differ between the
 segments of one run. A field that was added after the first release and changes the result is marked
 with ``UNLESS_DEFAULT``: at its default it is no part of the digest, so that the runs of before keep
-theirs.
+theirs. Those marked with ``CHOICE_ONLY`` are covered, and yet may be changed in a run that was
+begun: they change which weights win among those that training left, not the training.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 OUTSIDE_DIGEST: dict[str, Any] = {"digest": "no"}
 UNLESS_DEFAULT: dict[str, Any] = {"digest": "unless default"}
+CHOICE_ONLY: dict[str, Any] = {"choice": True}
 
 MAX_TIME_S = 366 * 24 * 3600
 MAX_LEASE_S = 24 * 3600  # nobody can take over a run whose holder vanished before it has passed
@@ -138,10 +140,10 @@ class EmaConfig(Section):
     """Exponents of power-function tracks (Karras et al. 2024); 16.97 and 6.94 are usual."""
     posthoc_snapshot_epochs: int = Field(1, ge=1)
     """A snapshot of the power-function tracks is kept every so many epochs."""
-    posthoc_widths: tuple[float, ...] = (0.05, 0.1, 0.15)
+    posthoc_widths: tuple[float, ...] = Field((0.05, 0.1, 0.15), json_schema_extra=CHOICE_ONLY)
     """Averages to reconstruct after training, each by its standard deviation as a fraction of the
     training's length, in (0, 0.28]."""
-    posthoc_max_error: float = Field(0.1, gt=0, lt=1)
+    posthoc_max_error: float = Field(0.1, gt=0, lt=1, json_schema_extra=CHOICE_ONLY)
     """Largest distance of a reconstructed profile from the wanted one, relative to that one."""
 
     @field_validator("decays", "posthoc_gammas", "posthoc_widths")
@@ -202,6 +204,9 @@ class CheckpointConfig(Section):
     """Keep the first checkpoint whose metric reached this value from below."""
     keep_below: dict[str, float] = Field(default_factory=dict, json_schema_extra=OUTSIDE_DIGEST)
     """Keep the first checkpoint whose metric reached this value from above."""
+    max_metric_change: float = Field(0.02, ge=0, json_schema_extra=OUTSIDE_DIGEST)
+    """Where another machine or other libraries go on, the last validation is repeated: largest
+    relative change of `selection.metric` that is accepted."""
 
 
 class SelectionConfig(Section):
@@ -213,19 +218,15 @@ class SelectionConfig(Section):
     """Whether small or large values of it are good."""
     top_k: int = Field(5, ge=1)
     """Best checkpoints to keep as weights for averaging."""
-    candidates: tuple[Literal["ema", "posthoc", "average", "weighted", "soup"], ...] = (
-        "ema",
-        "posthoc",
-        "average",
-        "weighted",
-        "soup",
+    candidates: tuple[Literal["ema", "posthoc", "average", "weighted", "soup"], ...] = Field(
+        ("ema", "posthoc", "average", "weighted", "soup"), json_schema_extra=CHOICE_ONLY
     )
     """Averages to make besides the best and the last checkpoint."""
-    should_recompute_batch_norm: bool = True
+    should_recompute_batch_norm: bool = Field(True, json_schema_extra=CHOICE_ONLY)
     """Measure averaged candidates also with batch norm statistics recomputed on training data."""
-    batch_norm_steps: int = Field(200, ge=1)
+    batch_norm_steps: int = Field(200, ge=1, json_schema_extra=CHOICE_ONLY)
     """Steps' worth of training data to recompute them on, of one epoch at most."""
-    num_bootstrap: int = Field(2000, ge=100)
+    num_bootstrap: int = Field(2000, ge=100, json_schema_extra=CHOICE_ONLY)
     """Resamples of the test set for the interval of the metric."""
     save_every_s: float = Field(5.0, ge=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
     """What was measured is saved after so many seconds, less often where saving takes long."""
@@ -275,7 +276,8 @@ class ExportConfig(Section):
     ] = Field(
         ("weights", "onnx", "torchscript", "exported_program"), json_schema_extra=OUTSIDE_DIGEST
     )
-    """Artifacts of the bundle; `weights` and `onnx` are always made, the others on request."""
+    """Artifacts of the bundle; `weights` is always made, and `onnx` where `onnx_int8` is. Without
+    `onnx` a bundle cannot be run by its own verify.py, Triton or MLflow."""
     max_batch_size: int = Field(4096, ge=2, json_schema_extra=OUTSIDE_DIGEST)
     """Largest batch that a server may send to the exported model."""
     num_golden: int = Field(8, ge=1, json_schema_extra=OUTSIDE_DIGEST)

@@ -126,7 +126,7 @@ def _failure(what: str, place: Place, error: Exception) -> str:
 
 def pinned(batch: Any) -> Any:
     """The batch with every tensor in page-locked memory, for copies that don't block."""
-    if isinstance(batch, Tensor):
+    if isinstance(batch, Tensor) or hasattr(batch, "pin_memory"):
         return batch.pin_memory()
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(pinned(part) for part in batch))

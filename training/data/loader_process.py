@@ -10,13 +10,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 
 import torch
 
+from holdfast.training.errors import InputError
+
+MAX_FOLDER_BYTES = 70  # multiprocessing adds "/pymp-12345678/listener-12345678"
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")  # of these, a folder of our own
 NOTICE_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -28,6 +33,7 @@ def start_fork_server() -> None:
     is lost: a signal that arrives meanwhile is delivered right after. The server ends when the
     process that started it and all loader processes have ended.
     """
+    _shorten_temporary_folder()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["holdfast.training.data.fetching", __name__])
     # It unblocks SIGINT and SIGTERM once it is up, so it goes first.
@@ -37,6 +43,30 @@ def start_fork_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _shorten_temporary_folder() -> None:
+    """Have multiprocessing put its sockets where their paths fit: a name has at most 107 bytes.
+
+    Batch systems set a long TMPDIR. The folder is removed when this process ends; its children
+    inherit it. Raises InputError where no folder is short enough.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) <= MAX_FOLDER_BYTES:
+        return
+    before = tempfile.tempdir
+    for folder in SHORT_FOLDERS:
+        if os.access(folder, os.W_OK | os.X_OK):
+            tempfile.tempdir = folder
+            try:
+                util.get_temp_dir()  # made once a process
+            finally:
+                tempfile.tempdir = before
+            return
+    raise InputError(
+        f"TMPDIR = {tempfile.gettempdir()} is too long for a socket, and none of "
+        f"{', '.join(SHORT_FOLDERS)} can be written: set TMPDIR to a path of at most "
+        f"{MAX_FOLDER_BYTES} characters, or data.num_workers=0"
+    )
 
 
 @dataclass(frozen=True)

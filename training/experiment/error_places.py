@@ -6,6 +6,7 @@ import sysconfig
 import traceback
 from pathlib import Path
 
+MAX_MESSAGE_CHARS = 600
 _OWN_FOLDER = Path(__file__).resolve().parents[1]
 _FOREIGN_FOLDERS = tuple(
     Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")
@@ -29,8 +30,10 @@ def error_place(error: BaseException) -> str:
 
 
 def described(error: BaseException) -> str:
-    """An error's type, message and place, in one line."""
+    """An error's type, message and place, in one line. A long message is cut."""
     message = " ".join(str(error).split())
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = f"{message[:MAX_MESSAGE_CHARS]}…"
     named = f"{type(error).__name__}: {message}" if message else type(error).__name__
     place = error_place(error)
     return f"{named} ({place})" if place else named

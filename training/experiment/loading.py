@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -182,7 +183,8 @@ def _load_file(path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise ExperimentError(f"experiment file {path} does not exist; check the path")
-    name = f"holdfast_experiment_{path.stem}"
+    # An identifier, whatever the file is called: TorchScript writes it into its own code.
+    name = f"holdfast_experiment_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}"
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(path):
         return loaded

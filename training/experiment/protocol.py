@@ -4,10 +4,12 @@ An experiment is a class with five methods. It is built from a ``Context`` and o
 the data, the loss and the metrics; the optimizer, the scheduler and everything else are
 configuration.
 
-A *batch* is a pair ``(inputs, targets)``. ``inputs`` is a tensor or a tuple of tensors: the
-positional arguments of ``model.forward``. ``targets`` is any nest of tensors. The first dimension
-of every tensor counts samples. An item of a data set is the same pair for one sample; items are
-collated by ``torch.utils.data.default_collate``, or by the data set's own ``collate(items)``.
+A *batch* is a pair ``(inputs, targets)``. ``inputs`` is a tensor or a tuple of tensors, the
+positional arguments of ``model.forward``; or a dict of tensors, which are arguments of ``forward``
+by name or, where it has no such arguments, its one argument. ``targets`` is any nest of tensors.
+The first dimension of every tensor counts samples. An item of a data set is the same pair for one
+sample; items are collated by ``torch.utils.data.default_collate``, or by the data set's own
+``collate(items)``.
 
 Random augmentation belongs into the data set's ``__getitem__`` or ``fetch``. It may draw from
 ``random``, from NumPy's global generator and from torch: the loader seeds all three from (seed,
@@ -26,6 +28,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from holdfast.training.configuration.schema import Section, Split
+from holdfast.training.errors import ExperimentError
 
 Batch = tuple[Any, Any]
 """``(inputs, targets)``, as the module describes it."""
@@ -108,27 +111,78 @@ class Experiment(Protocol):
 
 
 def model_inputs(batch: Batch) -> tuple[Tensor, ...]:
-    """The positional arguments of ``model.forward`` in a batch."""
-    inputs = batch[0]
-    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    """The inputs of a batch, flat: what ``model.forward`` takes. A lone tensor is all inputs.
+
+    Raises ExperimentError where there are none, or they are no tensors.
+    """
+    require_pair(batch)
+    inputs: object = batch if isinstance(batch, Tensor) else batch[0]
+    values = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    flat = tuple(values) if isinstance(values, (tuple, list)) else (values,)
+    if not flat or not all(isinstance(tensor, Tensor) for tensor in flat):
+        kinds = ", ".join(type(value).__name__ for value in flat) or "nothing"
+        raise ExperimentError(
+            f"the inputs of a batch must be a tensor, a tuple of tensors or a dict of tensors; "
+            f"found a {type(inputs).__name__} of {kinds}"
+        )
+    return flat
+
+
+def require_pair(batch: object) -> None:
+    """Make sure that it can be told which part of a batch are inputs. Raises ExperimentError."""
+    if isinstance(batch, Tensor) or (isinstance(batch, (tuple, list)) and len(batch)):
+        return
+    found = f"a {type(batch).__name__}"
+    if isinstance(batch, Mapping):
+        found = f"a dict with the keys {', '.join(map(str, batch))}"
+    raise ExperimentError(
+        f"an item of a data set, and so a batch, must be a pair (inputs, targets); found {found}: "
+        f"return the model's inputs as one, which may be a dict, and all else as the other"
+    )
+
+
+def require_map_style(dataset: object, split: str) -> None:
+    """Make sure that a data set has items by index. Raises ExperimentError."""
+    from torch.utils.data import IterableDataset
+
+    is_stream = isinstance(dataset, IterableDataset)
+    missing = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
+    if is_stream or missing:
+        lacking = "is a stream" if is_stream else f"lacks {' and '.join(missing)}"
+        raise ExperimentError(
+            f"dataset({split!r}) must return a data set with __len__ and __getitem__, so that any "
+            f"place of it can be gone back to; {type(dataset).__name__} {lacking}"
+        )
+
+
+def example_batch(experiment: Experiment, num_samples: int) -> Batch:
+    """The first validation samples; where the split has fewer, it is repeated from its start.
+
+    Raises ExperimentError where the split is empty.
+    """
+    dataset = experiment.dataset("validation")
+    if not len(dataset):
+        raise ExperimentError("dataset('validation') has no samples; expected at least one")
+    return collate(dataset, [dataset[i % len(dataset)] for i in range(num_samples)])
 
 
 def example_inputs(experiment: Experiment, num_samples: int) -> tuple[Tensor, ...]:
-    """Inputs of the first validation samples, for tracing and exporting.
-
-    Where the split has fewer samples, it is repeated from its start.
-    """
-    dataset = experiment.dataset("validation")
-    return model_inputs(collate(dataset, [dataset[i % len(dataset)] for i in range(num_samples)]))
+    """Inputs of the first validation samples, for tracing and exporting; see ``example_batch``."""
+    return model_inputs(example_batch(experiment, num_samples))
 
 
 def collate(dataset: Dataset, items: list[Any]) -> Batch:
-    """Items as one batch, by the data set's own ``collate`` where it has one."""
+    """Items as one batch, by the data set's own ``collate`` where it has one.
+
+    A batch of tuples is a tuple; a dict, a named tuple or a single tensor stays what it is.
+    """
     from torch.utils.data import default_collate
 
     own = getattr(dataset, "collate", None)
-    batch: Batch = own(items) if own is not None else tuple(default_collate(items))
-    return batch
+    batch = own(items) if own is not None else default_collate(items)
+    is_torn = own is None and type(batch) is list
+    whole: Batch = tuple(batch) if is_torn else batch
+    return whole
 
 
 def concatenate(parts: list[dict[str, npt.NDArray[Any]]]) -> Records:

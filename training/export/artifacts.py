@@ -5,21 +5,26 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from holdfast.training.configuration.schema import ExportConfig
 from holdfast.training.data.loader import evaluation_batches
+from holdfast.training.errors import ExportError
+from holdfast.training.experiment.model_call import call_form
 from holdfast.training.experiment.protocol import Experiment, example_inputs, model_inputs
 from holdfast.training.export.capturing import unused_tensors
 from holdfast.training.export.formats import formats
 from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.protocol import Place, Source
-from holdfast.training.export.specification import Inputs, derive_interface, export_spec
+from holdfast.training.export.specification import Inputs, Interface, derive_interface, export_spec
 from holdfast.training.export.weights import load_champion
 
 NUM_EXAMPLES = 2
+SHAPE_BATCH_SIZE = 8
+NUM_SHAPE_BATCHES = 8
 CALIBRATION_BATCH_SIZE = 64
 
 
@@ -28,16 +33,19 @@ def open_champion(
 ) -> tuple[Source, Place]:
     """The champion of a file, and the folders that its artifacts go to, which are created.
 
-    Raises ExportError if the file does not fit the experiment's model.
+    Raises ExportError if the file does not fit the experiment's model, or its samples are of
+    several shapes.
     """
     for folder in (bundle, scratch):
         folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(champion, scratch / "champion.safetensors")
     model = load_champion(champion, experiment.model())
     examples = example_inputs(experiment, NUM_EXAMPLES)
-    interface = derive_interface(model, examples, export_spec(experiment))
+    form = call_form(experiment, model)
+    interface = derive_interface(model, examples, export_spec(experiment), form)
+    require_one_shape(experiment, interface)
     source = Source(
-        model=GuardedModel(model).eval(),
+        model=GuardedModel(model, form).eval(),
         interface=interface,
         examples=examples,
         max_batch_size=config.max_batch_size,
@@ -46,11 +54,31 @@ def open_champion(
     return source, Place(bundle, scratch, experiment.model, interface)
 
 
+def require_one_shape(experiment: Experiment, interface: Interface) -> None:
+    """Make sure that samples of several validation batches have the shapes of the interface.
+
+    Raises ExportError: only the first dimension of an export is dynamic.
+    """
+    dataset = experiment.dataset("validation")
+    batches = evaluation_batches(dataset, SHAPE_BATCH_SIZE)
+    for batch in islice(batches, NUM_SHAPE_BATCHES):
+        for port, tensor in zip(interface.inputs, model_inputs(batch), strict=False):
+            if tuple(tensor.shape[1:]) != port.shape:
+                raise ExportError(
+                    f"samples of the input {port.name} have the shape {list(port.shape)} in one "
+                    f"validation batch and {list(tensor.shape[1:])} in another; only the number of "
+                    f"samples may vary in an export: pad them to one length that doesn't depend on "
+                    f"the batch"
+                )
+
+
 def chosen_formats(config: ExportConfig) -> tuple[str, ...]:
-    """The configured formats in the order in which they are made; weights and ONNX always."""
-    return tuple(
-        name for name in formats() if name in config.formats or name in ("weights", "onnx")
-    )
+    """The configured formats in the order in which they are made.
+
+    Weights always, and ONNX where int8 is made from it.
+    """
+    wanted = {"weights", *config.formats, *(["onnx"] if "onnx_int8" in config.formats else [])}
+    return tuple(name for name in formats() if name in wanted)
 
 
 def write_artifacts(

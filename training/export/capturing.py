@@ -44,9 +44,8 @@ def capture(model: GuardedModel, examples: Inputs, max_batch_size: int) -> Expor
                 strict=False,
             )
     except Exception as error:  # torch raises its own, many and private, classes
-        raise ExportError(
-            f"torch.export cannot capture the model: {str(error)[:MAX_MESSAGE_CHARS]}"
-        ) from error
+        reason = " ".join(str(error).split())[:MAX_MESSAGE_CHARS]
+        raise ExportError(f"torch.export cannot capture the model: {reason}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(had_fastpath)
     for node in program.graph.nodes:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from holdfast.training.experiment.model_call import BY_POSITION, CallForm
 from holdfast.training.export.specification import as_columns, flat_outputs
 
 PREFIX = "model."
@@ -21,18 +22,21 @@ class GuardedModel(nn.Module):
     """``model`` with flat outputs ``[B, ...]``.
 
     A sample with a NaN or an infinity in any floating-point input gets NaN in every floating-point
-    output, and -1 or False in the others. Its neighbours get what they would have got without it.
-    State dict keys are the model's own behind ``PREFIX``.
+    output, and in the others -1, the largest number where there are no negative ones, or False. Its
+    neighbours get what they would have got without it. State dict keys are the model's own behind
+    ``PREFIX``. Inputs are flat, whatever ``form`` the model takes them in.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, form: CallForm = BY_POSITION) -> None:
         super().__init__()
         self.model = model
+        self._form = form
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Outputs in the model's order; ``[B]`` becomes ``[B, 1]``."""
         floating = [tensor for tensor in inputs if tensor.is_floating_point()]
-        outputs = [as_columns(t) for t in flat_outputs(self.model(*map(_without_holes, inputs)))]
+        returned = self._form.call(self.model, [_without_holes(tensor) for tensor in inputs])
+        outputs = [as_columns(tensor) for tensor in flat_outputs(returned)]
         if not floating:
             return tuple(outputs)
         is_good = _all_finite(floating[0])
@@ -71,9 +75,13 @@ def _only_where(is_good: Tensor, output: Tensor) -> Tensor:
     if output.dtype == torch.bool:
         missing: float = False
     else:
-        missing = float("nan") if output.is_floating_point() else -1
+        missing = float("nan") if output.is_floating_point() else _missing(output.dtype)
     shaped = is_good.view(-1, *[1] * (output.dim() - 1))
     return torch.where(shaped, output, torch.full((), missing, dtype=output.dtype))
+
+
+def _missing(dtype: torch.dtype) -> int:
+    return -1 if dtype.is_signed else int(torch.iinfo(dtype).max)
 
 
 def _all_finite(tensor: Tensor) -> Tensor:

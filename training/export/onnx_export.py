@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,14 +27,24 @@ from holdfast.training.export.protocol import Place, PortSignature, Source
 from holdfast.training.export.specification import Inputs, Interface
 
 OPSET = 20  # from 23 on, ONNX Runtime fails on the CPU for models with padding masks
+MAX_REASON_CHARS = 300
 MAX_BYTES = 2_000_000_000  # a protobuf file ends at 2 GB
 CHATTY_LOGGERS = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+WITHOUT_ONNX = "leave onnx out of export.formats"
+TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 ORT_DTYPES = {
     "tensor(float)": "float32",
     "tensor(double)": "float64",
     "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
+    "tensor(int16)": "int16",
+    "tensor(int8)": "int8",
+    "tensor(uint64)": "uint64",
+    "tensor(uint32)": "uint32",
+    "tensor(uint16)": "uint16",
+    "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
 
@@ -83,8 +94,9 @@ class OnnxFormat:
 
         Raises:
             ExportError: torch cannot translate the graph, or wrote another opset than asked for,
-                or the file would be above 2 GB.
+                or the file would be above 2 GB, or ONNX Runtime cannot compute in its type.
         """
+        _require_types(source)
         target = place.bundle / self.path
         target.parent.mkdir(parents=True, exist_ok=True)
         program = translate(source)
@@ -112,7 +124,31 @@ def translate(source: Source) -> Any:
                 verbose=False,
             )
         except Exception as error:  # torch raises its own, many and private, classes
-            raise ExportError(f"torch.onnx cannot translate the model: {error}") from error
+            raise ExportError(
+                f"torch.onnx cannot translate the model: {_reason(error)}; {WITHOUT_ONNX}, or let "
+                f"the model do without it"
+            ) from error
+
+
+def _require_types(source: Source) -> None:
+    """ONNX Runtime has hardly a kernel for bfloat16 on a CPU, and NumPy no such type."""
+    ports = [*source.interface.inputs, *source.interface.outputs]
+    found = [port.name for port in ports if port.dtype == "bfloat16"]
+    found += [name for name, p in source.model.named_parameters() if p.dtype == torch.bfloat16]
+    if found:
+        raise ExportError(
+            f"{found[0].removeprefix(PREFIX)} is bfloat16, which ONNX Runtime does not compute "
+            f"with on a CPU: {WITHOUT_ONNX}, or build the model in fp32 and train it with "
+            f"train.precision=bf16"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """The first cause, in one line without colours."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    text = " ".join(TERMINAL_COLOURS.sub("", str(error)).split())
+    return f"{type(error).__name__}: {text[:MAX_REASON_CHARS]}"
 
 
 def open_session(path: Path, num_threads: int = 1) -> Any:

@@ -199,8 +199,9 @@ def write_parts(
         alone, (bundle, scratch) = graph_of(experiment, part, champion, folders)
         source, place = open_champion(alone, champion, config, bundle, scratch)
         write_artifacts(source, place, part_formats(names))
-        text = triton_config(source.interface, config.max_batch_size)
-        (bundle / "config.pbtxt").write_text(text)
+        if "onnx" in names:
+            text = triton_config(source.interface, config.max_batch_size)
+            (bundle / "config.pbtxt").write_text(text)
         interfaces[part] = source.interface
     if isinstance(experiment, InParts):
         for name, content in experiment.export_files().items():

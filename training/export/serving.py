@@ -11,11 +11,18 @@ import json
 from holdfast.training.export.specification import Interface, TensorSpec
 
 TRITON_TYPES = {
+    "bfloat16": "TYPE_BF16",
     "float16": "TYPE_FP16",
     "float32": "TYPE_FP32",
     "float64": "TYPE_FP64",
+    "int8": "TYPE_INT8",
+    "int16": "TYPE_INT16",
     "int32": "TYPE_INT32",
     "int64": "TYPE_INT64",
+    "uint8": "TYPE_UINT8",
+    "uint16": "TYPE_UINT16",
+    "uint32": "TYPE_UINT32",
+    "uint64": "TYPE_UINT64",
     "bool": "TYPE_BOOL",
 }
 MAX_QUEUE_DELAY_US = 1000

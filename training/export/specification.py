@@ -8,6 +8,7 @@ of the dictionary or the fields of the named tuple that it returns.
 from __future__ import annotations
 
 import inspect
+from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.errors import ExportError
+from holdfast.training.experiment.model_call import BY_POSITION, CallForm
 from holdfast.training.experiment.protocol import Experiment
 
 Inputs = tuple[Tensor, ...]
@@ -51,6 +53,16 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
+class NamedOutputs(dict[str, Tensor]):
+    """Outputs by name, as items and, as libraries of transformers have it, as attributes."""
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 @dataclass(frozen=True)
 class OutputStructure:
     """How a model returns its outputs, and how flat outputs become that again.
@@ -59,28 +71,37 @@ class OutputStructure:
         names: one per output, in order.
         kind: ``tensor``, ``tuple`` or ``dict``.
         is_vector: the model returns ``[B]``, which is exported as ``[B, 1]``.
+        fields: of a named tuple.
     """
 
     names: tuple[str, ...]
     kind: str
     is_vector: tuple[bool, ...]
+    fields: tuple[str, ...] = ()
 
     def rebuild(self, flat: list[Tensor]) -> Any:
         """What the model itself would have returned."""
         own = [t[:, 0] if v else t for t, v in zip(flat, self.is_vector, strict=True)]
         if self.kind == "dict":
-            return dict(zip(self.names, own, strict=True))
+            return NamedOutputs(zip(self.names, own, strict=True))
+        if self.fields:
+            return namedtuple("Outputs", self.fields)(*own)  # its names are found here
         return own[0] if self.kind == "tensor" else tuple(own)
 
 
 @dataclass(frozen=True)
 class Interface:
-    """Inputs and outputs of everything that is exported from one model."""
+    """Inputs and outputs of everything that is exported from one model.
+
+    Attributes:
+        form: how the model itself takes the inputs.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     structure: OutputStructure
     class_names: Mapping[str, tuple[str, ...]]
+    form: CallForm = BY_POSITION
 
     def as_json(self) -> dict[str, Any]:
         """For the manifest."""
@@ -105,7 +126,9 @@ def export_spec(experiment: Experiment) -> ExportSpec:
     return spec
 
 
-def derive_interface(model: nn.Module, examples: Inputs, spec: ExportSpec) -> Interface:
+def derive_interface(
+    model: nn.Module, examples: Inputs, spec: ExportSpec, form: CallForm = BY_POSITION
+) -> Interface:
     """The interface of ``model``, from one call of it on a batch of examples.
 
     Raises:
@@ -113,7 +136,7 @@ def derive_interface(model: nn.Module, examples: Inputs, spec: ExportSpec) -> In
             samples, or the names do not fit.
     """
     with torch.no_grad():
-        returned = model(*examples)
+        returned = form.call(model, examples)
     structure, flat = _flatten(returned, spec.output_names)
     num_samples = len(examples[0])
     for name, tensor in zip(structure.names, flat, strict=True):
@@ -122,7 +145,7 @@ def derive_interface(model: nn.Module, examples: Inputs, spec: ExportSpec) -> In
                 f"output {name} has shape {list(tensor.shape)} for {num_samples} samples; "
                 "the first dimension of every output must count samples"
             )
-    names = spec.input_names or _argument_names(model, len(examples))
+    names = spec.input_names or form.names or _argument_names(model, len(examples))
     if len(names) != len(examples) or len(set(names) | set(structure.names)) != len(names) + len(
         structure.names
     ):
@@ -135,6 +158,7 @@ def derive_interface(model: nn.Module, examples: Inputs, spec: ExportSpec) -> In
         outputs=tuple(map(_tensor_spec, structure.names, map(as_columns, flat))),
         structure=structure,
         class_names=_checked_classes(spec.class_names, structure.names, flat),
+        form=form,
     )
 
 
@@ -174,7 +198,8 @@ def _flatten(returned: Any, wanted: tuple[str, ...]) -> tuple[OutputStructure, l
     if len(names) != len(flat):
         raise ExportError(f"the model returns {len(flat)} outputs, export_spec() names {names}")
     vectors = tuple(tensor.dim() == 1 for tensor in flat)
-    return OutputStructure(names=names, kind=kind, is_vector=vectors), flat
+    fields = tuple(getattr(returned, "_fields", ())) if kind == "tuple" else ()
+    return OutputStructure(names=names, kind=kind, is_vector=vectors, fields=fields), flat
 
 
 def _argument_names(model: nn.Module, num: int) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ class TorchScriptFormat:
         try:
             _trace(source, target)
         except RuntimeError as error:
-            message = str(error)[:MAX_MESSAGE_CHARS]
+            message = " ".join(str(error).split())[:MAX_MESSAGE_CHARS]
             raise ExportError(f"torch.jit cannot trace the model: {message}") from error
         rewrite_reproducibly(target, "model")
 

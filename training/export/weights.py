@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.errors import CheckpointCorruptError, ExportError, StorageError
+from holdfast.training.experiment.model_call import CallForm
 from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.protocol import Place, PortSignature, Source
 from holdfast.training.export.specification import Inputs
@@ -19,9 +20,9 @@ from holdfast.training.export.specification import Inputs
 class WeightsArtifact:
     """A fresh model with the weights of the file."""
 
-    def __init__(self, path: Path, model: nn.Module) -> None:
+    def __init__(self, path: Path, model: nn.Module, form: CallForm) -> None:
         self._tensors = read_tensors(path)
-        self._model = GuardedModel(load_champion(path, model))
+        self._model = GuardedModel(load_champion(path, model), form)
 
     def run(self, inputs: Inputs) -> list[Tensor]:
         """Outputs of eager PyTorch."""
@@ -49,7 +50,7 @@ class WeightsFormat:
 
     def load(self, place: Place) -> WeightsArtifact:
         """Load it into a fresh model."""
-        return WeightsArtifact(place.bundle / self.path, place.build())
+        return WeightsArtifact(place.bundle / self.path, place.build(), place.interface.form)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.errors import ExperimentError
 from holdfast.training.exactness.seeding import derive_seed, preserved_generators, seed_generators
-from holdfast.training.experiment.protocol import Dataset, Experiment, Records, concatenate
+from holdfast.training.experiment.protocol import (
+    Dataset,
+    Experiment,
+    Records,
+    concatenate,
+    require_pair,
+)
+from holdfast.training.loop.memory import memory_errors_told
 
 
 class KeptRecords(Protocol):
@@ -57,9 +64,12 @@ def evaluate(
     same, whether or not another process began them and ``kept`` has the first batches.
 
     Raises:
-        ExperimentError: ``score`` returned something else than one row per sample for each record.
+        ExperimentError: the data set is empty, or ``score`` returned something else than one row
+            per sample for each record.
         LoaderError: a sample could not be fetched.
+        OutOfMemoryError: a batch is too large for this machine.
     """
+    _require_samples(dataset)
     known = kept.load()
     parts = [] if known is None else [known]
     first = 0 if known is None else -(-num_samples(known) // batch_size)
@@ -86,9 +96,14 @@ def num_samples(records: Records) -> int:
 def evaluate_first_batch(
     experiment: Experiment, model: nn.Module, dataset: Dataset, *, batch_size: int
 ) -> Records:
-    """As ``evaluate``, for the first batch alone: a look at whether scoring works at all."""
+    """As ``evaluate``, for the first batch alone: a look at whether scoring works at all.
+
+    Raises ExperimentError also where a batch is no pair of inputs and targets.
+    """
+    _require_samples(dataset)
     with preserved_generators(), evaluation_mode(model), torch.inference_mode():
         batch = next(iter(evaluation_batches(dataset, batch_size)))
+        require_pair(batch)
         return _score(experiment, model, batch, min(batch_size, len(dataset)))
 
 
@@ -118,9 +133,21 @@ def _number(method: str, name: str, value: object) -> float:
     return float(number)
 
 
+def _require_samples(dataset: Dataset) -> None:
+    if not len(dataset):
+        raise ExperimentError(
+            f"the data set to evaluate on, a {type(dataset).__name__}, has no samples; expected at "
+            f"least one in every split"
+        )
+
+
 def _score(experiment: Experiment, model: nn.Module, batch: Any, num_samples: int) -> Records:
-    """Records as arrays. Bfloat16, which NumPy does not have, becomes fp32, without a loss."""
-    records: object = experiment.score(model, move(batch, model_device(model)))
+    """Records as arrays."""
+    with memory_errors_told(
+        f"the evaluation of {num_samples} samples",
+        "write a smaller data.evaluation_batch_size under another run id",
+    ):
+        records: object = experiment.score(model, move(batch, model_device(model)))
     method = f"{type(experiment).__name__}.score"
     if not isinstance(records, Mapping) or not records:
         raise ExperimentError(
@@ -133,8 +160,13 @@ def _score(experiment: Experiment, model: nn.Module, batch: Any, num_samples: in
                 f"{method} must return tensors with one row per sample, [{num_samples}, ...] for "
                 f"this batch; {name!r} is {_described(value)}"
             )
+    return as_arrays(records)
+
+
+def as_arrays(records: Mapping[str, Tensor]) -> Records:
+    """Records as NumPy has them: bfloat16, which it lacks, becomes fp32, without a loss."""
     return {
-        name: (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+        name: (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
         for name, value in records.items()
     }
 
@@ -184,6 +216,10 @@ def move(batch: Any, device: torch.device) -> Any:
     """A nest of tensors on a device."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if hasattr(batch, "to"):  # what libraries collate to: packed sequences, encodings, graphs
+        return batch.to(device)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(move(item, device) for item in batch))
     if isinstance(batch, (tuple, list)):
         return type(batch)(move(item, device) for item in batch)
     if isinstance(batch, dict):

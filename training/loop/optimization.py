@@ -1,4 +1,4 @@
-"""Optimizer and learning rate: torch's own, by name, with their state keyed by parameter name."""
+"""Optimizer and learning rate: torch's own, by name."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 
-from holdfast.training.checkpointing.json_state import Tensors, decode, encode
 from holdfast.training.configuration.constructor_arguments import check_arguments
 from holdfast.training.configuration.loading import nearest
 from holdfast.training.configuration.schema import (
-    Json,
     OptimizerConfig,
     SchedulerConfig,
     WarmupConfig,
 )
-from holdfast.training.errors import CheckpointMismatchError, ConfigError, ExperimentError
+from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.loop.rate_trace import RateTrace
 
 # What needs a closure, sparse gradients, other schedulers or functions is not configurable.
@@ -198,59 +196,6 @@ def named_metric(metrics: Mapping[str, float], name: str, key: str) -> float:
     if name not in metrics:
         raise ConfigError(f"{key} = {name!r} is not a metric; {nearest(name, metrics)}")
     return metrics[name]
-
-
-def capture_optimizer(optimizer: Optimizer, model: nn.Module) -> tuple[Tensors, Json]:
-    """The optimizer's tensors as ``<parameter>/<entry>``, and the rest as JSON.
-
-    Keyed by name rather than by index, so that the state can be moved to another layout.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors: Tensors = {}
-    values: dict[str, Json] = {}
-    for parameter, entries in optimizer.state.items():
-        name = names[id(parameter)]
-        values[name] = encode(dict(entries), name, tensors)
-    groups: list[Json] = []
-    for group in optimizer.param_groups:
-        options = {key: value for key, value in group.items() if key != "params"}
-        encoded = encode(options, f"group-{len(groups)}", tensors)
-        groups.append({"params": [names[id(p)] for p in group["params"]], "options": encoded})
-    return tensors, {"parameters": values, "groups": groups}
-
-
-def restore_optimizer(
-    optimizer: Optimizer, model: nn.Module, tensors: Mapping[str, Tensor], state: Json
-) -> None:
-    """Put back what ``capture_optimizer`` took.
-
-    Raises:
-        CheckpointMismatchError: the state belongs to other parameters than the model has.
-    """
-    assert isinstance(state, dict)
-    groups: Any = state["groups"]
-    saved_names = [group["params"] for group in groups]
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    own_names = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-    if saved_names != own_names:
-        raise CheckpointMismatchError(
-            f"the optimizer of the checkpoint has parameters {saved_names}, this one {own_names}"
-        )
-    for own, group in zip(optimizer.param_groups, groups, strict=True):
-        differing = sorted((own.keys() - {"params"}) ^ group["options"].keys())
-        if differing:
-            raise CheckpointMismatchError(
-                f"the checkpoint is of another optimizer than {type(optimizer).__name__}: only one "
-                f"of them has {', '.join(differing)}; use the optimizer of the checkpoint"
-            )
-    index = {name: i for i, name in enumerate(name for group in own_names for name in group)}
-    packed_groups, start = [], 0
-    for group in groups:
-        end = start + len(group["params"])
-        packed_groups.append({**decode(group["options"], tensors), "params": [*range(start, end)]})
-        start = end
-    packed = {index[name]: value for name, value in decode(state["parameters"], tensors).items()}
-    optimizer.load_state_dict({"state": packed, "param_groups": packed_groups})
 
 
 def _subclasses_in(module: Any, base: type, exclude: set[str]) -> dict[str, Any]:

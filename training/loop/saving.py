@@ -7,10 +7,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
+
+from holdfast.training.checkpointing.finite import non_finite
 from holdfast.training.checkpointing.manager import CheckpointContents, CheckpointManager, Published
 from holdfast.training.checkpointing.policy import SaveMoment, SaveSchedule, Trigger
 from holdfast.training.configuration.schema import PreemptionConfig
-from holdfast.training.errors import HoldfastError, StorageError
+from holdfast.training.errors import HoldfastError, NonFiniteStateError, StorageError
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.train_step import LossGuard
 from holdfast.training.preemption.notices import (
@@ -87,11 +90,16 @@ class Saver:
 
     @contextmanager
     def settled_on_error(self) -> Iterator[None]:
-        """Where the block fails, let the save in flight end first: it is of a good step."""
+        """Where the block fails, let the save in flight end first: it is of a good step.
+
+        One that failed is tried again, once.
+        """
         try:
             yield
         except BaseException:
             try:
+                if self._has_failed and not self._manager.is_in_flight:
+                    self._manager.retry()
                 self._manager.wait()
             except HoldfastError as error:
                 logger.warning("the last save failed, too: %s", error)
@@ -134,6 +142,8 @@ class Saver:
         with self._costs.measured("saving"):
             self._wait()
             tensors, state = self._state.capture()
+            finite = self._state.must_be_finite(tensors)
+            self._require_finite_weights()
             counters = self._state.counters
             self._manager.save(
                 CheckpointContents(
@@ -143,10 +153,39 @@ class Saver:
                     metrics=metrics,
                     tensors=tensors,
                     state=state,
+                    must_be_finite=finite,
                 )
             )
         self._last_save_s, self._last_save_step = time.monotonic(), counters.step
         self._has_advance_notice = False
+
+    def _require_finite_weights(self) -> None:
+        """Raise NonFiniteStateError where a resume from these weights could not go on.
+
+        The rest of the state is looked at when it is written, which does not hold training up.
+        """
+        parameters = dict(self._state.model.named_parameters())
+        bad = non_finite(parameters)
+        if not bad:
+            return
+        step, first = self._state.counters.step, self._last_save_step + 1
+        gradients = {
+            name: parameter.grad
+            for name, parameter in parameters.items()
+            if parameter.grad is not None and parameter.grad.layout == torch.strided
+        }
+        bad_gradients = non_finite(gradients)
+        gradient = f"that of {bad_gradients[0]} is not finite" if bad_gradients else "is finite"
+        began = f"after step {step}" if first >= step else f"in steps {first} to {step}"
+        others = f", with {len(bad) - 1} others" if len(bad) > 1 else ""
+        raise NonFiniteStateError(
+            f"the parameter {bad[0]} is not finite any more{others}: it began {began}; the losses "
+            f"were finite, and of the last gradient {gradient}. Nothing was saved since the last "
+            f"checkpoint: look for a square root, a logarithm or a division whose slope is "
+            f"infinite, lower the learning rate, or clip gradients",
+            step=step,
+            tensor=bad[0],
+        )
 
     def _collect(self) -> None:
         """Learn what became of the save in flight."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
@@ -14,16 +17,21 @@ from holdfast.training.checkpointing.policy import (
     build_schedule,
     mean_time_between_preemptions_s,
 )
-from holdfast.training.configuration.loading import digested_values
+from holdfast.training.configuration.loading import (
+    config_digest,
+    config_from_record,
+    digested_values,
+)
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, TokenPlan
-from holdfast.training.errors import ConfigError
+from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.exactness.reproducibility import compile_statically
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.experiment.protocol import Dataset
 from holdfast.training.loop.evaluation import evaluate_first_batch, metrics_of
 from holdfast.training.loop.optimization import Schedule, build_optimizer, named_metric
+from holdfast.training.loop.revalidation import repeat_validation
 from holdfast.training.loop.saving import Saver
 from holdfast.training.loop.segment_record import RecordKeeper
 from holdfast.training.loop.state import TrainState
@@ -61,6 +69,12 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
     manager = build_manager(stage, trainer, lease, keeper.number)
     with trainer.costs.measured("restore"):
         start_step = restore(stage, manager, trainer.state)
+        repeat_validation(
+            trainer,
+            stage.run,
+            manager.differences,
+            is_mismatch_allowed=stage.arguments.should_allow_mismatch,
+        )
     if trainer.is_finished():
         return StageOutcome("completed", 0, step=start_step)
     keeper.begin(start_step)
@@ -117,7 +131,9 @@ def build_state(stage: Stage, num_steps_per_epoch: int, device: torch.device) ->
     """The state before the first step: the model, and generators for training, from the seed."""
     config = stage.config
     seed_generators(stage.seed("model"))
-    model = stage.experiment.model().to(device)
+    model = stage.experiment.model()
+    require_shapes(model)
+    model = model.to(device)
     model.train()
     if config.train.should_compile:
         compile_statically(model)
@@ -135,6 +151,17 @@ def build_state(stage: Stage, num_steps_per_epoch: int, device: torch.device) ->
     return state
 
 
+def require_shapes(model: nn.Module) -> None:
+    """Make sure that every layer knows its shape. Raises ExperimentError for a lazy one."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name, tensor in named if is_lazy(tensor)]
+    if lazy:
+        raise ExperimentError(
+            f"{lazy[0]} of the model {type(model).__name__} has no shape yet, its layer is lazy: "
+            f"give it its size, or let model() call the model once on a batch"
+        )
+
+
 def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) -> CheckpointManager:
     """What saves and restores this run, as its only writer."""
     config = stage.config
@@ -143,11 +170,18 @@ def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) ->
         versions=library_versions(),
         device=device_name(trainer.state.loss_sum.device.type),
         segment=segment,
-        config=digested_values(config),
+        config=_digested(stage),
         run=run_identity(stage.record),
     )
     retention = build_retention(config.checkpoint, config.selection, config.ema)
     return CheckpointManager(stage.run, lease, identity, retention)
+
+
+def _digested(stage: Stage) -> dict[str, Any]:
+    """The values that the run's digest covers; of the choice alone, others may be asked for now."""
+    is_same = config_digest(stage.config) == stage.record.config_digest
+    config = stage.config if is_same else config_from_record(stage.record.config)
+    return digested_values(config)
 
 
 def build_saver(stage: Stage, trainer: Trainer, manager: CheckpointManager) -> Saver:

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.training.averages.ema import MovingAverages
+from holdfast.training.checkpointing.finite import non_finite
 from holdfast.training.checkpointing.json_state import Tensors, decode, encode
+from holdfast.training.checkpointing.layouts import (
+    Strides,
+    all_laid_out,
+    strides_of,
+    unusual_strides,
+)
+from holdfast.training.checkpointing.model_weights import lay_out_model, load_model
 from holdfast.training.configuration.schema import Json
-from holdfast.training.errors import CheckpointMismatchError
 from holdfast.training.exactness.seeding import capture_generators, restore_generators
 from holdfast.training.loop.early_stopping import EarlyStopping
-from holdfast.training.loop.optimization import Schedule, capture_optimizer, restore_optimizer
-
-MAX_DIFFERENCES_SHOWN = 3
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """An experiment may keep state of its own; it is then part of every checkpoint."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """JSON and tensors."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any], /) -> Any:
-        """Put back what ``state_dict`` returned."""
-        ...
+from holdfast.training.loop.experiment_state import Stateful
+from holdfast.training.loop.optimization import Schedule
+from holdfast.training.loop.optimizer_state import (
+    CapturedOptimizer,
+    capture_optimizer,
+    restore_optimizer,
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,14 @@ class TrainState:
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     history: list[EpochRecord] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._first_strides: dict[str, Strides] = {
+            name: strides_of(tensor)
+            for name, tensor in self.model.state_dict().items()
+            if isinstance(tensor, Tensor)
+        }
+        self._first_flags = _gradient_flags(self.model)
+
     def capture(self) -> tuple[dict[str, Tensors], Json]:
         """Tensors by file stem, and the JSON of ``state.json``. The tensors are live, not copies.
 
@@ -84,7 +90,7 @@ class TrainState:
         """
         state_tensors: Tensors = dict(capture_generators())
         model_tensors, model_extra = _split_tensors(self.model.state_dict())
-        optimizer_tensors, optimizer_state = capture_optimizer(self.optimizer, self.model)
+        optimizer = capture_optimizer(self.optimizer, self.model)
         components = {
             "scheduler": self.schedule.state_dict(),
             "gradient_scaler": self.gradient_scaler.state_dict(),
@@ -99,11 +105,43 @@ class TrainState:
         state = {name: encode(value, name, state_tensors) for name, value in components.items()}
         tensors = {
             "model": model_tensors,
-            "optimizer": optimizer_tensors,
+            "optimizer": optimizer.tensors,
             "ema": self.averages.tensors(),
             "state": state_tensors,
         }
-        return tensors, {**state, "optimizer": optimizer_state}
+        usual = {"model": self._first_strides, "optimizer": optimizer.usual_strides, "state": {}}
+        seldom: dict[str, Any] = {
+            "layouts": {
+                stem: found
+                for stem, strides in usual.items()
+                if (found := unusual_strides(tensors[stem], strides))
+            },
+            "requires_grad": {
+                name: flag
+                for name, flag in _gradient_flags(self.model).items()
+                if flag != self._first_flags.get(name)
+            },
+        }
+        named = {name: value for name, value in seldom.items() if value}
+        return tensors, {**state, **named, "optimizer": optimizer.values}
+
+    def must_be_finite(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:
+        """Names, by file stem, of what must be finite beside the weights, of what ``capture`` gave.
+
+        The optimizer's state and averages. Buffers may hold infinities, and so may the averages
+        of such buffers.
+        """
+        parameters = {name for name, _ in self.model.named_parameters()}
+        others = {
+            name: tensor
+            for name, tensor in tensors["model"].items()
+            if name not in parameters and name in self.averages.source_names
+        }
+        infinite = set(non_finite(others))
+        averages = [
+            name for name in self.averages.averaged() if name.partition("/")[2] not in infinite
+        ]
+        return {"optimizer": list(tensors["optimizer"]), "ema": averages}
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Json) -> None:
         """Put back what ``capture`` took; generators last, as loading may draw from them.
@@ -112,14 +150,22 @@ class TrainState:
             CheckpointMismatchError: the tensors belong to another model.
         """
         assert isinstance(state, dict)
+        layouts: Any = state.get("layouts", {})
+        state_tensors = all_laid_out(tensors["state"], layouts.get("state", {}))
         parts: Any = {
-            name: decode(value, tensors["state"])
+            name: decode(value, state_tensors)
             for name, value in state.items()
-            if name != "optimizer"
+            if name not in ("optimizer", "layouts")
         }
         load_model(self.model, {**tensors["model"], **parts["model"]})
-        optimizer_tensors = tensors.get("optimizer", {})
-        restore_optimizer(self.optimizer, self.model, optimizer_tensors, state["optimizer"])
+        lay_out_model(self.model, layouts.get("model", {}))
+        _set_gradient_flags(self.model, {**self._first_flags, **parts.get("requires_grad", {})})
+        restore_optimizer(
+            self.optimizer,
+            self.model,
+            CapturedOptimizer(dict(tensors.get("optimizer", {})), state["optimizer"]),
+            layouts.get("optimizer", {}),
+        )
         self.schedule.load_state_dict(parts["scheduler"])
         self.gradient_scaler.load_state_dict(parts["gradient_scaler"])
         self.early_stopping = EarlyStopping(**parts["early_stopping"])
@@ -135,30 +181,15 @@ class TrainState:
         return self.experiment.state_dict() if isinstance(self.experiment, Stateful) else {}
 
 
-def load_model(model: nn.Module, weights: Mapping[str, Any]) -> None:
-    """Load a model's state dict. Raises CheckpointMismatchError where names or shapes differ."""
-    try:
-        model.load_state_dict(dict(weights))
-    except RuntimeError as error:
-        found = list(_differences(weights, model.state_dict()))
-        shown = found[:MAX_DIFFERENCES_SHOWN] or [" ".join(str(error).split())]
-        if len(found) > MAX_DIFFERENCES_SHOWN:
-            shown.append(f"and {len(found) - MAX_DIFFERENCES_SHOWN} more")
-        raise CheckpointMismatchError(
-            f"these weights are not of a {type(model).__name__} as it is configured: "
-            f"{'; '.join(shown)}: use the settings and the code that made them, or another run id"
-        ) from error
+def _gradient_flags(model: nn.Module) -> dict[str, bool]:
+    """Which parameters are trained; an experiment may freeze and unfreeze layers on the way."""
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
 
-def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    """Each name whose shapes differ, in words."""
-    for name in dict.fromkeys([*here, *there]):
-        shapes = [
-            str(list(entry.shape)) if isinstance(entry := part.get(name), Tensor) else "absent"
-            for part in (there, here)
-        ]
-        if shapes[0] != shapes[1]:
-            yield f"{name} is {shapes[0]} there, {shapes[1]} here"
+def _set_gradient_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        if name in flags and parameter.requires_grad != flags[name]:
+            parameter.requires_grad_(flags[name])
 
 
 def _split_tensors(state: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:

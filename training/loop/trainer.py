@@ -19,7 +19,7 @@ from holdfast.training.loop.optimization import named_metric
 from holdfast.training.loop.saving import Saver
 from holdfast.training.loop.state import Counters, EpochRecord, TrainState
 from holdfast.training.loop.train_step import TrainStep
-from holdfast.training.preemption.notices import Notice, PreemptionMonitor
+from holdfast.training.preemption.notices import Notice, PreemptionMonitor, reclaim_signals
 from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.progress import Progress
 
@@ -72,14 +72,18 @@ class Trainer:
             StorageError: two saves in a row failed.
             LeaseLostError: another segment writes this run now.
         """
+        reclaim_signals("before the first step")
         pace = _Pace(self.state.counters.step)
         if self._is_at_epoch_end() and not self._end_epoch(saver):
             return self._stop(saver)
-        steps = self.steps()
+        steps, is_first = self.steps(), True
         while not self.is_finished():
             if self._is_preempted():
                 return self._stop(saver)
             self.train_step(next(steps))
+            if is_first:
+                is_first = False
+                reclaim_signals("after the first step")
             if self.progress.is_due():
                 self._report(pace)
             on_step(self.state.counters.step)
@@ -127,6 +131,7 @@ class Trainer:
 
     def _end_epoch(self, saver: Saver) -> bool:
         """Validate, record, adapt the rate, save. False where a notice cut validation short."""
+        reclaim_signals(f"in epoch {self.state.counters.epoch + 1}")
         self.train_step.guard.check()
         with self.costs.measured("evaluating"):
             records = evaluate(
@@ -138,6 +143,7 @@ class Trainer:
             )
         if records is None:
             return False
+        reclaim_signals("after a validation")
         metrics = metrics_of(self.experiment, records)
         self._record_epoch(metrics)
         saver.after_epoch(metrics, is_last=self.is_finished())

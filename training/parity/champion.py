@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.data.loader import evaluation_batches
+from holdfast.training.experiment.model_call import call_form
 from holdfast.training.experiment.protocol import Experiment, Records, concatenate, example_inputs
 from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.protocol import Runner
 from holdfast.training.export.specification import Inputs, Interface, derive_interface, export_spec
 from holdfast.training.export.weights import load_champion, read_tensors, tied_names
+from holdfast.training.loop.evaluation import as_arrays
 from holdfast.training.parity.numbers import Reference, double_copy, make_reference
 from holdfast.training.parity.probes import BATCH_SIZES, make_probes
 
@@ -34,9 +36,9 @@ class RunnerModule(nn.Module):
         self.seen: list[list[Tensor]] = []
         self.eval()
 
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model would return, from the runner's flat outputs."""
-        flat = self._run(inputs)
+        flat = self._run(self._interface.form.flat(args, kwargs))
         self.seen.append(flat)
         return self._interface.structure.rebuild(flat)
 
@@ -75,8 +77,9 @@ class Champion:
         model = load_champion(path, experiment.model())
         names = tied_names(model)
         rows = example_inputs(experiment, max(BATCH_SIZES))
-        interface = derive_interface(model, rows, export_spec(experiment))
-        eager = GuardedModel(model).eval()
+        form = call_form(experiment, model)
+        interface = derive_interface(model, rows, export_spec(experiment), form)
+        eager = GuardedModel(model, form).eval()
         exact = double_copy(eager)
         report("the champion answers the probes")
         probes = make_probes(rows, export_spec(experiment).probes)
@@ -112,5 +115,5 @@ def score_test_set(
     with torch.no_grad():
         for batch in evaluation_batches(experiment.dataset("test"), batch_size):
             scored = experiment.score(module, batch)
-            parts.append({name: value.numpy() for name, value in scored.items()})
+            parts.append(as_arrays(scored))
     return concatenate(parts), module.seen

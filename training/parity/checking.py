@@ -8,6 +8,7 @@ knows which artifact was in the runtime, and goes on with the others in a new ch
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,15 +18,18 @@ from typing import Any, Literal
 
 from holdfast.training.configuration.loading import config_from_record, experiment_settings
 from holdfast.training.configuration.schema import RunConfig
-from holdfast.training.errors import ExportError
+from holdfast.training.errors import CheckDiedError, ExportError
 from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.exactness.seeding import derive_seed
 from holdfast.training.experiment.loading import build_experiment, load_experiment, settings_class
 from holdfast.training.experiment.protocol import Context, Experiment
+from holdfast.training.loop.experiment_state import restore_experiment
 from holdfast.training.parity.parity import ArtifactReport, Finding
 
 POLL_S = 0.1
 MAX_LOG_CHARS = 600
+KILLED = "killed by"
+ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Warning)\b.*: ")
 Action = Literal["parity", "latency"]
 
 
@@ -41,6 +45,8 @@ class CheckRequest:
             samples below ``scratch``.
         parts: for parity, checks of the parts of a model that is served as several graphs, see
             ``assembly.py``; for latency, the artifacts of its parts, ``<part>.<format>``.
+        folder: where the run's own program was started; the child is started there, too.
+        state: the checkpoint whose experiment's own state is restored; None for none.
     """
 
     experiment: str
@@ -51,20 +57,24 @@ class CheckRequest:
     formats: tuple[str, ...]
     num_threads: int = 1
     parts: tuple[str, ...] = ()
+    folder: str = "."
+    state: str | None = None
 
     def build_config(self) -> RunConfig:
         """The configuration as a value."""
         return config_from_record(self.config)
 
     def build_experiment(self) -> Experiment:
-        """The experiment, built as the run's own stages build it."""
+        """The experiment, built and restored as the run's own stages do it."""
         config = self.build_config()
         experiment_class = load_experiment(self.experiment)
         settings = experiment_settings(settings_class(experiment_class), config)
         seed = derive_seed(config.seed, "experiment")
-        return build_experiment(
+        experiment = build_experiment(
             experiment_class, Context(settings, config.data.folder, seed)
         )  # fmt: skip
+        restore_experiment(experiment, Path(self.state) if self.state else None)
+        return experiment
 
     def report_path(self, action: Action, name: str) -> Path:
         """Where the child writes what it found about an artifact."""
@@ -94,7 +104,8 @@ def check_in_fresh_process(
     """Reports for ``champion`` and every format of the request, in a child for as long as it lives.
 
     A child that dies gives the artifact that it was at a ``runtime`` finding with its exit code
-    or signal. Raises ExportError if it dies, or takes too long, before it reached an artifact.
+    or signal. Raises ExportError if it fails, or takes too long, before it reached an artifact, and
+    CheckDiedError where it was killed.
     """
     names = (*request.formats, *request.parts)
     if action == "parity":
@@ -128,6 +139,7 @@ def _run_child(
     with log_path.open("wb") as log:
         child = subprocess.Popen(
             [*command, action, str(request_path), *names],
+            cwd=request.folder,
             env=child_environment(request.num_threads),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -150,13 +162,21 @@ def _run_child(
 def _describe_exit(code: int) -> str:
     import signal
 
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return f"{KILLED} {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _last_words(log: str) -> str:
+    """What the child died of: the last line that names an error, else the end of its log."""
+    lines = [line for line in log.splitlines() if ERROR_LINE.match(line)]
+    text = lines[-1] if lines else log[-MAX_LOG_CHARS:]
+    return " ".join(text.split())[:MAX_LOG_CHARS] or "it said nothing"
 
 
 def _crash_report(request: CheckRequest, action: Action, name: str, ended: str) -> dict[str, Any]:
     log = (Path(request.scratch) / f"{action}.log").read_text(errors="replace")
-    last_lines = " ".join(log.split())[-MAX_LOG_CHARS:] or "it said nothing"
+    last_lines = _last_words(log)
     if name == "champion" or action == "latency":
-        raise ExportError(f"the {action} check of {name} ended with {ended}: {last_lines}")
+        kind = CheckDiedError if ended.startswith(KILLED) else ExportError
+        raise kind(f"the {action} check of {name} ended with {ended}: {last_lines}")
     crash = Finding("runtime", "process", f"crashed the runtime ({ended}): {last_lines}")
     return ArtifactReport(name, [crash]).as_json()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from holdfast.training.configuration.schema import Json
 from holdfast.training.exactness.reproducibility import set_up_torch
+from holdfast.training.experiment.model_call import call_form
 from holdfast.training.experiment.protocol import example_inputs
 from holdfast.training.export.formats import formats
 from holdfast.training.export.guard import GuardedModel
@@ -81,9 +82,10 @@ def check_latency(request: CheckRequest, names: list[str]) -> None:
         experiment, folders = graph_of(whole, part, champion, folders)
         model = load_champion(champion, experiment.model())
         rows = example_inputs(experiment, max(BATCH_SIZES))
-        interface = derive_interface(model, rows, export_spec(experiment))
+        form = call_form(experiment, model)
+        interface = derive_interface(model, rows, export_spec(experiment), form)
         place = Place(*folders, experiment.model, interface)
-        return rows, GuardedModel(model).eval(), place
+        return rows, GuardedModel(model, form).eval(), place
 
     def measured(name: str) -> dict[str, Json]:
         part, _, form = name.rpartition(".")

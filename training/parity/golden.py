@@ -7,12 +7,16 @@ of parity. One sample holds a NaN: its outputs must be NaN, and its neighbours m
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from holdfast.training.configuration.schema import Json
 from holdfast.training.experiment.protocol import example_inputs
+from holdfast.training.loop.evaluation import as_arrays
 from holdfast.training.parity.champion import Champion
 from holdfast.training.parity.numbers import Reference, double_copy, make_reference
 from holdfast.training.parity.probes import holed
@@ -45,8 +49,14 @@ def _tolerances(champion: Champion, reference: Reference) -> dict[str, Json]:
 
 def _write_arrays(folder: Path, case: str, champion: Champion, reference: Reference) -> None:
     for port, tensor in zip(champion.interface.inputs, reference.inputs, strict=True):
-        np.save(folder / f"{case}.input.{port.name}.npy", tensor.numpy(), allow_pickle=False)
+        np.save(folder / f"{case}.input.{port.name}.npy", _as_array(tensor), allow_pickle=False)
     pairs = zip(reference.exact, reference.eager, strict=True)
     for port, (exact, eager) in zip(champion.interface.outputs, pairs, strict=True):
         expected = exact.to(eager.dtype) if torch.is_floating_point(eager) else eager
-        np.save(folder / f"{case}.output.{port.name}.npy", expected.numpy(), allow_pickle=False)
+        np.save(folder / f"{case}.output.{port.name}.npy", _as_array(expected), allow_pickle=False)
+
+
+def _as_array(tensor: Tensor) -> npt.NDArray[Any]:
+    """As NumPy has it, which lacks bfloat16: that becomes fp32."""
+    array: npt.NDArray[Any] = as_arrays({"": tensor})[""]
+    return array

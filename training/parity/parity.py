@@ -7,24 +7,27 @@ The checks, by the names that findings carry:
 - ``numbers``: outputs on every probe and on the test set within the bound of ``numbers.py``;
 - ``task``: the metrics of the whole test set; ``agreement``: the classes;
 - ``variation``, ``sensitivity``: the comparison is not empty, because the champion's outputs vary
-  and noise on its weights would be noticed;
+  and noise on its weights would be noticed. An output of which the same is true in a model that is
+  not trained, such as anchors, a temperature or a mask, is meant to be so;
 - ``runtime``: the artifact could not be loaded or run. A crash is seen by ``checking.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.protocol import Artifact, Format, Place, PortSignature
 from holdfast.training.export.specification import TensorSpec
 from holdfast.training.parity.champion import Champion, score_test_set
 from holdfast.training.parity.numbers import (
+    NUM_EPS,
     Comparison,
     Reference,
     compare,
@@ -32,6 +35,7 @@ from holdfast.training.parity.numbers import (
     perturbed_copy,
     scaled_error,
 )
+from holdfast.training.parity.probes import BATCH_SIZES
 
 NOTICEABLE_NOISE = 1e-4
 PRINTED_DIGITS = 4  # significant ones, as model cards print metrics
@@ -118,21 +122,58 @@ def check_comparison(champion: Champion) -> ArtifactReport:
     """Could the checks fail at all? Findings here are about the champion, not an artifact."""
     report = ArtifactReport("champion")
     ports = champion.interface.outputs
-    for index, port in enumerate(ports):
-        values = torch.cat([reference.exact[index] for reference in champion.test])
-        if port.dtype.startswith("float") and not _varies(values):
-            report.add("variation", port.name, f"is the same for all {len(values)} test samples")
-    noisy = perturbed_copy(champion.eager, NOTICEABLE_NOISE)
-    noticed = [False] * len(ports)
+    checked = {i for i, port in enumerate(ports) if "float" in port.dtype}
+    still = {i for i in checked if not _varies(_column(champion.test, i))}
+    noise = noticeable_noise(champion.eager)
+    deaf = checked - _noticed(champion, noise)
+    meant = _by_design(champion) if still | deaf else set()
+    if not checked - meant:
+        meant = set()  # something has to be proved
+    for index in sorted(still - meant):
+        num = len(_column(champion.test, index))
+        report.add("variation", ports[index].name, f"is the same for all {num} test samples")
+    for index in sorted(deaf - meant):
+        message = f"noise of {noise:g} on every weight would not be noticed"
+        report.add("sensitivity", ports[index].name, message)
+    return report
+
+
+def _noticed(champion: Champion, noise: float) -> set[int]:
+    """Outputs in which noise on every weight shows, for one of the probes at least."""
+    noisy = perturbed_copy(champion.eager, noise)
+    noticed: set[int] = set()
     for reference in champion.references.values():
         with torch.no_grad():
             answers = compare(list(noisy(*reference.inputs)), reference)
-        noticed = [n or not a.is_good for n, a in zip(noticed, answers, strict=True)]
-    for port, is_noticed in zip(ports, noticed, strict=True):
-        if port.dtype.startswith("float") and not is_noticed:
-            message = f"noise of {NOTICEABLE_NOISE:g} on every weight would not be noticed"
-            report.add("sensitivity", port.name, message)
-    return report
+        noticed |= {index for index, answer in enumerate(answers) if not answer.is_good}
+    return noticed
+
+
+def noticeable_noise(model: nn.Module) -> float:
+    """Relative noise on weights that a comparison must notice; above what their type rounds."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    coarsest = max((torch.finfo(dtype).eps for dtype in types), default=0.0)
+    return max(NOTICEABLE_NOISE, NUM_EPS * coarsest)
+
+
+def _by_design(champion: Champion) -> set[int]:
+    """Outputs that say nothing about the weights of an untrained model either.
+
+    They do not vary over the samples there, as anchors do not, or are what the champion's are, as
+    what is handed through from the inputs.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = GuardedModel(champion.experiment.model(), champion.interface.form).eval()
+    ordinary = champion.references[f"batch-{max(BATCH_SIZES)}"]
+    with torch.no_grad():
+        outputs = list(fresh(*ordinary.inputs))
+    same = {i for i, answer in enumerate(compare(outputs, ordinary)) if answer.is_good}
+    return same | {i for i, values in enumerate(outputs) if not _varies(values)}
+
+
+def _column(references: Sequence[Reference], index: int) -> Tensor:
+    return torch.cat([reference.exact[index] for reference in references])
 
 
 def _check_lineage(
@@ -208,11 +249,16 @@ def _note(
         if math.isfinite(answer.error):
             entry = {"bound": answer.bound, "error": answer.error}
             known = report.numbers.setdefault(probe, {}).get(name)
-            if known is None or entry["error"] / entry["bound"] > known["error"] / known["bound"]:
+            if known is None or _share(entry) > _share(known):
                 report.numbers[probe][name] = entry
         if not answer.is_good:
             figures = f"error {answer.error:.3g}, bound {answer.bound:.3g}"
             report.add("numbers", f"input {probe}, output {name}", f"{answer.reason} ({figures})")
+
+
+def _share(entry: dict[str, float]) -> float:
+    """How much of what may be is used up; integers may not differ at all."""
+    return entry["error"] / (entry["bound"] or 1.0)
 
 
 def _check_test_set(

@@ -22,6 +22,7 @@ from holdfast.training.preemption.signals import (
     hold_signals,
     ignore_in_worker,
     install_signal_flag,
+    reclaim_signals,
     signals_held,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "hold_signals",
     "ignore_in_worker",
     "install_signal_flag",
+    "reclaim_signals",
     "signals_held",
     "stop_decision",
 ]

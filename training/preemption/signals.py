@@ -8,6 +8,7 @@ came in between waits in the kernel.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
@@ -50,6 +51,9 @@ class SignalFlag:
         self._received: deque[ReceivedSignal] = deque(maxlen=16)
         self._listeners: tuple[Listener, ...] = ()
         self._previous: dict[signal.Signals, Handler] = {}
+        self._c_handlers: dict[signal.Signals, int | None] = {}
+        self._theirs: dict[int, Callable[[int, FrameType | None], object]] = {}
+        self._callers: set[int] = set()
         self._pid = 0
 
     @property
@@ -65,7 +69,9 @@ class SignalFlag:
     def install(self) -> None:
         """Take over SIGTERM, SIGINT and SIGUSR1, then let through those that were held back.
 
-        Calling it again only does the second. Raises ValueError outside the main thread.
+        A SIGINT that the parent had ignored, as a shell does for what it starts with ``&``, stays
+        ignored: Ctrl-C is meant for others. Calling it again only does the second. Raises
+        ValueError outside the main thread.
         """
         if threading.current_thread() is not threading.main_thread():
             raise ValueError(
@@ -74,10 +80,35 @@ class SignalFlag:
             )
         if not self.is_installed:
             self._pid = os.getpid()
-            self._previous = {
-                number: signal.signal(number, self._on_signal) for number in NOTICE_SIGNALS
-            }
+            taken = [n for n in NOTICE_SIGNALS if n != signal.SIGINT or not _is_ignored(n)]
+            self._previous = {number: signal.getsignal(number) for number in taken}
+            for number in taken:
+                self._take(number)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, NOTICE_SIGNALS)
+
+    def reclaim(self) -> list[str]:
+        """Take back signals that other code has taken over since; its handlers are called as well.
+
+        What asyncio and ``signal.set_wakeup_fd`` are told goes on to be told: Python does that for
+        any handler. A handler that was set in C can be seen and taken back, but not be called.
+
+        Returns what was taken back, in words. Does nothing outside the main thread, or where the
+        flag is not up.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        found = []
+        for number in self._previous if self.is_installed and is_main else ():
+            theirs = signal.getsignal(number)
+            if theirs == self._on_signal and c_handler(number) == self._c_handlers[number]:
+                continue
+            if callable(theirs) and theirs not in (self._on_signal, signal.default_int_handler):
+                self._theirs[number] = theirs
+                name = getattr(theirs, "__qualname__", type(theirs).__name__)
+                found.append(f"{number.name}, which {name} handles now")
+            else:
+                found.append(f"{number.name}, which something handles that cannot be called")
+            self._take(number)
+        return found
 
     def uninstall(self) -> None:
         """Put the earlier handlers back and forget everything."""
@@ -85,6 +116,7 @@ class SignalFlag:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
         self._pid = 0
+        self._theirs.clear()
         self._received.clear()
         self._listeners = ()
 
@@ -101,10 +133,16 @@ class SignalFlag:
         """Call ``listener`` no more."""
         self._listeners = tuple(known for known in self._listeners if known != listener)
 
+    def _take(self, number: signal.Signals) -> None:
+        signal.signal(number, self._on_signal)
+        self._c_handlers[number] = c_handler(number)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             _act_as_child(number, frame)
             return
+        if threading.get_ident() in self._callers:
+            return  # their handler calls the one before it, which is this one
         received = ReceivedSignal(signal.Signals(number).name, time.monotonic())
         is_second_interrupt = number == signal.SIGINT and any(
             earlier.name == received.name and received.received_s - earlier.received_s > ECHO_S
@@ -116,6 +154,21 @@ class SignalFlag:
         self._received.append(received)
         for listener in self._listeners:
             listener(received)
+        if number in self._theirs:
+            # In a thread, and one that takes no lock of Python's: theirs may wait, or end.
+            _thread.start_new_thread(self._call_theirs, (number, frame))
+
+    def _call_theirs(self, number: int, frame: FrameType | None) -> None:
+        self._callers.add(threading.get_ident())
+        try:
+            self._theirs[number](number, frame)
+        except BaseException as error:  # noqa: BLE001  # it must not end this process
+            name = signal.Signals(number).name
+            _warn(
+                f"the experiment's own handler of {name} failed, which changes nothing: {error!r}"
+            )
+        finally:
+            self._callers.discard(threading.get_ident())
 
 
 _flag = SignalFlag()
@@ -133,6 +186,15 @@ def install_signal_flag() -> SignalFlag:
 def current_signal_flag() -> SignalFlag:
     """The flag of this process, installed or not."""
     return _flag
+
+
+def reclaim_signals(when: str) -> None:
+    """Have the flag of this process take its signals back, and say so where it had to."""
+    for taken in _flag.reclaim():
+        _warn(
+            f"the experiment, or a library that it uses, took over {taken} (seen {when}); notices "
+            f"are heard first again, and a handler of Python's is called as well, in a thread"
+        )
 
 
 def hold_signals() -> None:
@@ -207,6 +269,32 @@ def _end_on_owners_sigterm(parent: int) -> None:
         is_orphan = os.getppid() != parent if owner is None else not owner.is_alive()
         if is_orphan or sender == (parent if owner is None else owner.pid):
             os._exit(0)
+
+
+def c_handler(number: int) -> int | None:
+    """The address of what the kernel calls for a signal; None where it cannot be asked.
+
+    ``struct sigaction`` begins with it on Linux.
+    """
+    import ctypes  # it takes longer to import than all else here, and signals wait to be held
+
+    action = ctypes.create_string_buffer(256)
+    try:
+        failed: int = ctypes.CDLL(None).sigaction(int(number), None, action)
+    except (OSError, AttributeError):
+        return None
+    address = action.raw[: ctypes.sizeof(ctypes.c_void_p)]
+    return None if failed else int.from_bytes(address, sys.byteorder)
+
+
+def _warn(message: str) -> None:
+    import logging  # as ctypes above
+
+    logging.getLogger(__name__).warning("%s", message)
+
+
+def _is_ignored(number: signal.Signals) -> bool:
+    return signal.getsignal(number) == signal.SIG_IGN
 
 
 def _act_as_child(number: int, frame: FrameType | None) -> None:

@@ -11,6 +11,7 @@ from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.experiment.protocol import Dataset, Records
 from holdfast.training.export.weights import load_champion
 from holdfast.training.loop.evaluation import evaluate
+from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.loop.train_step import resolve_device
 from holdfast.training.reporting.facts import RunFacts, read_facts
 from holdfast.training.reporting.figures import Figure, experiment_figures
@@ -56,6 +57,7 @@ def _figures(stage: Stage) -> Sequence[Figure]:
     evaluation: Any = read_json(stage.run.evaluation_json)
     path = stage.run.path / evaluation["champion"]["path"]
     seed_generators(stage.seed("model"))
+    restore_experiment(stage.experiment, experiment_checkpoint(stage.run))
     model = load_champion(path, stage.experiment.model())
     model.to(resolve_device(stage.config.train.device))
 

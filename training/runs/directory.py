@@ -16,7 +16,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from holdfast.training.configuration.loading import config_from_record, digested_values
+from holdfast.training.configuration.loading import (
+    config_from_record,
+    digested_values,
+    is_choice_only,
+)
 from holdfast.training.errors import ConfigError, DataFormatError, RunConflictError, StorageError
 from holdfast.training.runs.durable_json import create_json_durably, write_json_durably
 from holdfast.training.runs.paths import RunDirectory, parse_step, validate_run_id
@@ -93,6 +97,8 @@ class RunRecord(Record):
     versions: dict[str, str] = Field(default_factory=dict)
     num_threads: int | None = None
     created_at: Moment
+    folder: str | None = None
+    """Where the program was started; what is relative in the record was relative to it."""
 
 
 class SegmentError(Record):
@@ -273,13 +279,17 @@ def _read_record(run: RunDirectory, name: str, kind: type[RecordT]) -> RecordT:
 
 
 def _conflicts(existing: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
-    """What makes two records describe different runs. An unknown fingerprint differs from none."""
+    """What makes two records describe different runs. An unknown fingerprint differs from none.
+
+    What changes only the choice among the weights that training left does not.
+    """
     prints = (existing.data_fingerprint, record.data_fingerprint)
     if None not in prints and prints[0] != prints[1]:
         yield "data_fingerprint", *prints
     if existing.config_digest != record.config_digest:
         # Where every key agrees, another version made the digest: it is the same run.
-        yield from _differences(_result_keys(existing.config), _result_keys(record.config))
+        keys = _differences(_result_keys(existing.config), _result_keys(record.config))
+        yield from (difference for difference in keys if not is_choice_only(difference[0]))
 
 
 def _result_keys(config: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.training.checkpointing.json_state import decode, encode
+from holdfast.training.checkpointing.json_state import Tensors, decode, encode
 from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError
 
 scalars = (
@@ -63,3 +63,26 @@ def test_what_is_neither_json_nor_tensor_is_refused_with_its_path(value: Any) ->
 def test_a_reference_to_a_missing_tensor_is_corrupt() -> None:
     with pytest.raises(CheckpointCorruptError, match="gone"):
         decode({"$tensor": "gone"}, {})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {b"even": 15, b"odd": 17},
+        {1: torch.ones(2), "1": torch.zeros(3)},
+        {"a/b": torch.ones(2), "a": {"b": torch.zeros(3)}},
+        {(b"x", 1): b"one", (b"y", 1): b"two"},
+        {True: torch.ones(1), "True": torch.zeros(1), 1.5: torch.ones(2), "1.5": torch.zeros(2)},
+        [{"0": b"zero"}, {0: b"other"}],
+        {"0/0": b"slash", "0": [b"list"]},
+        {"x": torch.ones(1), "x~2": torch.ones(2), "y": {b"a": 1, b"b": 2, b"c": 3}},
+    ],
+)
+def test_no_tensor_overwrites_another_whatever_the_keys_are(value: Any) -> None:
+    assert repr(round_trip(value)) == repr(value)
+
+
+def test_keys_that_collide_with_nothing_keep_their_paths() -> None:
+    tensors: Tensors = {}
+    encode({"a": {1: torch.ones(1)}, b"k": torch.ones(1)}, "p", tensors)
+    assert sorted(tensors) == ["p/a/1", "p/b'k'", "p/key"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.errors import CheckpointMismatchError
-from holdfast.training.loop.state import load_model
 
 
 def layers(*widths: int) -> nn.Sequential:

@@ -16,6 +16,7 @@ from holdfast.training.preemption.signals import (
     SignalFlag,
     current_signal_flag,
     install_signal_flag,
+    reclaim_signals,
     signals_held,
 )
 
@@ -296,3 +297,114 @@ def test_the_flag_comes_up_without_heavy_imports() -> None:
         "sys.exit(bool({'torch', 'pydantic', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", text], check=False).returncode == 0
+
+
+TAKEN_OVER = """
+install_signal_flag()
+calls = []
+{theirs}
+reclaim_signals("now")
+with PreemptionMonitor([SignalSource(30.0)]) as monitor:
+    ready()
+    while monitor.notice is None:
+        time.sleep(0.01)
+    print(monitor.notice.reason, flush=True)
+    sys.stdin.readline()
+    print(*calls, flush=True)
+"""
+THEIRS = {
+    "a function": "signal.signal(signal.SIGTERM, lambda *_: calls.append('theirs'))",
+    "one that calls the handler before it": """
+before = signal.getsignal(signal.SIGTERM)
+def theirs(number, frame):
+    before(number, frame)
+    calls.append('theirs')
+signal.signal(signal.SIGTERM, theirs)""",
+    "one that ends the process": """
+def theirs(number, frame):
+    calls.append('theirs')
+    sys.exit(3)
+signal.signal(signal.SIGTERM, theirs)""",
+    "one that sends the signal again": """
+def theirs(number, frame):
+    calls.append('theirs')
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+signal.signal(signal.SIGTERM, theirs)""",
+    "one that hangs": """
+def theirs(number, frame):
+    calls.append('theirs')
+    time.sleep(3600)
+signal.signal(signal.SIGTERM, theirs)""",
+    "asyncio's": """
+import asyncio, threading
+loop = asyncio.new_event_loop()
+asyncio.set_event_loop(loop)
+loop.add_signal_handler(signal.SIGTERM, lambda: calls.append('theirs'))
+threading.Thread(target=loop.run_forever, daemon=True).start()""",
+}
+
+
+@pytest.mark.parametrize("theirs", THEIRS.values(), ids=THEIRS)
+def test_a_handler_of_the_experiment_s_is_called_and_the_notice_is_heard(theirs: str) -> None:
+    with program(TAKEN_OVER.format(theirs=theirs)) as child:
+        child.send_signal(signal.SIGTERM)
+        assert next_line(child) == "SIGTERM"
+        time.sleep(0.3)
+        told, _ = child.communicate("end\n", timeout=20)
+        assert told.split() == ["theirs"]
+        assert child.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        "signal.signal(signal.SIGTERM, signal.SIG_DFL)",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
+        # As a library written in C does it: Python is not asked.
+        "import ctypes; ctypes.CDLL(None).signal(15, ctypes.c_void_p(1))",
+    ],
+)
+def test_a_signal_that_was_put_away_is_heard_again(theirs: str) -> None:
+    with program(TAKEN_OVER.format(theirs=theirs)) as child:
+        child.send_signal(signal.SIGTERM)
+        assert next_line(child) == "SIGTERM"
+        child.communicate("end\n", timeout=20)
+        assert child.returncode == 0
+
+
+def test_what_was_taken_back_is_told_once(
+    flag: SignalFlag, caplog: pytest.LogCaptureFixture
+) -> None:
+    def shut_down(number: int, frame: object) -> None:
+        """Nothing."""
+
+    signal.signal(signal.SIGUSR1, shut_down)
+    reclaim_signals("in a test")
+    reclaim_signals("in a test")
+    [record] = caplog.records
+    assert "took over SIGUSR1, which " in record.getMessage()
+    assert "shut_down handles now (seen in a test)" in record.getMessage()
+
+
+def test_ctrl_c_that_the_parent_ignores_does_nothing_and_sigterm_works(tmp_path: Path) -> None:
+    script = tmp_path / "waits.py"
+    script.write_text(HEAD + WAITS_FOR_A_NOTICE)
+    shell = f"{sys.executable} {script} < {tmp_path}/in & echo $!; wait $!; echo ended $?"
+    os.mkfifo(tmp_path / "in")
+    with subprocess.Popen(
+        ["sh", "-c", shell], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        try:
+            with (tmp_path / "in").open("w") as stdin:
+                pid = int(next_line(child))
+                assert next_line(child) == "ready"
+                os.kill(pid, signal.SIGINT)
+                time.sleep(0.2)
+                os.kill(pid, signal.SIGTERM)
+                assert next_line(child) == "SIGTERM"
+                stdin.write("end\n")
+            assert next_line(child) == "ended 0"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)

@@ -1,0 +1,93 @@
+"""A model's weights, put back as they were: with their own types and shapes.
+
+torch's own loader casts what it is given to the type of what is there. A buffer may have begun as
+None, or with another shape or type, as observers of quantisation and lazily filled caches do; it
+comes back as it was saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from holdfast.training.checkpointing.layouts import Strides, laid_out
+from holdfast.training.errors import CheckpointMismatchError
+
+MAX_DIFFERENCES_SHOWN = 3
+Slot = tuple[dict[str, Any], str]
+
+
+def load_model(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Load a model's state dict. Raises CheckpointMismatchError where names or shapes differ.
+
+    Parameters must have the model's own type. Buffers take the shape and type of what is loaded.
+    """
+    cast = [name for name, there, here in _parameters(model, weights) if there.dtype != here.dtype]
+    if cast:
+        raise _mismatch(model, list(_differences(weights, model.state_dict())))
+    _take_buffers(model, weights)
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        found = list(_differences(weights, model.state_dict()))
+        raise _mismatch(model, found or [" ".join(str(error).split())]) from error
+
+
+def lay_out_model(model: nn.Module, strides: Mapping[str, Strides]) -> None:
+    """Lay tensors of the model out anew; each stays the same object."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in strides:
+            tensor.data = laid_out(tensor.data, strides[name])
+
+
+def buffer_slots(model: nn.Module) -> dict[str, Slot]:
+    """Where each persistent buffer is kept, by its name in the state dict."""
+    return {
+        f"{prefix}.{key}" if prefix else key: (module._buffers, key)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for key in module._buffers
+        if key not in module._non_persistent_buffers_set
+    }
+
+
+def _parameters(
+    model: nn.Module, weights: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(there := weights.get(name), Tensor):
+            yield name, there, parameter
+
+
+def _take_buffers(model: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Give buffers that are of another kind than what is loaded a place of that kind."""
+    devices = [tensor.device for tensor in (*model.parameters(), *model.buffers())]
+    for name, (where, key) in buffer_slots(model).items():
+        own, there = where[key], weights.get(name)
+        if not isinstance(there, Tensor):
+            continue
+        if own is None or own.shape != there.shape or own.dtype != there.dtype:
+            device = own.device if own is not None else next(iter(devices), there.device)
+            where[key] = there.to(device, copy=True)
+
+
+def _mismatch(model: nn.Module, found: list[str]) -> CheckpointMismatchError:
+    shown = found[:MAX_DIFFERENCES_SHOWN]
+    if len(found) > MAX_DIFFERENCES_SHOWN:
+        shown.append(f"and {len(found) - MAX_DIFFERENCES_SHOWN} more")
+    return CheckpointMismatchError(
+        f"these weights are not of a {type(model).__name__} as it is configured: "
+        f"{'; '.join(shown)}: use the settings and the code that made them, or another run id"
+    )
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """Each name whose shapes differ, or else whose types do, in words."""
+    for name in dict.fromkeys([*here, *there]):
+        found = [part.get(name) for part in (there, here)]
+        kinds = [str(list(e.shape)) if isinstance(e, Tensor) else "absent" for e in found]
+        if kinds[0] == kinds[1] != "absent":
+            kinds = [str(e.dtype) for e in found if isinstance(e, Tensor)]
+        if kinds[0] != kinds[1]:
+            yield f"{name} is {kinds[0]} there, {kinds[1]} here"

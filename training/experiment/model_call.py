@@ -1,0 +1,72 @@
+"""How a model is called with the inputs of a batch: by position, by keyword, or with one dict.
+
+Whatever is exported takes flat tensors in a fixed order; this says how they become what the model
+takes, and back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from holdfast.training.errors import ExperimentError
+from holdfast.training.experiment.protocol import Experiment, example_batch, model_inputs
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How flat inputs are handed to a model.
+
+    Attributes:
+        names: of the inputs, where they come in a dict; empty where they come by position.
+        is_keyword: the dict's entries are arguments of ``forward``, not one argument together.
+    """
+
+    names: tuple[str, ...] = ()
+    is_keyword: bool = False
+
+    def call(self, model: nn.Module, flat: Sequence[Tensor]) -> Any:
+        """What the model returns for these inputs."""
+        if not self.names:
+            return model(*flat)
+        named = dict(zip(self.names, flat, strict=True))
+        return model(**named) if self.is_keyword else model(named)
+
+    def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """The flat inputs of a call of the model, however it was called.
+
+        Raises ExperimentError where the call leaves one out.
+        """
+        if not self.names:
+            return (*args, *kwargs.values())
+        is_one_dict = len(args) == 1 and isinstance(args[0], Mapping)
+        named = dict(args[0]) if is_one_dict else dict(zip(self.names, args, strict=False))
+        named.update(kwargs)
+        if missing := [name for name in self.names if name not in named]:
+            raise ExperimentError(
+                f"score() calls the model without the input {missing[0]}, which batches have; "
+                f"give the model all of {', '.join(self.names)}, or leave it out of the inputs"
+            )
+        return tuple(named[name] for name in self.names)
+
+
+BY_POSITION = CallForm()
+
+
+def call_form(experiment: Experiment, model: nn.Module) -> CallForm:
+    """How the experiment's model takes the inputs of its batches.
+
+    A dict is spread over the arguments of ``forward`` where all of its keys are names of them.
+    """
+    batch = example_batch(experiment, 1)
+    model_inputs(batch)
+    inputs: Any = batch if isinstance(batch, Tensor) else batch[0]
+    if not isinstance(inputs, Mapping):
+        return BY_POSITION
+    names = tuple(inputs)
+    parameters = inspect.signature(model.forward).parameters
+    return CallForm(names, all(name in parameters for name in names))
