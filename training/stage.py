@@ -18,7 +18,6 @@ from typing import Any, Literal
 from holdfast.training.configuration.loading import (
     config_digest,
     config_from_record,
-    experiment_settings,
     resolve_config,
 )
 from holdfast.training.configuration.schema import Json, RunConfig
@@ -26,8 +25,8 @@ from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import set_up_torch
 from holdfast.training.exactness.seeding import derive_seed
 from holdfast.training.exactness.versions import library_versions
+from holdfast.training.experiment.building import build_experiment
 from holdfast.training.experiment.loading import (
-    build_experiment,
     default_values,
     experiment_name,
     is_same_code,
@@ -36,7 +35,7 @@ from holdfast.training.experiment.loading import (
     source_digest,
     source_file,
 )
-from holdfast.training.experiment.protocol import Context, Experiment
+from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.preemption.notices import PreemptionMonitor
 from holdfast.training.preemption.sources import build_sources
 from holdfast.training.runs.directory import (
@@ -142,7 +141,7 @@ class Stage:
             yield lease
 
 
-SEED_PURPOSES = ("experiment", "model", "order", "training")
+SEED_PURPOSES = ("dataset", "experiment", "model", "order", "training")
 
 
 @contextmanager
@@ -155,15 +154,9 @@ def prepared_stage(arguments: StageArguments) -> Iterator[Stage]:
     run = arguments.run
     config, experiment_class = _configuration(arguments, run)
     set_up_torch(config.train.mode, arguments.num_threads)
-    experiment = build_experiment(
-        experiment_class,
-        Context(
-            settings=experiment_settings(settings_class(experiment_class), config),
-            data_folder=config.data.folder,
-            seed=derive_seed(config.seed, "experiment"),
-        ),
-    )
-    record = _run_record(arguments, config, experiment)
+    seeds = run_seeds(run, config)
+    experiment = build_experiment(experiment_class, config, seeds)
+    record = _run_record(arguments, config, experiment, seeds)
     if run.run_json.exists():
         record, here = write_run_record_once(run, record), record
         _warn_of_other_code(record, here, experiment_class)
@@ -220,13 +213,23 @@ def _configuration(
     return config, experiment_class
 
 
-def _run_record(arguments: StageArguments, config: RunConfig, experiment: Experiment) -> RunRecord:
+def run_seeds(run: RunDirectory, config: RunConfig) -> dict[str, int]:
+    """The seeds of a run by purpose: those that it was begun with."""
+    try:
+        return read_run_record(run).seeds
+    except FileNotFoundError:
+        return {purpose: derive_seed(config.seed, purpose) for purpose in SEED_PURPOSES}
+
+
+def _run_record(
+    arguments: StageArguments, config: RunConfig, experiment: Experiment, seeds: dict[str, int]
+) -> RunRecord:
     return RunRecord(
         run_id=arguments.run_id,
         experiment=arguments.experiment,
         config=config.model_dump(mode="json"),
         config_digest=config_digest(config),
-        seeds={purpose: derive_seed(config.seed, purpose) for purpose in SEED_PURPOSES},
+        seeds=seeds,
         data_fingerprint=data_fingerprint(experiment),
         experiment_digest=source_digest(type(experiment)),
         versions=library_versions(),

@@ -127,6 +127,7 @@ class Export:
             scratch=str(self.scratch),
             formats=self.formats,
             parts=parts,
+            seeds=self.stage.record.seeds,
         )
         outcome = check_in_fresh_process(request, action, self.stage.should_stop)
         return None if outcome.is_stopped else outcome.reports

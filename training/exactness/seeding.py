@@ -51,6 +51,11 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(derive_seed(seed, "torch"))
 
 
+def seed_scoring(batch: int) -> None:
+    """Seed all generators for the scoring of a batch, the same in each evaluation of it."""
+    seed_generators(derive_seed(0, "score", batch))
+
+
 def capture_generators() -> dict[str, Tensor]:
     """The state of all global generators as tensors; equal states give equal bytes.
 

@@ -12,8 +12,10 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from holdfast.training.experiments import EXPERIMENTS, SAME_BYTES
 
 if TYPE_CHECKING:
     from holdfast.training.configuration.schema import Section
-    from holdfast.training.experiment.protocol import Context, Experiment
+    from holdfast.training.experiment.protocol import Experiment
 
 
 def experiment_name(reference: str) -> str:
@@ -47,7 +49,8 @@ def load_experiment(reference: str) -> type[Experiment]:
         ExperimentError: it cannot be found or imported, or is no experiment.
     """
     source, class_name = _parts(EXPERIMENTS.get(reference, reference))
-    module = _load_file(Path(source)) if _is_file(source) else _load_module(source)
+    with _drawing_the_same():
+        module = _load_file(Path(source)) if _is_file(source) else _load_module(source)
     found = getattr(module, class_name, None)
     if found is None:
         classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
@@ -72,13 +75,6 @@ def default_values(experiment_class: type[Experiment]) -> dict[str, Any]:
     """Configuration values that the experiment prefers to the general defaults; a copy."""
     values: dict[str, Any] = getattr(experiment_class, "defaults", {})
     return {section: _copied(value) for section, value in values.items()}
-
-
-def build_experiment(experiment_class: type[Experiment], context: Context) -> Experiment:
-    """An experiment made from its context, the one argument of its constructor."""
-    build: Any = experiment_class
-    experiment: Experiment = build(context)
-    return experiment
 
 
 def source_file(experiment_class: type[Experiment]) -> Path | None:
@@ -138,6 +134,24 @@ def _imported_beside(path: Path, content: bytes, package: str) -> set[Path]:
 
 def _copied(value: Any) -> Any:
     return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+@contextmanager
+def _drawing_the_same() -> Iterator[None]:
+    """What a module draws when it is imported is the same in every process.
+
+    Torch's generator begins with the same seed in every process anyway.
+    """
+    import numpy as np
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _is_file(source: str) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.errors import ExperimentError
-from holdfast.training.exactness.seeding import derive_seed, preserved_generators, seed_generators
+from holdfast.training.exactness.seeding import preserved_generators, seed_scoring
 from holdfast.training.experiment.protocol import Dataset, Experiment, Records, concatenate
 
 
@@ -64,12 +64,12 @@ def evaluate(
     parts = [] if known is None else [known]
     first = 0 if known is None else -(-num_samples(known) // batch_size)
     batches = enumerate(evaluation_batches(dataset, batch_size, first), first)
-    with preserved_generators(), evaluation_mode(model), torch.inference_mode():
+    with preserved_generators(), evaluation_mode(model), torch.no_grad():
         for number, batch in batches:
             if should_stop():
                 kept.offer(parts, is_last=True)
                 return None
-            seed_generators(derive_seed(0, "score", number))
+            seed_scoring(number)
             num_in_batch = min(batch_size, len(dataset) - number * batch_size)
             parts.append(_score(experiment, model, batch, num_in_batch))
             _check_alike(experiment, parts[0], parts[-1])
@@ -87,7 +87,7 @@ def evaluate_first_batch(
     experiment: Experiment, model: nn.Module, dataset: Dataset, *, batch_size: int
 ) -> Records:
     """As ``evaluate``, for the first batch alone: a look at whether scoring works at all."""
-    with preserved_generators(), evaluation_mode(model), torch.inference_mode():
+    with preserved_generators(), evaluation_mode(model), torch.no_grad():
         batch = next(iter(evaluation_batches(dataset, batch_size)))
         return _score(experiment, model, batch, min(batch_size, len(dataset)))
 
@@ -134,7 +134,7 @@ def _score(experiment: Experiment, model: nn.Module, batch: Any, num_samples: in
                 f"this batch; {name!r} is {_described(value)}"
             )
     return {
-        name: (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+        name: (value.float() if value.dtype == torch.bfloat16 else value).detach().cpu().numpy()
         for name, value in records.items()
     }
 

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.training.configuration.loading import config_from_record, experiment_settings
+from holdfast.training.configuration.loading import config_from_record
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import ExportError
 from holdfast.training.exactness.reproducibility import child_environment, python_command
-from holdfast.training.exactness.seeding import derive_seed
-from holdfast.training.experiment.loading import build_experiment, load_experiment, settings_class
-from holdfast.training.experiment.protocol import Context, Experiment
+from holdfast.training.experiment.building import build_experiment
+from holdfast.training.experiment.loading import load_experiment
+from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.parity.parity import ArtifactReport, Finding
 
 POLL_S = 0.1
@@ -41,6 +41,7 @@ class CheckRequest:
             samples below ``scratch``.
         parts: for parity, checks of the parts of a model that is served as several graphs, see
             ``assembly.py``; for latency, the artifacts of its parts, ``<part>.<format>``.
+        seeds: those of the run, by purpose.
     """
 
     experiment: str
@@ -51,6 +52,7 @@ class CheckRequest:
     formats: tuple[str, ...]
     num_threads: int = 1
     parts: tuple[str, ...] = ()
+    seeds: dict[str, int] = field(default_factory=dict)
 
     def build_config(self) -> RunConfig:
         """The configuration as a value."""
@@ -58,13 +60,7 @@ class CheckRequest:
 
     def build_experiment(self) -> Experiment:
         """The experiment, built as the run's own stages build it."""
-        config = self.build_config()
-        experiment_class = load_experiment(self.experiment)
-        settings = experiment_settings(settings_class(experiment_class), config)
-        seed = derive_seed(config.seed, "experiment")
-        return build_experiment(
-            experiment_class, Context(settings, config.data.folder, seed)
-        )  # fmt: skip
+        return build_experiment(load_experiment(self.experiment), self.build_config(), self.seeds)
 
     def report_path(self, action: Action, name: str) -> Path:
         """Where the child writes what it found about an artifact."""
