@@ -19,6 +19,10 @@ settings.load_profile("repeatable")
 # on two cores, two trainings with two threads each take four times as long as with one each.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Hundreds of trainings are begun here, and a rehearsal takes longer than most of them. The tests
+# of the rehearsal say what they want of it.
+os.environ["HOLDFAST_REHEARSAL_DEPTH"] = "none"
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

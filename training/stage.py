@@ -7,11 +7,10 @@ until it is done or a notice comes, and ends with a ``StageOutcome``.
 
 from __future__ import annotations
 
-import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,8 @@ from holdfast.training.configuration.schema import Json, RunConfig
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import set_up_torch
 from holdfast.training.exactness.seeding import derive_seed
+from holdfast.training.exactness.strictness import warn_of_inexactness
+from holdfast.training.exactness.surroundings import surroundings
 from holdfast.training.exactness.versions import library_versions
 from holdfast.training.experiment.building import build_experiment
 from holdfast.training.experiment.loading import (
@@ -36,7 +37,7 @@ from holdfast.training.experiment.loading import (
     source_file,
 )
 from holdfast.training.experiment.protocol import Experiment
-from holdfast.training.preemption.notices import PreemptionMonitor
+from holdfast.training.preemption.notices import Notice, PreemptionMonitor
 from holdfast.training.preemption.sources import build_sources
 from holdfast.training.runs.directory import (
     RunDirectory,
@@ -47,9 +48,8 @@ from holdfast.training.runs.directory import (
     write_run_record_once,
 )
 from holdfast.training.runs.lease import Lease
-from holdfast.training.runs.progress import Progress, ProgressFormat
-
-logger = logging.getLogger(__name__)
+from holdfast.training.runs.progress import Progress, ProgressFormat, as_text
+from holdfast.training.runs.segment_log import SegmentLog
 
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
@@ -64,6 +64,7 @@ class StageArguments:
         is_resume: take the configuration from ``run.json``; files and overrides go over it.
         should_allow_mismatch: restore checkpoints of another configuration or model, too.
         should_decide_again: of the promotion; what was decided before is replaced.
+        is_strict: warnings about exactness are errors.
     """
 
     experiment: str
@@ -75,6 +76,7 @@ class StageArguments:
     is_resume: bool = False
     should_allow_mismatch: bool = False
     should_decide_again: bool = False
+    is_strict: bool = False
     progress_format: ProgressFormat = "text"
 
     @property
@@ -118,6 +120,7 @@ class Stage:
     record: RunRecord
     monitor: PreemptionMonitor
     progress: Progress
+    log: SegmentLog = field(default_factory=SegmentLog)
 
     def seed(self, purpose: str) -> int:
         """The run's seed for one purpose."""
@@ -144,29 +147,49 @@ class Stage:
 SEED_PURPOSES = ("dataset", "experiment", "model", "order", "training")
 
 
+Rehearse = Callable[[StageArguments, RunConfig, PreemptionMonitor, Progress], None]
+
+
+class NoticeCameError(HoldfastError):
+    """A notice came before the run had begun; nothing was written."""
+
+    exit_code = EXIT_PREEMPTED
+
+    def __init__(self, notice: Notice | None) -> None:
+        super().__init__("a notice came before the run had begun; nothing was written")
+        self.notice = notice
+
+
 @contextmanager
-def prepared_stage(arguments: StageArguments) -> Iterator[Stage]:
-    """Resolve the configuration, build the experiment, listen for notices.
+def prepared_stage(
+    arguments: StageArguments, rehearse: Rehearse | None = None, log: SegmentLog | None = None
+) -> Iterator[Stage]:
+    """Resolve the configuration, listen for notices, build the experiment.
+
+    ``rehearse`` is called before anything is built, for a run that is not there yet. ``log`` is
+    what a segment opens and the caller closes.
 
     Raises:
         InputError: the configuration, the experiment, the data or the run id are not usable.
+        NoticeCameError: a notice came during the rehearsal.
     """
     run = arguments.run
-    config, experiment_class = _configuration(arguments, run)
+    config, experiment_class = resolve_arguments(arguments)
     set_up_torch(config.train.mode, arguments.num_threads)
-    seeds = run_seeds(run, config)
-    experiment = build_experiment(experiment_class, config, seeds)
-    record = _run_record(arguments, config, experiment, seeds)
-    if run.run_json.exists():
-        record, here = write_run_record_once(run, record), record
-        _warn_of_other_code(record, here, experiment_class)
-    monitor = PreemptionMonitor(build_sources(config.preemption))
     progress = Progress(arguments.progress_format, config.logging.every_s)
-    monitor.start()
-    try:
-        yield Stage(arguments, config, experiment, run, record, monitor, progress)
-    finally:
-        monitor.stop()
+    with PreemptionMonitor(build_sources(config.preemption)) as monitor:
+        if rehearse is not None and not run.run_json.exists():
+            rehearse(arguments, config, monitor, progress)
+        seeds = run_seeds(run, config)
+        experiment = build_experiment(experiment_class, config, seeds)
+        record = _run_record(arguments, config, experiment, seeds)
+        if run.run_json.exists():
+            record, here = write_run_record_once(run, record), record
+            _warn_of_other_code(record, here, experiment_class)
+        log = log or SegmentLog()
+        if progress.format != "text":  # else they go to standard error, which the log keeps
+            progress.listeners.append(lambda *event: log.write(as_text(*event)))
+        yield Stage(arguments, config, experiment, run, record, monitor, progress, log)
 
 
 def failed_outcome(error: BaseException) -> StageOutcome:
@@ -194,9 +217,12 @@ def data_fingerprint(experiment: Experiment) -> str:
     return "/".join(parts)
 
 
-def _configuration(
-    arguments: StageArguments, run: RunDirectory
-) -> tuple[RunConfig, type[Experiment]]:
+def resolve_arguments(arguments: StageArguments) -> tuple[RunConfig, type[Experiment]]:
+    """The configuration that arguments ask for, and the class of the experiment.
+
+    Raises InputError where they are not usable.
+    """
+    run = arguments.run
     experiment_class = load_experiment(arguments.experiment)
     base = default_values(experiment_class)
     if arguments.is_resume:
@@ -224,6 +250,7 @@ def run_seeds(run: RunDirectory, config: RunConfig) -> dict[str, int]:
 def _run_record(
     arguments: StageArguments, config: RunConfig, experiment: Experiment, seeds: dict[str, int]
 ) -> RunRecord:
+    source = source_file(type(experiment))
     return RunRecord(
         run_id=arguments.run_id,
         experiment=arguments.experiment,
@@ -234,6 +261,7 @@ def _run_record(
         experiment_digest=source_digest(type(experiment)),
         versions=library_versions(),
         num_threads=arguments.num_threads,
+        surroundings={} if arguments.run.run_json.exists() else surroundings(source),
         created_at=utc_now(),
     )
 
@@ -244,14 +272,10 @@ def _warn_of_other_code(
     digests = (there.experiment_digest, here.experiment_digest)
     if None in digests or digests[0] == digests[1] or is_same_code(here.experiment, digests[0]):
         return
-    logger.warning(
-        "the run %s was begun with other code: that of %s had the digest %s, and %s, with what it "
-        "imports from its folder, has %s; its result will not be that of a run without "
+    warn_of_inexactness(
+        f"the run {here.run_id} was begun with other code: that of {experiment_class.__name__} had "
+        f"the digest {digests[0]}, and {source_file(experiment_class)}, with what it imports from "
+        f"its folder, has {digests[1]}; its result will not be that of a run without "
         "interruptions. Go on if you mean to, as after fixing a bug; else go back to that code, or "
-        "take another run id",
-        here.run_id,
-        experiment_class.__name__,
-        digests[0],
-        source_file(experiment_class),
-        digests[1],
+        "take another run id"
     )

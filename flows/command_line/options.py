@@ -14,6 +14,12 @@ STORE_OPTION = click.option(
     show_envvar=True,
     help="Folder that holds all runs, as a path or file:///path.",
 )
+STRICT_OPTION = click.option(
+    "--strict",
+    "is_strict",
+    is_flag=True,
+    help="Warnings about exactness are errors.",
+)
 JSON_OPTION = click.option("--json", "is_json", is_flag=True, help="Print JSON, and nothing else.")
 POOL_OPTION = click.option(
     "--pool",

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from holdfast.training.configuration.schema import RunConfig, Section, Selection
 from holdfast.training.errors import ConfigError
 
 __all__ = [
+    "asked_num_threads",
     "config_digest",
     "config_from_record",
     "digest_rule",
@@ -123,6 +124,17 @@ def digest_rule(info: FieldInfo) -> str:
     """Whether a field is part of the digest: ``yes``, ``no`` or ``unless default``."""
     extra = info.json_schema_extra
     return str(extra.get("digest", "yes")) if isinstance(extra, dict) else "yes"
+
+
+def asked_num_threads(overrides: Sequence[str], file: Path | None) -> int | None:
+    """``train.num_threads`` where it is asked for: a process must know it before it starts."""
+    for override in reversed(overrides):
+        key, _, value = override.partition("=")
+        if key.strip() == "train.num_threads" and value.strip().isdecimal():
+            return max(1, int(value))
+    train = {} if file is None else read_toml(file).get("train")
+    configured = train.get("num_threads") if isinstance(train, dict) else None
+    return configured if isinstance(configured, int) and configured > 0 else None
 
 
 def read_toml(file: Path) -> Table:

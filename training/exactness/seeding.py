@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from holdfast.training.errors import CheckpointMismatchError, UnsupportedStateError
+from holdfast.training.exactness.strictness import warn_of_inexactness
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -113,10 +113,9 @@ def _restore_cuda(device: int, state: Tensor) -> None:
     if torch.cuda.is_available() and device < torch.cuda.device_count():
         torch.cuda.set_rng_state(state.cpu(), device)
         return
-    warnings.warn(
+    warn_of_inexactness(
         f"the checkpoint holds the generator of CUDA device {device}, which this machine lacks; "
-        "what is drawn on devices will differ from the uninterrupted run",
-        stacklevel=3,
+        "what is drawn on devices will differ from the uninterrupted run"
     )
 
 

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import random
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from holdfast.training.experiments import EXPERIMENTS, SAME_BYTES
 if TYPE_CHECKING:
     from holdfast.training.configuration.schema import Section
     from holdfast.training.experiment.protocol import Experiment
+
+
+NOT_OF_NAMES = r"\W"
 
 
 def experiment_name(reference: str) -> str:
@@ -196,7 +200,8 @@ def _load_file(path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise ExperimentError(f"experiment file {path} does not exist; check the path")
-    name = f"holdfast_experiment_{path.stem}"
+    # An identifier, as TorchScript writes it into its files.
+    name = f"holdfast_experiment_{re.sub(NOT_OF_NAMES, '_', path.stem)}"
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(path):
         return loaded

@@ -83,15 +83,6 @@ def num_samples(records: Records) -> int:
     return len(next(iter(records.values())))
 
 
-def evaluate_first_batch(
-    experiment: Experiment, model: nn.Module, dataset: Dataset, *, batch_size: int
-) -> Records:
-    """As ``evaluate``, for the first batch alone: a look at whether scoring works at all."""
-    with preserved_generators(), evaluation_mode(model), torch.no_grad():
-        batch = next(iter(evaluation_batches(dataset, batch_size)))
-        return _score(experiment, model, batch, min(batch_size, len(dataset)))
-
-
 def metrics_of(experiment: Experiment, records: Records) -> dict[str, float]:
     """The experiment's metrics of records, each a float.
 
