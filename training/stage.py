@@ -167,7 +167,7 @@ def prepared_stage(
     """Resolve the configuration, listen for notices, build the experiment.
 
     ``rehearse`` is called before anything is built, for a run that is not there yet. ``log`` is
-    what a segment opens and the caller closes.
+    what a segment opens and the caller closes; without one it is closed here.
 
     Raises:
         InputError: the configuration, the experiment, the data or the run id are not usable.
@@ -186,10 +186,14 @@ def prepared_stage(
         if run.run_json.exists():
             record, here = write_run_record_once(run, record), record
             _warn_of_other_code(record, here, experiment_class)
-        log = log or SegmentLog()
+        own_log = SegmentLog()
+        log = log or own_log
         if progress.format != "text":  # else they go to standard error, which the log keeps
             progress.listeners.append(lambda *event: log.write(as_text(*event)))
-        yield Stage(arguments, config, experiment, run, record, monitor, progress, log)
+        try:
+            yield Stage(arguments, config, experiment, run, record, monitor, progress, log)
+        finally:
+            own_log.close()
 
 
 def failed_outcome(error: BaseException) -> StageOutcome:

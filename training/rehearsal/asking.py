@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.training.exactness.reproducibility import child_environment
+from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.rehearsal.findings import Finding, Report
 from holdfast.training.rehearsal.request import Depth, RehearsalRequest, read_told
 
@@ -82,7 +82,7 @@ def _child(request: RehearsalRequest) -> Iterator[subprocess.Popen[bytes]]:
     """
     with request.log.open("wb") as log:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", PROGRAM, str(request.path)],
+            python_command(PROGRAM, str(request.path)),
             env=child_environment(request.num_threads),
             stdin=subprocess.PIPE,
             stdout=log,

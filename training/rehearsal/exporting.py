@@ -21,7 +21,8 @@ from holdfast.training.exactness.seeding import preserved_generators
 from holdfast.training.experiment.error_places import users_place
 from holdfast.training.experiment.protocol import Batch, Experiment, model_inputs
 from holdfast.training.export.artifacts import open_champion
-from holdfast.training.export.formats import formats, unused_tensors
+from holdfast.training.export.capturing import unused_tensors
+from holdfast.training.export.formats import formats
 from holdfast.training.export.parts import part_names, write_parts
 from holdfast.training.parity.assembly import PartChecks, check_names
 from holdfast.training.parity.champion import Champion
@@ -136,6 +137,10 @@ def _essence(error: ExportError) -> str:
 def way_out(name: str, config: ExportConfig) -> str:
     """What to do about a format that cannot be made."""
     others = [form for form in config.formats if form != name]
+    if name == "champion":
+        return (
+            "; an output that never varies proves nothing: leave it out of what forward() returns"
+        )
     if name not in config.formats:
         return "; change the model: every bundle holds this format"
     return f"; change the model, or leave it out: export.formats={others}"

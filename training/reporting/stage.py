@@ -13,9 +13,8 @@ from holdfast.training.experiment.protocol import Dataset, Records
 from holdfast.training.export.weights import load_champion
 from holdfast.training.loop.evaluation import evaluate
 from holdfast.training.loop.train_step import resolve_device
-from holdfast.training.reporting.facts import RunFacts, read_facts
+from holdfast.training.reporting.facts import RunFacts, history_files, read_facts
 from holdfast.training.reporting.figures import Figure, experiment_figures
-from holdfast.training.reporting.history import history_files
 from holdfast.training.reporting.page import page
 from holdfast.training.runs.durable_json import read_json, storage_error, sync_folder
 from holdfast.training.runs.lease import Lease

@@ -19,6 +19,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from holdfast.training.exactness.reproducibility import python_command
+
 HEAD_BYTES = 512 * 1024
 TAIL_BYTES = 512 * 1024
 CHUNK_BYTES = 64 * 1024
@@ -75,7 +77,7 @@ class SegmentLog:
         reading, writing = os.pipe()
         try:
             self._keeper = subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, str(path), str(reading)],
+                python_command(__name__, str(path), str(reading)),
                 stdin=subprocess.PIPE,
                 pass_fds=(reading,),
                 start_new_session=True,  # signals to the terminal's group are not for it

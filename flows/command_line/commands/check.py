@@ -41,12 +41,19 @@ Examples:
   holdfast check my_task.py:Task --config my_task.toml --strict
   holdfast check my_task.py:Task --depth step        without the exports, in a third of the time
   holdfast check turbofan --set data.folder=/data/cmapss --json | jq .is_fit
-
-Exit codes: 0 fit, 2 not fit, 1 the rehearsal itself failed and may be tried again.
 """
+EXIT_CODES = (
+    "Exit codes: 0 fit, 2 not fit or wrong input, 1 the rehearsal itself failed and may be tried "
+    "again, 130 stopped by Ctrl-C."
+)
 
 
-@click.command("check", help=HELP, short_help="Find what would go wrong, before training.")
+@click.command(
+    "check",
+    help=HELP,
+    epilog=EXIT_CODES,
+    short_help="Find what would go wrong, before training.",
+)
 @click.argument("experiment")
 @CONFIG_OPTION
 @click.option(

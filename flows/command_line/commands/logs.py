@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from holdfast.flows.command_line.options import STORE_OPTION
+from holdfast.flows.command_line.options import EXIT_CODES, STORE_OPTION
 from holdfast.flows.command_line.stores import find_run
 from holdfast.tasks.preflight import store_path
 from holdfast.training.errors import InputError
@@ -32,7 +32,7 @@ Examples:
 """
 
 
-@click.command("logs", help=HELP, short_help="Show what a run's segments said.")
+@click.command("logs", help=HELP, epilog=EXIT_CODES, short_help="Show what a run's segments said.")
 @click.argument("run")
 @click.option("--segment", type=click.IntRange(min=1), help="Its number; the newest unless named.")
 @click.option("--follow", "-f", "should_follow", is_flag=True, help="Show what is added.")

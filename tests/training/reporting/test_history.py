@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from holdfast.training.reporting.history import history_files
+from holdfast.training.reporting.facts import history_files
 from holdfast.training.runs.paths import RunDirectory
 
 
