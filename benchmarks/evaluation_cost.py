@@ -19,7 +19,7 @@ from holdfast.training.champion.bootstrap import resampled_metrics
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.exactness.reproducibility import set_up_torch
-from holdfast.training.experiment.loading import build_experiment, load_experiment, settings_class
+from holdfast.training.experiment.loading import load_experiment, settings_class
 from holdfast.training.experiment.protocol import Context, Experiment, Records
 from holdfast.training.loop.evaluation import evaluate
 from holdfast.training.loop.record_file import RecordFile
@@ -41,8 +41,9 @@ def main() -> None:
 
 
 def build(name: str, folder: Path | None, **settings: Any) -> Experiment:
-    found = load_experiment(name)
-    return build_experiment(found, Context(settings_class(found)(**settings), folder, seed=0))
+    found: Any = load_experiment(name)
+    experiment: Experiment = found(Context(settings_class(found)(**settings), folder, seed=0))
+    return experiment
 
 
 def row(name: str, experiment: Experiment) -> str:

@@ -61,6 +61,7 @@ class StageCommand:
         options = ["--experiment", job.experiment, "--store", str(job.store)]
         options += ["--run-id", job.run_id, "--progress", "jsonl"]
         options += ["--resume"] if job.is_resume or self.stage != "segment" else []
+        options += ["--strict"] if job.is_strict else []
         options += ["--config", str(job.config_file)] if job.config_file else []
         options += [part for override in job.overrides for part in ("--set", override)]
         return python_command("holdfast.training", self.stage, *options)

@@ -20,6 +20,7 @@ class Job:
         config_file: absolute path of a TOML file.
         overrides: ``section.key=value``.
         is_resume: take the configuration from ``run.json``; file and overrides go over it.
+        is_strict: warnings about exactness are errors.
     """
 
     experiment: str
@@ -28,6 +29,7 @@ class Job:
     config_file: Path | None = None
     overrides: tuple[str, ...] = ()
     is_resume: bool = False
+    is_strict: bool = False
 
     @property
     def run(self) -> RunDirectory:

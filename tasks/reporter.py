@@ -18,6 +18,7 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
 from holdfast.tasks.job import Job
+from holdfast.tasks.news import tell_of_promotion
 
 Event = dict[str, Any]
 EVENTS_FD_VARIABLE = "HOLDFAST_EVENTS_FD"
@@ -43,6 +44,8 @@ class Reporter:
         if kind == "progress":
             self._artifact.offer(event)
             return
+        if kind == "promotion":
+            tell_of_promotion(f"{self._job.run.path.parent.name}/{self._job.run_id}", event)
         values = " ".join(f"{k}={_short(v)}" for k, v in event.items() if k != "event")
         self._logger.info("%s %s", kind, values)
 

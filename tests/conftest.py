@@ -23,8 +23,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A shell ignores Ctrl-C for what it starts with "&", and children inherit it. Tests send it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Hundreds of trainings are begun here, and a rehearsal takes longer than most of them. The tests
+# of the rehearsal say what they want of it.
+os.environ["HOLDFAST_REHEARSAL_DEPTH"] = "none"
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Experiments of the tests import from the tests, in children that leave the current folder out.
+os.environ["PYTHONPATH"] = str(REPOSITORY)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from holdfast.training.checkpointing.commands import checkpoints
-from holdfast.training.configuration.loading import read_toml
+from holdfast.training.configuration.loading import asked_num_threads
 from holdfast.training.configuration.option import CONFIG_OPTION
 from holdfast.training.configuration.page import configuration
 from holdfast.training.errors import HoldfastError, InputError, StorageError
@@ -97,6 +97,12 @@ def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
             is_flag=True,
             help="Go on from checkpoints of another configuration that were copied into this run's "
             "folder; a run that has begun keeps its own configuration.",
+        ),
+        click.option(
+            "--strict",
+            "is_strict",
+            is_flag=True,
+            help="Warnings about exactness are errors: exit code 2.",
         ),
         click.option(
             "--progress",
@@ -190,15 +196,9 @@ def _write_outcome(path: Path | None, outcome: StageOutcome) -> None:
 
 def _num_threads(options: dict[str, Any]) -> int:
     """Threads as configured; else those of the run's first segment; else the default."""
-    for override in reversed(options["overrides"]):
-        key, _, value = override.partition("=")
-        if key.strip() == "train.num_threads" and value.strip().isdecimal():
-            return max(1, int(value))
-    if options["config_file"] is not None:
-        train = read_toml(options["config_file"]).get("train")
-        configured = train.get("num_threads") if isinstance(train, dict) else None
-        if isinstance(configured, int) and configured > 0:
-            return configured
+    asked = asked_num_threads(options["overrides"], options["config_file"])
+    if asked is not None:
+        return asked
     return _recorded_num_threads(options) or default_num_threads()
 
 

@@ -8,7 +8,8 @@
     │   ├── ExperimentError                     an experiment that cannot be found or loaded
     │   ├── DataNotFoundError (FileNotFoundError)
     │   ├── DataFormatError                     a data file that is not what it should be
-    │   └── RunConflictError                    the run id exists with another configuration
+    │   ├── RunConflictError                    the run id exists with another configuration
+    │   └── InexactError                        a warning about exactness, where --strict is given
     ├── StorageError (OSError)                  bytes could not be read or written
     │   └── StorageFullError                    needed and free bytes are known
     ├── CheckpointError
@@ -68,6 +69,10 @@ class DataFormatError(InputError):
 
 class RunConflictError(InputError):
     """The run id belongs to a run with another configuration."""
+
+
+class InexactError(InputError):
+    """The result would not be exact, and strictness was asked for."""
 
 
 class StorageError(HoldfastError, OSError):

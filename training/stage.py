@@ -7,9 +7,8 @@ until it is done or a notice comes, and ends with a ``StageOutcome``.
 
 from __future__ import annotations
 
-import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,16 +17,17 @@ from typing import Any, Literal
 from holdfast.training.configuration.loading import (
     config_digest,
     config_from_record,
-    experiment_settings,
     resolve_config,
 )
 from holdfast.training.configuration.schema import Json, RunConfig, Split
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import set_up_torch
 from holdfast.training.exactness.seeding import derive_seed
+from holdfast.training.exactness.strictness import warn_of_inexactness
+from holdfast.training.exactness.surroundings import surroundings
 from holdfast.training.exactness.versions import library_versions
+from holdfast.training.experiment.building import build_experiment
 from holdfast.training.experiment.loading import (
-    build_experiment,
     default_values,
     experiment_name,
     is_same_code,
@@ -36,8 +36,8 @@ from holdfast.training.experiment.loading import (
     source_digest,
     source_file,
 )
-from holdfast.training.experiment.protocol import Context, Experiment, require_map_style
-from holdfast.training.preemption.notices import PreemptionMonitor, reclaim_signals
+from holdfast.training.experiment.protocol import Experiment, require_map_style
+from holdfast.training.preemption.notices import Notice, PreemptionMonitor, reclaim_signals
 from holdfast.training.preemption.sources import build_sources
 from holdfast.training.runs.directory import (
     RunDirectory,
@@ -48,9 +48,8 @@ from holdfast.training.runs.directory import (
     write_run_record_once,
 )
 from holdfast.training.runs.lease import Lease
-from holdfast.training.runs.progress import Progress, ProgressFormat
-
-logger = logging.getLogger(__name__)
+from holdfast.training.runs.progress import Progress, ProgressFormat, as_text
+from holdfast.training.runs.segment_log import SegmentLog
 
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
@@ -65,6 +64,7 @@ class StageArguments:
         is_resume: take the configuration from ``run.json``; files and overrides go over it.
         should_allow_mismatch: restore checkpoints of another configuration or model, too.
         should_decide_again: of the promotion; what was decided before is replaced.
+        is_strict: warnings about exactness are errors.
     """
 
     experiment: str
@@ -76,6 +76,7 @@ class StageArguments:
     is_resume: bool = False
     should_allow_mismatch: bool = False
     should_decide_again: bool = False
+    is_strict: bool = False
     progress_format: ProgressFormat = "text"
     folder: Path = field(default_factory=Path.cwd)
     """Where the program was started: an experiment may change the folder."""
@@ -124,6 +125,7 @@ class Stage:
     record: RunRecord
     monitor: PreemptionMonitor
     progress: Progress
+    log: SegmentLog = field(default_factory=SegmentLog)
 
     def seed(self, purpose: str) -> int:
         """The run's seed for one purpose."""
@@ -147,40 +149,58 @@ class Stage:
             yield lease
 
 
-SEED_PURPOSES = ("experiment", "model", "order", "training")
+SEED_PURPOSES = ("dataset", "experiment", "model", "order", "training")
+
+
+Rehearse = Callable[[StageArguments, RunConfig, PreemptionMonitor, Progress], None]
+
+
+class NoticeCameError(HoldfastError):
+    """A notice came before the run had begun; nothing was written."""
+
+    exit_code = EXIT_PREEMPTED
+
+    def __init__(self, notice: Notice | None) -> None:
+        super().__init__("a notice came before the run had begun; nothing was written")
+        self.notice = notice
 
 
 @contextmanager
-def prepared_stage(arguments: StageArguments) -> Iterator[Stage]:
-    """Resolve the configuration, build the experiment, listen for notices.
+def prepared_stage(
+    arguments: StageArguments, rehearse: Rehearse | None = None, log: SegmentLog | None = None
+) -> Iterator[Stage]:
+    """Resolve the configuration, listen for notices, build the experiment.
+
+    ``rehearse`` is called before anything is built, for a run that is not there yet. ``log`` is
+    what a segment opens and the caller closes; without one it is closed here.
 
     Raises:
         InputError: the configuration, the experiment, the data or the run id are not usable.
+        NoticeCameError: a notice came during the rehearsal.
     """
     run = arguments.run
-    config, experiment_class = _configuration(arguments, run)
+    config, experiment_class = resolve_arguments(arguments)
     located = with_absolute_paths(config, arguments.folder, _begun_in(run))
     set_up_torch(config.train.mode, arguments.num_threads)
-    experiment = build_experiment(
-        experiment_class,
-        Context(
-            settings=experiment_settings(settings_class(experiment_class), config),
-            data_folder=located.data.folder,
-            seed=derive_seed(config.seed, "experiment"),
-        ),
-    )
-    reclaim_signals("after it was built")
-    record = _run_record(arguments, config, experiment)
-    if run.run_json.exists():
-        record, here = write_run_record_once(run, record), record
-        _warn_of_other_code(record, here, experiment_class)
-    monitor = PreemptionMonitor(build_sources(located.preemption))
     progress = Progress(arguments.progress_format, config.logging.every_s)
-    monitor.start()
-    try:
-        yield Stage(arguments, config, experiment, run, record, monitor, progress)
-    finally:
-        monitor.stop()
+    with PreemptionMonitor(build_sources(located.preemption)) as monitor:
+        if rehearse is not None and not run.run_json.exists():
+            rehearse(arguments, config, monitor, progress)
+        seeds = run_seeds(run, config)
+        experiment = build_experiment(experiment_class, located, seeds)
+        reclaim_signals("after it was built")
+        record = _run_record(arguments, config, experiment, seeds)
+        if run.run_json.exists():
+            record, here = write_run_record_once(run, record), record
+            _warn_of_other_code(record, here, experiment_class)
+        own_log = SegmentLog()
+        log = log or own_log
+        if progress.format != "text":  # else they go to standard error, which the log keeps
+            progress.listeners.append(lambda *event: log.write(as_text(*event)))
+        try:
+            yield Stage(arguments, config, experiment, run, record, monitor, progress, log)
+        finally:
+            own_log.close()
 
 
 def failed_outcome(error: BaseException) -> StageOutcome:
@@ -239,9 +259,12 @@ def _begun_in(run: RunDirectory) -> str | None:
         return None
 
 
-def _configuration(
-    arguments: StageArguments, run: RunDirectory
-) -> tuple[RunConfig, type[Experiment]]:
+def resolve_arguments(arguments: StageArguments) -> tuple[RunConfig, type[Experiment]]:
+    """The configuration that arguments ask for, and the class of the experiment.
+
+    Raises InputError where they are not usable.
+    """
+    run = arguments.run
     experiment_class = load_experiment(arguments.experiment)
     base = default_values(experiment_class)
     if arguments.is_resume:
@@ -258,17 +281,29 @@ def _configuration(
     return config, experiment_class
 
 
-def _run_record(arguments: StageArguments, config: RunConfig, experiment: Experiment) -> RunRecord:
+def run_seeds(run: RunDirectory, config: RunConfig) -> dict[str, int]:
+    """The seeds of a run by purpose: those that it was begun with."""
+    try:
+        return read_run_record(run).seeds
+    except FileNotFoundError:
+        return {purpose: derive_seed(config.seed, purpose) for purpose in SEED_PURPOSES}
+
+
+def _run_record(
+    arguments: StageArguments, config: RunConfig, experiment: Experiment, seeds: dict[str, int]
+) -> RunRecord:
+    source = source_file(type(experiment))
     return RunRecord(
         run_id=arguments.run_id,
         experiment=arguments.experiment,
         config=config.model_dump(mode="json"),
         config_digest=config_digest(config),
-        seeds={purpose: derive_seed(config.seed, purpose) for purpose in SEED_PURPOSES},
+        seeds=seeds,
         data_fingerprint=data_fingerprint(experiment),
         experiment_digest=source_digest(type(experiment)),
         versions=library_versions(),
         num_threads=arguments.num_threads,
+        surroundings={} if arguments.run.run_json.exists() else surroundings(source),
         created_at=utc_now(),
         folder=str(arguments.folder),
     )
@@ -280,14 +315,10 @@ def _warn_of_other_code(
     digests = (there.experiment_digest, here.experiment_digest)
     if None in digests or digests[0] == digests[1] or is_same_code(here.experiment, digests[0]):
         return
-    logger.warning(
-        "the run %s was begun with other code: that of %s had the digest %s, and %s, with what it "
-        "imports from its folder, has %s; its result will not be that of a run without "
+    warn_of_inexactness(
+        f"the run {here.run_id} was begun with other code: that of {experiment_class.__name__} had "
+        f"the digest {digests[0]}, and {source_file(experiment_class)}, with what it imports from "
+        f"its folder, has {digests[1]}; its result will not be that of a run without "
         "interruptions. Go on if you mean to, as after fixing a bug; else go back to that code, or "
-        "take another run id",
-        here.run_id,
-        experiment_class.__name__,
-        digests[0],
-        source_file(experiment_class),
-        digests[1],
+        "take another run id"
     )

@@ -5,16 +5,21 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from holdfast.training.errors import HoldfastError, LoaderError
+from holdfast.training.exactness.strictness import strictness
 from holdfast.training.experiment.error_places import described
+from holdfast.training.rehearsal.before_run import rehearse_before_run
 from holdfast.training.runs.directory import RunDirectory, read_segments
-from holdfast.training.runs.progress import Progress, ProgressFormat
+from holdfast.training.runs.progress import Progress, ProgressFormat, as_text
+from holdfast.training.runs.segment_log import SegmentLog, segment_log
 from holdfast.training.runs.shown_text import ShownFormatter, shown
 from holdfast.training.stage import (
+    NoticeCameError,
     Stage,
     StageArguments,
     StageOutcome,
@@ -22,6 +27,7 @@ from holdfast.training.stage import (
     prepared_stage,
 )
 
+FIRST_STAGE = "segment"
 STAGES = {
     "segment": "holdfast.training.loop.segment:run_segment",
     "candidates": "holdfast.training.champion.candidates:run_candidates",
@@ -41,14 +47,33 @@ def run_stage(name: str, options: dict[str, Any]) -> StageOutcome:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(ShownFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    with segment_log() as log:
+        outcome = _outcome_of(name, arguments, log)
+        if arguments.progress_format != "text":
+            log.write(as_text("outcome", _summary(outcome, has_error=True)))
+        emit_outcome(outcome, arguments.progress_format)
+    return outcome
+
+
+def _outcome_of(name: str, arguments: StageArguments, log: SegmentLog) -> StageOutcome:
+    rehearse = rehearse_before_run if name == FIRST_STAGE else None
     try:
-        with prepared_stage(arguments) as stage:
-            outcome = _stage_function(name)(stage)
+        with (
+            strictness(arguments.is_strict),
+            prepared_stage(arguments, rehearse, log) as stage,
+        ):
+            return _stage_function(name)(stage)
+    except NoticeCameError as error:
+        return _preempted(error)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 the process boundary
         outcome = failed_outcome(error)
         _tell(error, outcome, arguments)
-    emit_outcome(outcome, arguments.progress_format)
-    return outcome
+        return outcome
+
+
+def _preempted(error: NoticeCameError) -> StageOutcome:
+    notice = None if error.notice is None else error.notice.as_record(time.monotonic())
+    return StageOutcome("preempted", error.exit_code, notice=notice)
 
 
 def emit_outcome(outcome: StageOutcome, progress_format: ProgressFormat) -> None:

@@ -20,8 +20,10 @@ from holdfast.training.runs.shown_text import shown, shown_lines
 COMMANDS_PACKAGE = "holdfast.flows.command_line.commands"
 COMMANDS = {
     "run": "Train an experiment, from seed to verified bundle.",
+    "check": "Find what would go wrong, before training.",
     "resume": "Go on with a run that was stopped or failed.",
     "status": "Show the runs of a store, or one run.",
+    "logs": "Show what a run's segments said.",
     "report": "Write a run's report again, and say where.",
     "checkpoints": "List, verify or compare the checkpoints of a run.",
     "bundles": "List bundles, with versions and metrics.",
@@ -43,6 +45,7 @@ Examples:
   holdfast run digits                        train, choose, export, check; all below ./runs
   holdfast run digits --set train.num_epochs=5 --run-id short
   holdfast run my_task.py:Task --config my_task.toml --store /mnt/runs
+  holdfast check my_task.py:Task             would it train, resume and export?
   holdfast resume short                      after Ctrl-C, a crash, or a lost machine
   holdfast status                            what is there, and how it did
   holdfast doctor                            is this machine fit to train?

@@ -24,6 +24,12 @@ TIME_LIMIT_OPTION = click.option(
     show_default=True,
     help="End a model that runs longer.",
 )
+STRICT_OPTION = click.option(
+    "--strict",
+    "is_strict",
+    is_flag=True,
+    help="Warnings about exactness are errors.",
+)
 JSON_OPTION = click.option("--json", "is_json", is_flag=True, help="Print JSON, and nothing else.")
 POOL_OPTION = click.option(
     "--pool",

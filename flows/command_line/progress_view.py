@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Event = Mapping[str, Any]
 
 STAGE_TITLES = {
+    "rehearsal": "rehearsal",
     "segment": "training",
     "candidates": "candidates",
     "evaluate": "evaluation",

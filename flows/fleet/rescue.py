@@ -40,6 +40,7 @@ from holdfast.flows.fleet.rescue_policy import (
 )
 from holdfast.flows.fleet.rescue_watch import Watches, see_engine
 from holdfast.tasks.attempts import newest_step
+from holdfast.tasks.news import tell_of_stuck
 from holdfast.training.errors import InputError
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.directory import RunDirectory
@@ -162,6 +163,7 @@ class Rescuer:
             self._given_up.add(flow_run.state.id)
             name = shown(flow_run.name)
             logger.error("%s (%s) stays crashed: %s", name, flow_run.id, verdict.reason)
+            tell_of_stuck(flow_run.name, verdict.reason)
 
     def _see(self, client: SyncPrefectClient, flow_run: FlowRun) -> Sighting:
         assert flow_run.state is not None

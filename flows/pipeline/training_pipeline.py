@@ -6,6 +6,7 @@ any machine that sees the store, skips what is done and goes on where it stood.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def name_flow_run() -> str:
 
 
 @flow(name="training-pipeline", flow_run_name=name_flow_run, persist_result=False)
-def training_pipeline(
+def training_pipeline(  # noqa: PLR0913, PLR0917  # one per parameter of the deployments
     experiment: str = "digits",
     run_id: str = DEFAULT_TEMPLATE,
     store: str = "./runs",
@@ -53,6 +54,7 @@ def training_pipeline(
     overrides: tuple[str, ...] = (),
     is_resume: bool = False,
     limits: Limits = DEFAULT_LIMITS,
+    is_strict: bool = False,
 ) -> dict[str, Any]:
     """Train an experiment, choose its champion, export it, and publish a verified bundle.
 
@@ -66,8 +68,10 @@ def training_pipeline(
         overrides: Single configuration values, each as section.key=value.
         is_resume: Take the configuration from the run's run.json.
         limits: Grace period and crash budget.
+        is_strict: Warnings about exactness are errors.
     """
-    job = prepare(requested_job(experiment, run_id, store, config_file, overrides, is_resume))
+    job = requested_job(experiment, run_id, store, config_file, overrides, is_resume)
+    job = prepare(replace(job, is_strict=is_strict))
     with attempt(job):
         with Reporter(job) as reporter:
             train(job, limits, reporter)

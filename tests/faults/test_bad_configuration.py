@@ -22,6 +22,7 @@ from tests.faults.campaign import Training
 def test_what_only_the_parts_can_tell_is_told_before_training(
     tmp_path: Path, overrides: list[str], part: str
 ) -> None:
+    overrides = [*overrides, "rehearsal.depth=step"]
     segment = Training(tmp_path / "store", "bad", overrides=overrides).start()
     code, errors = segment.finish(), "".join(segment.errors)
     assert (code, part in errors) == (2, True), errors

@@ -36,7 +36,8 @@ def test_bad_values_end_with_2_before_anything_is_written(tmp_path: Path) -> Non
         ('selection={metric="f1",mode="max"}', "selection.metric = 'f1' is not a metric"),
         ("train.device=cuda", "GPU"),
     ]:
-        training = Training(tmp_path / "store", "bad", overrides=(override,))
+        overrides = (override, "rehearsal.depth=step")
+        training = Training(tmp_path / "store", "bad", overrides=overrides)
         code, errors = run_to_failure(training)
         assert (code, part in errors) == (2, True), errors
         assert "Traceback" not in errors

@@ -24,6 +24,7 @@ SETTINGS = {
     ),
     "PREFECT_CLI_COLORS": "false",
     "OMP_NUM_THREADS": "1",
+    "HOLDFAST_REHEARSAL_DEPTH": "none",
 }
 
 

@@ -54,7 +54,8 @@ def test_training_alone(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_an_experiment_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "my_task.py").write_text(blocks(README)["my_task.py"])
-    told = run_as_printed(tmp_path, "own", timeout_s=880)
+    told = run_as_printed(tmp_path, "check", "own", timeout_s=880)
+    assert "my_task.py:Spirals is fit to be trained" in told
     assert float(re.findall(r"accuracy ([\d.]+)", told)[0]) > 0.95
 
 

@@ -25,6 +25,7 @@ from tests.faults.campaign import HARD
 from tests.faults.hard_experiment import Hard, Spirals
 
 OVERRIDES = ("preemption.sources=[]",)
+REHEARSED = (*OVERRIDES, "rehearsal.depth=step")
 THIS = f"{Path(__file__)}"
 
 
@@ -132,7 +133,11 @@ def test_code_beside_an_experiment_belongs_to_it_if_it_is_imported(tmp_path: Pat
 
 
 def told(
-    name: str, store: Path, capsys: pytest.CaptureFixture[str], exit_code: int = 1
+    name: str,
+    store: Path,
+    capsys: pytest.CaptureFixture[str],
+    exit_code: int = 1,
+    overrides: tuple[str, ...] = OVERRIDES,
 ) -> list[str]:
     outcome = run_stage(
         "segment",
@@ -141,7 +146,7 @@ def told(
             "store": store,
             "run_id": "one",
             "num_threads": 1,
-            "overrides": OVERRIDES,
+            "overrides": overrides,
             "progress_format": "none",
         },
     )
@@ -173,7 +178,7 @@ class WordyMetrics(Hard):
 def test_what_would_fail_after_the_first_epoch_is_found_before_anything_is_written(
     name: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    [error] = told(name, tmp_path, capsys, exit_code=2)
+    [error] = told(name, tmp_path, capsys, exit_code=2, overrides=REHEARSED)
     assert error.startswith(f"error: {line}")
     assert list(tmp_path.iterdir()) == []
 
@@ -230,7 +235,7 @@ def test_an_error_of_a_data_set_is_one_line_that_names_where_the_traceback_is(
 def test_before_there_is_a_record_the_traceback_is_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = told("BrokenValidation", tmp_path, capsys)
+    lines = told("BrokenValidation", tmp_path, capsys, exit_code=2, overrides=REHEARSED)
     assert "Traceback (most recent call last):" in lines
     assert lines[-1].startswith("error: sample 0 could not be loaded")
 

@@ -153,6 +153,7 @@ class Export:
             parts=parts,
             folder=str(self.stage.arguments.folder),
             state=str(state) if (state := experiment_checkpoint(self.stage.run)) else None,
+            seeds=self.stage.record.seeds,
         )
         outcome = check_in_fresh_process(request, action, self.stage.should_stop)
         return None if outcome.is_stopped else outcome.reports

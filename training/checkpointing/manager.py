@@ -46,6 +46,7 @@ from holdfast.training.errors import (
     NonFiniteStateError,
     StorageError,
 )
+from holdfast.training.exactness.strictness import warn_of_inexactness
 from holdfast.training.runs.directory import utc_now
 from holdfast.training.runs.faultpoints import reach
 from holdfast.training.runs.lease import Lease
@@ -362,10 +363,9 @@ class CheckpointManager:
             f"digest: {manifest.config_digest} there, {self._identity.config_digest} here"
         ]
         if is_mismatch_allowed:
-            logger.warning(
-                "going on from a checkpoint of another configuration (%s); the state of optimizer "
-                "and scheduler, learning rate included, is the checkpoint's",
-                "; ".join(keys),
+            warn_of_inexactness(
+                f"going on from a checkpoint of another configuration ({'; '.join(keys)}); the "
+                "state of optimizer and scheduler, learning rate included, is the checkpoint's"
             )
             return
         raise CheckpointMismatchError(
@@ -378,10 +378,9 @@ class CheckpointManager:
         there = {**manifest.versions, "device": manifest.device}
         differing = self.differences = list(_differences(there, here))
         if differing:
-            logger.warning(
-                "step %d was saved with other versions, results may differ in the last bits: %s",
-                manifest.step,
-                "; ".join(differing),
+            warn_of_inexactness(
+                f"step {manifest.step} was saved with other versions, results may differ in the "
+                f"last bits: {'; '.join(differing)}"
             )
 
     def _set_aside(self, name: str, error: CheckpointCorruptError) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from holdfast.training.configuration.schema import RunConfig, Section, Selection
 from holdfast.training.errors import ConfigError
 
 __all__ = [
+    "asked_num_threads",
     "config_digest",
     "config_from_record",
     "digest_rule",
@@ -135,6 +136,17 @@ def is_choice_only(key: str, section: type[BaseModel] = RunConfig) -> bool:
     if rest and isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
         return is_choice_only(rest, info.annotation)
     return isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get("choice") is True
+
+
+def asked_num_threads(overrides: Sequence[str], file: Path | None) -> int | None:
+    """``train.num_threads`` where it is asked for: a process must know it before it starts."""
+    for override in reversed(overrides):
+        key, _, value = override.partition("=")
+        if key.strip() == "train.num_threads" and value.strip().isdecimal():
+            return max(1, int(value))
+    train = {} if file is None else read_toml(file).get("train")
+    configured = train.get("num_threads") if isinstance(train, dict) else None
+    return configured if isinstance(configured, int) and configured > 0 else None
 
 
 def read_toml(file: Path) -> Table:

@@ -313,6 +313,16 @@ class PromotionConfig(Section):
     """Paired resamples of the test data."""
 
 
+class RehearsalConfig(Section):
+    """What is tried on throw-away objects before the first step. Never changes the result."""
+
+    depth: Literal["none", "step", "export"] | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
+    """How much is tried: nothing; training, saving and validation; exports as well. Unset:
+    the variable HOLDFAST_REHEARSAL_DEPTH, or `export`."""
+    max_s: float = Field(120.0, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    """Seconds after which it ends; what was left out then is told."""
+
+
 class RunConfig(Section):
     """Everything that is configured about one run.
 
@@ -336,6 +346,7 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     export: ExportConfig = ExportConfig()
     promotion: PromotionConfig = PromotionConfig()
+    rehearsal: RehearsalConfig = RehearsalConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

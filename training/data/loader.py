@@ -87,6 +87,7 @@ class Loader:
         should_pin: bool = False,
         worker_init_fn: WorkerInit | None = None,
     ) -> None:
+        self._dataset = dataset
         self._fetcher = Fetcher(dataset, seed)
         self._plan = plan
         self._num_microbatches = num_microbatches
@@ -99,6 +100,11 @@ class Loader:
         self._pool: _WorkerPool | None = None
         if num_workers:
             start_fork_server()
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data set that microbatches are fetched from."""
+        return self._dataset
 
     def steps(self, epoch: int, step_in_epoch: int) -> Iterator[Microbatch]:
         """The microbatches from the start of a step on, over all later epochs, without an end.

@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import random
 import struct
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from holdfast.training.errors import CheckpointMismatchError, UnsupportedStateError
+from holdfast.training.exactness.strictness import warn_of_inexactness
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -57,6 +57,11 @@ def seed_generators(seed: int) -> None:
     numpy_seed = derive_seed(seed, "numpy")
     np.random.seed([numpy_seed & 0xFFFFFFFF, numpy_seed >> 32])
     torch.manual_seed(derive_seed(seed, "torch"))
+
+
+def seed_scoring(batch: int) -> None:
+    """Seed all generators for the scoring of a batch, the same in each evaluation of it."""
+    seed_generators(derive_seed(0, "score", batch))
 
 
 def capture_generators() -> dict[str, Tensor]:
@@ -163,10 +168,9 @@ def _restore_cuda(device: int, state: Tensor) -> None:
     if torch.cuda.is_available() and device < torch.cuda.device_count():
         torch.cuda.set_rng_state(state.cpu(), device)
         return
-    warnings.warn(
+    warn_of_inexactness(
         f"the checkpoint holds the generator of CUDA device {device}, which this machine lacks; "
-        "what is drawn on devices will differ from the uninterrupted run",
-        stacklevel=3,
+        "what is drawn on devices will differ from the uninterrupted run"
     )
 
 

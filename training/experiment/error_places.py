@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 MAX_MESSAGE_CHARS = 600
@@ -11,6 +12,7 @@ _OWN_FOLDER = Path(__file__).resolve().parents[1]
 _FOREIGN_FOLDERS = tuple(
     Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")
 )
+_PACKAGE_FOLDERS = frozenset(("site-packages", "dist-packages"))
 
 
 def error_place(error: BaseException) -> str:
@@ -20,12 +22,24 @@ def error_place(error: BaseException) -> str:
     for the experiments that come with it. Where no such line is there, the innermost one of all;
     empty for an error that was never raised.
     """
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<")
-    ]
-    frames = [frame for frame in frames if _is_users(Path(frame.filename))] or frames
+    frames = _frames(error)
+    frames = [frame for frame in frames if is_users(Path(frame.filename))] or frames
+    return _place(frames)
+
+
+def users_place(error: BaseException) -> str:
+    """As ``error_place``; empty where the error came through no line of the user's."""
+    return _place([frame for frame in _frames(error) if is_users(Path(frame.filename))])
+
+
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Those that are lines of files."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in frames if not frame.filename.startswith("<")]
+
+
+def _place(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The last one."""
     return f"{frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}" if frames else ""
 
 
@@ -39,8 +53,11 @@ def described(error: BaseException) -> str:
     return f"{named} ({place})" if place else named
 
 
-def _is_users(path: Path) -> bool:
+def is_users(path: Path) -> bool:
+    """Whether a file is a user's: not of Python, of a package, or of Holdfast itself."""
     path = path.resolve()
     if path.is_relative_to(_OWN_FOLDER):
         return path.is_relative_to(_OWN_FOLDER / "experiments")
+    if not _PACKAGE_FOLDERS.isdisjoint(path.parts):  # of another environment that is borrowed from
+        return False
     return not any(path.is_relative_to(folder) for folder in _FOREIGN_FOLDERS)

@@ -12,9 +12,11 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import random
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,10 @@ from holdfast.training.experiments import EXPERIMENTS, SAME_BYTES
 
 if TYPE_CHECKING:
     from holdfast.training.configuration.schema import Section
-    from holdfast.training.experiment.protocol import Context, Experiment
+    from holdfast.training.experiment.protocol import Experiment
+
+
+NOT_OF_NAMES = r"\W"
 
 
 def experiment_name(reference: str) -> str:
@@ -48,7 +53,8 @@ def load_experiment(reference: str) -> type[Experiment]:
         ExperimentError: it cannot be found or imported, or is no experiment.
     """
     source, class_name = _parts(EXPERIMENTS.get(reference, reference))
-    module = _load_file(Path(source)) if _is_file(source) else _load_module(source)
+    with _drawing_the_same():
+        module = _load_file(Path(source)) if _is_file(source) else _load_module(source)
     found = getattr(module, class_name, None)
     if found is None:
         classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
@@ -73,13 +79,6 @@ def default_values(experiment_class: type[Experiment]) -> dict[str, Any]:
     """Configuration values that the experiment prefers to the general defaults; a copy."""
     values: dict[str, Any] = getattr(experiment_class, "defaults", {})
     return {section: _copied(value) for section, value in values.items()}
-
-
-def build_experiment(experiment_class: type[Experiment], context: Context) -> Experiment:
-    """An experiment made from its context, the one argument of its constructor."""
-    build: Any = experiment_class
-    experiment: Experiment = build(context)
-    return experiment
 
 
 def source_file(experiment_class: type[Experiment]) -> Path | None:
@@ -141,6 +140,24 @@ def _copied(value: Any) -> Any:
     return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
+@contextmanager
+def _drawing_the_same() -> Iterator[None]:
+    """What a module draws when it is imported is the same in every process.
+
+    Torch's generator begins with the same seed in every process anyway.
+    """
+    import numpy as np
+
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(0)
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
 def _is_file(source: str) -> bool:
     return source.endswith(".py")
 
@@ -183,8 +200,8 @@ def _load_file(path: Path) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise ExperimentError(f"experiment file {path} does not exist; check the path")
-    # An identifier, whatever the file is called: TorchScript writes it into its own code.
-    name = f"holdfast_experiment_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}"
+    # An identifier, as TorchScript writes it into its files.
+    name = f"holdfast_experiment_{re.sub(NOT_OF_NAMES, '_', path.stem)}"
     loaded = sys.modules.get(name)
     if loaded is not None and loaded.__file__ == str(path):
         return loaded

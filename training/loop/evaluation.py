@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.errors import ExperimentError
-from holdfast.training.exactness.seeding import derive_seed, preserved_generators, seed_generators
+from holdfast.training.exactness.seeding import preserved_generators, seed_scoring
 from holdfast.training.experiment.protocol import (
     Dataset,
     Experiment,
     Records,
     concatenate,
-    require_pair,
 )
 from holdfast.training.loop.memory import memory_errors_told
 
@@ -74,12 +73,12 @@ def evaluate(
     parts = [] if known is None else [known]
     first = 0 if known is None else -(-num_samples(known) // batch_size)
     batches = enumerate(evaluation_batches(dataset, batch_size, first), first)
-    with preserved_generators(), evaluation_mode(model), torch.inference_mode():
+    with preserved_generators(), evaluation_mode(model), torch.no_grad():
         for number, batch in batches:
             if should_stop():
                 kept.offer(parts, is_last=True)
                 return None
-            seed_generators(derive_seed(0, "score", number))
+            seed_scoring(number)
             num_in_batch = min(batch_size, len(dataset) - number * batch_size)
             parts.append(_score(experiment, model, batch, num_in_batch))
             _check_alike(experiment, parts[0], parts[-1])
@@ -91,20 +90,6 @@ def evaluate(
 def num_samples(records: Records) -> int:
     """How many samples the records are of."""
     return len(next(iter(records.values())))
-
-
-def evaluate_first_batch(
-    experiment: Experiment, model: nn.Module, dataset: Dataset, *, batch_size: int
-) -> Records:
-    """As ``evaluate``, for the first batch alone: a look at whether scoring works at all.
-
-    Raises ExperimentError also where a batch is no pair of inputs and targets.
-    """
-    _require_samples(dataset)
-    with preserved_generators(), evaluation_mode(model), torch.inference_mode():
-        batch = next(iter(evaluation_batches(dataset, batch_size)))
-        require_pair(batch)
-        return _score(experiment, model, batch, min(batch_size, len(dataset)))
 
 
 def metrics_of(experiment: Experiment, records: Records) -> dict[str, float]:

@@ -29,8 +29,7 @@ from holdfast.training.exactness.reproducibility import compile_statically
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.experiment.protocol import Dataset
-from holdfast.training.loop.evaluation import evaluate_first_batch, metrics_of
-from holdfast.training.loop.optimization import Schedule, build_optimizer, named_metric
+from holdfast.training.loop.optimization import Schedule, build_optimizer
 from holdfast.training.loop.revalidation import repeat_validation
 from holdfast.training.loop.saving import Saver
 from holdfast.training.loop.segment_record import RecordKeeper
@@ -42,6 +41,7 @@ from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.directory import read_segments, run_identity
 from holdfast.training.runs.event_log import check_event_log, event_file, told_to_event_file
 from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.segment_log import log_path
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
 
 
@@ -56,11 +56,11 @@ def run_segment(stage: Stage) -> StageOutcome:
     with costs.measured("startup"):
         trainer = build_trainer(stage, costs)
         if not stage.run.run_json.exists():
-            check_metrics(stage, trainer)
             num_steps_per_epoch = trainer.plan.num_steps(0)
             trainer.state.schedule.require_length(trainer.num_steps(), num_steps_per_epoch)
     with stage.writing() as lease:
         keeper = RecordKeeper(stage.run, lease, costs.seconds, stage.config.logging.every_s)
+        stage.log.open(log_path(stage.run.logs, keeper.number))
         with keeper.failure_recorded(), closing(trainer.loader):
             return _train(stage, trainer, lease, keeper)
 
@@ -215,24 +215,6 @@ def batch_plan(dataset: Dataset, config: RunConfig, seed: int) -> BatchPlan:
             f"its items; {type(dataset).__name__} has no attribute 'lengths': use data.batch_size"
         )
     return TokenPlan(lengths, data.batch_tokens, seed)
-
-
-def check_metrics(stage: Stage, trainer: Trainer) -> None:
-    """Make sure that scoring works and gives the configured metrics, before hours are spent."""
-    config = stage.config
-    records = evaluate_first_batch(
-        stage.experiment,
-        trainer.state.model,
-        trainer.validation,
-        batch_size=config.data.evaluation_batch_size,
-    )
-    metrics = metrics_of(stage.experiment, records)
-    named_metric(metrics, config.selection.metric, "selection.metric")
-    if config.scheduler.name == "ReduceLROnPlateau":
-        named_metric(metrics, config.scheduler.metric, "scheduler.metric")
-    for key in ("keep_above", "keep_below"):
-        for name in getattr(config.checkpoint, key):
-            named_metric(metrics, name, f"checkpoint.{key}")
 
 
 def restore(stage: Stage, manager: CheckpointManager, state: TrainState) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from holdfast.training.data.loader import evaluation_batches
+from holdfast.training.exactness.seeding import preserved_generators, seed_scoring
 from holdfast.training.experiment.protocol import Batch, Experiment, concatenate
 from holdfast.training.export.formats import formats
 from holdfast.training.export.parts import (
@@ -92,7 +93,15 @@ class PartChecks:
 
     def _answer(self) -> list[Mapping[str, Tensor]]:
         runs = eager_runs(self._experiment, self._champion_path)
-        return [self._assembled(runs, batch) for batch in self._batches()]
+        return self._all_assembled(runs)
+
+    def _all_assembled(self, runs: Mapping[str, Runner]) -> list[Mapping[str, Tensor]]:
+        answers = []
+        with preserved_generators():
+            for number, batch in enumerate(self._batches()):
+                seed_scoring(number)
+                answers.append(self._assembled(runs, batch))
+        return answers
 
     def _batches(self) -> list[Batch]:
         return list(evaluation_batches(self._experiment.dataset("test"), self._batch_size))
@@ -106,7 +115,7 @@ class PartChecks:
         report, wanted = ArtifactReport(name), self._wanted()
         try:
             runs = self._load_runs(form)
-            found = [self._assembled(runs, batch) for batch in self._batches()]
+            found = self._all_assembled(runs)
         except Exception as error:  # noqa: BLE001 - runtimes raise anything; each is a finding
             report.add("runtime", "test set", f"{type(error).__name__}: {str(error)[:300]}")
             return report

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.data.loader import evaluation_batches
+from holdfast.training.exactness.seeding import preserved_generators, seed_scoring
 from holdfast.training.experiment.model_call import call_form
 from holdfast.training.experiment.protocol import Experiment, Records, concatenate, example_inputs
 from holdfast.training.export.guard import GuardedModel
@@ -109,11 +110,15 @@ class Champion:
 def score_test_set(
     experiment: Experiment, interface: Interface, run: Runner, batch_size: int
 ) -> tuple[Records, list[list[Tensor]]]:
-    """Records of the whole test set, and the flat outputs of every batch."""
+    """Records of the whole test set, and the flat outputs of every batch.
+
+    What scoring draws is what it drew when the champion was evaluated.
+    """
     module = RunnerModule(run, interface)
     parts = []
-    with torch.no_grad():
-        for batch in evaluation_batches(experiment.dataset("test"), batch_size):
+    with preserved_generators(), torch.no_grad():
+        for number, batch in enumerate(evaluation_batches(experiment.dataset("test"), batch_size)):
+            seed_scoring(number)
             scored = experiment.score(module, batch)
             parts.append(as_arrays(scored))
     return concatenate(parts), module.seen

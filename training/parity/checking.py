@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from holdfast.training.configuration.loading import config_from_record, experiment_settings
+from holdfast.training.configuration.loading import config_from_record
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import CheckDiedError, ExportError
 from holdfast.training.exactness.reproducibility import child_environment, python_command
-from holdfast.training.exactness.seeding import derive_seed
-from holdfast.training.experiment.loading import build_experiment, load_experiment, settings_class
-from holdfast.training.experiment.protocol import Context, Experiment
+from holdfast.training.experiment.building import build_experiment
+from holdfast.training.experiment.loading import load_experiment
+from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.loop.experiment_state import restore_experiment
 from holdfast.training.parity.parity import ArtifactReport, Finding
 
@@ -47,6 +47,7 @@ class CheckRequest:
             ``assembly.py``; for latency, the artifacts of its parts, ``<part>.<format>``.
         folder: where the run's own program was started; the child is started there, too.
         state: the checkpoint whose experiment's own state is restored; None for none.
+        seeds: those of the run, by purpose.
     """
 
     experiment: str
@@ -59,6 +60,7 @@ class CheckRequest:
     parts: tuple[str, ...] = ()
     folder: str = "."
     state: str | None = None
+    seeds: dict[str, int] = field(default_factory=dict)
 
     def build_config(self) -> RunConfig:
         """The configuration as a value."""
@@ -66,13 +68,9 @@ class CheckRequest:
 
     def build_experiment(self) -> Experiment:
         """The experiment, built and restored as the run's own stages do it."""
-        config = self.build_config()
-        experiment_class = load_experiment(self.experiment)
-        settings = experiment_settings(settings_class(experiment_class), config)
-        seed = derive_seed(config.seed, "experiment")
         experiment = build_experiment(
-            experiment_class, Context(settings, config.data.folder, seed)
-        )  # fmt: skip
+            load_experiment(self.experiment), self.build_config(), self.seeds
+        )
         restore_experiment(experiment, Path(self.state) if self.state else None)
         return experiment
 

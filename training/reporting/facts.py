@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +12,7 @@ from typing import Any, Literal
 
 from holdfast.training.bundles.summary import artifact_rows, promotion_fields
 from holdfast.training.champion.candidate_plan import used_steps
+from holdfast.training.checkpointing.json_state import decode
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.loop.rate_trace import RateTrace
 from holdfast.training.reporting.figures import Figure
@@ -22,6 +25,7 @@ from holdfast.training.runs.directory import (
     parse_step,
     read_segments,
 )
+from holdfast.training.runs.durable_json import json_bytes, without_nan
 from holdfast.training.runs.ledger import Ledger, Life, ledger, lives
 from holdfast.training.runs.stored_json import (
     RECORD,
@@ -32,6 +36,9 @@ from holdfast.training.runs.stored_json import (
 )
 
 Metrics = Mapping[str, float | None]
+
+
+HISTORY_COLUMNS = ("epoch", "step", "train_loss", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,27 @@ def newest_state(run: RunDirectory) -> dict[str, Any]:
         if state:
             return state
     return {}
+
+
+def history_files(run: RunDirectory) -> dict[str, bytes]:
+    """Both files by name, from the newest checkpoint that can be resumed from.
+
+    One row for each epoch that has ended; ``nan`` and ``inf`` are written as text. Empty where no
+    epoch has ended yet.
+    """
+    rows = [_history_row(decode(entry, {})) for entry in newest_state(run).get("history", ())]
+    if not rows:
+        return {}
+    names = dict.fromkeys(name for row in rows for name in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return {"history.json": json_bytes(without_nan(rows)), "history.csv": text.getvalue().encode()}
+
+
+def _history_row(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{name: entry.get(name) for name in HISTORY_COLUMNS}, **entry["metrics"]}
 
 
 def _epoch(entry: Mapping[str, Any]) -> Epoch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from holdfast.training.champion.candidates import preempted
@@ -13,7 +14,7 @@ from holdfast.training.export.weights import load_champion
 from holdfast.training.loop.evaluation import evaluate
 from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.loop.train_step import resolve_device
-from holdfast.training.reporting.facts import RunFacts, read_facts
+from holdfast.training.reporting.facts import RunFacts, history_files, read_facts
 from holdfast.training.reporting.figures import Figure, experiment_figures
 from holdfast.training.reporting.page import page
 from holdfast.training.runs.fenced import publish_bytes
@@ -26,7 +27,7 @@ class _NoticeCameError(Exception):
 
 
 def run_report(stage: Stage) -> StageOutcome:
-    """Write ``report.html``; a page with the same content is left alone.
+    """Write ``report.html`` and the history beside it; what is there already is left alone.
 
     Of a run that has not come to its end the page tells what there is, and what is missing.
 
@@ -38,11 +39,13 @@ def run_report(stage: Stage) -> StageOutcome:
         facts = report_facts(stage)
     except _NoticeCameError:
         return preempted(stage)
-    content = page(facts).encode()
     path = stage.run.report_html
-    if not path.is_file() or path.read_bytes() != content:
+    files = {path.name: page(facts).encode(), **history_files(stage.run)}
+    changed = {name: content for name, content in files.items() if _is_other(path, name, content)}
+    if changed:
         with stage.writing() as lease:
-            publish_bytes(lease, path, content)
+            for name, content in changed.items():
+                publish_bytes(lease, path.with_name(name), content)
     stage.progress.emit("report", path=str(path))
     return StageOutcome("completed", 0)
 
@@ -74,3 +77,8 @@ def _figures(stage: Stage) -> Sequence[Figure]:
         return records
 
     return experiment_figures(stage.experiment, measure)
+
+
+def _is_other(report: Path, name: str, content: bytes) -> bool:
+    path = report.with_name(name)
+    return not path.is_file() or path.read_bytes() != content

@@ -96,6 +96,8 @@ class RunRecord(Record):
     """Of the experiment's code, as ``source_digest`` has it; None where there is no file."""
     versions: dict[str, str] = Field(default_factory=dict)
     num_threads: int | None = None
+    surroundings: dict[str, Any] = Field(default_factory=dict)
+    """Installed packages, memory, GPU, git commit: to look for reasons in. Never compared."""
     created_at: Moment
     folder: str | None = None
     """Where the program was started; what is relative in the record was relative to it."""

@@ -50,7 +50,7 @@ class Progress:
             line = json.dumps(without_nan({"event": event, **values}), allow_nan=False)
             print(line, file=self.stream or sys.stdout, flush=True)
         elif self.format == "text":
-            print(_as_text(event, values), file=self.stream or sys.stderr, flush=True)
+            print(as_text(event, values), file=self.stream or sys.stderr, flush=True)
 
     def is_due(self) -> bool:
         """Whether a ``progress`` event should be told; True at most once in ``every_s``."""
@@ -69,7 +69,8 @@ def silence_output() -> None:
     os.close(nowhere)
 
 
-def _as_text(event: str, values: dict[str, Json]) -> str:
+def as_text(event: str, values: Mapping[str, Json]) -> str:
+    """An event as a line for people."""
     parts = [
         f"{name}={shown(_short(value))}" for name, value in values.items() if value is not None
     ]

@@ -10,6 +10,7 @@ import click
 
 import holdfast
 from holdfast.flows.command_line.options import EXIT_CODES, POOL_OPTION
+from holdfast.flows.fleet.notification import notify
 from holdfast.flows.fleet.server import ServerUnreachableError, require_server
 from holdfast.flows.fleet.work_pools import ensure_pool
 from holdfast.tasks.preflight import store_path
@@ -31,6 +32,7 @@ repeated; an existing work pool is left as it is.
 Examples:
   export PREFECT_API_URL=http://127.0.0.1:4200/api
   holdfast deploy --store /mnt/runs
+  holdfast deploy --store /mnt/runs --notify-url https://hooks.slack.com/services/...
   holdfast deploy --pool spot --type kubernetes --store /store
   holdfast worker                                    # on each machine that trains
   prefect deployment run training-pipeline/on-demand --param experiment=digits
@@ -62,7 +64,13 @@ Examples:
     default=DEFINITIONS,
     help="Folder with prefect.yaml and pools/; the project's own unless named.",
 )
-def command(pool: str, kind: str, store: str, definitions: Path) -> int:
+@click.option(
+    "--notify-url",
+    envvar="HOLDFAST_NOTIFY_URL",
+    help='Webhook that the server calls with {"text": ...} when a run failed for good, is stuck, '
+    "was promoted or kept out.",
+)
+def command(pool: str, kind: str, store: str, definitions: Path, notify_url: str | None) -> int:
     """Deploy."""
     deployments = definitions / "prefect.yaml"
     if not deployments.is_file():
@@ -76,6 +84,9 @@ def command(pool: str, kind: str, store: str, definitions: Path) -> int:
     click.echo(f"work pool {pool} ({kind}): {'made' if is_new else 'is there'}")
     _prefect_deploy(deployments, pool, str(store_path(store)))
     click.echo("deployed: training-pipeline/on-demand, training-pipeline/nightly")
+    if notify_url is not None:
+        for name in notify(notify_url):
+            click.echo(f"automation {name}: calls the webhook")
     click.echo(f"start a worker on each machine: holdfast worker --pool {pool}")
     return 0
 

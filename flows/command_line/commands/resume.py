@@ -5,7 +5,12 @@ from __future__ import annotations
 import click
 
 from holdfast.flows.command_line.commands.run import run_job
-from holdfast.flows.command_line.options import JSON_OPTION, RUN_EXIT_CODES, STORE_OPTION
+from holdfast.flows.command_line.options import (
+    JSON_OPTION,
+    RUN_EXIT_CODES,
+    STORE_OPTION,
+    STRICT_OPTION,
+)
 from holdfast.flows.command_line.stores import find_run
 from holdfast.tasks.job import Job
 from holdfast.tasks.preflight import store_path
@@ -32,8 +37,11 @@ Examples:
 @click.argument("run")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="As in run.")
 @STORE_OPTION
+@STRICT_OPTION
 @JSON_OPTION
-def command(run: str, overrides: tuple[str, ...], store: str, is_json: bool) -> int:
+def command(
+    run: str, overrides: tuple[str, ...], store: str, is_strict: bool, is_json: bool
+) -> int:
     """Go on."""
     directory = find_run(store_path(store), run)
     job = Job(
@@ -42,5 +50,6 @@ def command(run: str, overrides: tuple[str, ...], store: str, is_json: bool) -> 
         run_id=directory.path.name,
         overrides=overrides,
         is_resume=True,
+        is_strict=is_strict,
     )
     return run_job(job, is_json=is_json)

@@ -16,7 +16,12 @@ from holdfast.flows.command_line.local_run import (
     resume_command,
     run_locally,
 )
-from holdfast.flows.command_line.options import JSON_OPTION, RUN_EXIT_CODES, STORE_OPTION
+from holdfast.flows.command_line.options import (
+    JSON_OPTION,
+    RUN_EXIT_CODES,
+    STORE_OPTION,
+    STRICT_OPTION,
+)
 from holdfast.flows.command_line.progress_view import open_view
 from holdfast.flows.command_line.stores import DEFAULT_STORE
 from holdfast.tasks.deathwatch import EXIT_PREEMPTED
@@ -67,6 +72,7 @@ Examples:
     show_default=True,
     help="Name of the run; the same name again resumes it.",
 )
+@STRICT_OPTION
 @JSON_OPTION
 def command(
     experiment: str,
@@ -74,6 +80,7 @@ def command(
     overrides: tuple[str, ...],
     store: str,
     run_id: str,
+    is_strict: bool,
     is_json: bool,
 ) -> int:
     """Start or go on."""
@@ -84,6 +91,7 @@ def command(
         run_id=fill_run_id(run_id, experiment=folder, start=datetime.now(UTC)),
         config_file=config_file.expanduser().absolute() if config_file else None,
         overrides=overrides,
+        is_strict=is_strict,
     )
     return run_job(job, is_json=is_json)
 
@@ -98,6 +106,7 @@ def run_job(job: Job, *, is_json: bool) -> int:
         "config_file": str(job.config_file) if job.config_file else None,
         "overrides": list(job.overrides),
         "is_resume": job.is_resume,
+        "is_strict": job.is_strict,
         "limits": {"grace_period_s": config.preemption.grace_period_s},
     }
     view = open_view(is_json=is_json)

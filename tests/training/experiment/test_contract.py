@@ -21,7 +21,7 @@ from holdfast.training.configuration.schema import (
 from holdfast.training.data.loader import Microbatch
 from holdfast.training.errors import ExperimentError
 from holdfast.training.experiment.protocol import Batch, Context, Records
-from holdfast.training.loop.evaluation import evaluate, evaluate_first_batch, metrics_of
+from holdfast.training.loop.evaluation import evaluate, metrics_of
 from holdfast.training.loop.optimization import Schedule, build_optimizer
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.train_step import TrainStep, gradient_scaler
@@ -69,9 +69,6 @@ def test_a_score_that_has_not_one_row_per_sample_is_refused(returned: Any, found
     with pytest.raises(ExperimentError, match=rf"Returning\.score must return .*{found}") as caught:
         scored(returned)
     assert "\n" not in str(caught.value)
-    subject = Returning(returned)
-    with pytest.raises(ExperimentError, match=found):
-        evaluate_first_batch(subject, subject.model(), subject.dataset("validation"), batch_size=40)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from holdfast.training.configuration.schema import Section
 from holdfast.training.errors import ExperimentError
 from holdfast.training.experiment.loading import (
-    build_experiment,
     default_values,
     experiment_name,
     load_experiment,
@@ -59,7 +59,8 @@ def test_a_file_outside_the_project_can_be_loaded_and_sees_its_neighbours(tmp_pa
     reference = write(tmp_path, "task.py", "from neighbour_of_mine import VALUE\n" + COMPLETE)
     found = load_experiment(f"{reference}:Mine")
     context = Context(seed=3)
-    assert build_experiment(found, context).context is context  # type: ignore[attr-defined]
+    build: Any = found
+    assert build(context).context is context
     assert load_experiment(f"{reference}:Mine") is found
     assert settings_class(found) is NoSettings
     assert default_values(found) == {}

@@ -189,3 +189,20 @@ def test_a_writer_that_lost_its_lease_changes_no_records(tmp_path: Path, lease: 
     with pytest.raises(LeaseLostError):
         RecordFile(path, {}, lease, every_s=0.0).offer([records_of(4)], is_last=True)
     assert not path.exists()
+
+
+class ByDerivative(Hard):
+    """Scores with the gradient of the model's output by its input."""
+
+    def score(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        with torch.enable_grad():
+            points = batch[0].clone().requires_grad_()
+            [slope] = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+        return {**super().score(model, batch), "slope": slope.norm(dim=1)}
+
+
+def test_validation_may_take_derivatives() -> None:
+    subject = ByDerivative(Context(settings=HardSettings()))
+    records = evaluate(subject, subject.model(), subject.dataset("validation"), batch_size=16)
+    assert records is not None
+    assert (records["slope"] > 0).all()

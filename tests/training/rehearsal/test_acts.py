@@ -1,0 +1,145 @@
+"""What a rehearsal finds, by name, and what it leaves alone."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from holdfast.training.rehearsal.acting import perform
+from holdfast.training.rehearsal.findings import Finding
+from holdfast.training.rehearsal.request import Depth, RehearsalRequest, read_told
+from holdfast.training.rehearsal.telling import Telling
+from tests.faults.campaign import HARD
+
+HERE = Path(__file__).with_name("rehearsed_experiments.py")
+
+
+def found(name: str, folder: Path, *overrides: str, depth: Depth = "step") -> list[Finding]:
+    """Findings of a rehearsal in this process."""
+    experiment = name if ":" in name else f"{HERE}:{name}"
+    request = RehearsalRequest(
+        experiment, str(folder), str(folder), 1, overrides=overrides, depth=depth
+    )
+    telling = Telling(request)
+    with ExitStack() as stack:
+        try:
+            perform(request, telling, stack)
+        except Exception as error:  # noqa: BLE001  # as the process does
+            telling.fail(error)
+    told = read_told(request.told)
+    return [Finding(**line["finding"]) for line in told if line["kind"] == "finding"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Plain", "Caches", "Remembers", "SetsItself", "DrawsGlobally", "ZeroAtFirst", HARD],
+)
+def test_what_a_resume_restores_is_not_complained_of(name: str, tmp_path: Path) -> None:
+    assert found(name, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("BufferLeftOut", "model.0.scale"),
+        ("OwnGenerator", "model.0.draws"),
+        ("CarriedState", "model.0.hidden"),
+        ("Counter", "experiment.num_calls"),
+        ("Adversary", "experiment.critic.bias"),
+        ("GlobalDraws", "global GLOBAL_GENERATOR"),
+        ("GlobalCount", "global GLOBAL_COUNTS['calls']"),
+        ("LateGenerator", "experiment.draws changed while training and is in no checkpoint"),
+        ("NewWeights", "the model was another one when it was built again: "),
+        ("DataDraws", "(data set.draws changed); a data set must not keep state"),
+        ("DataCounts", "(data set.num_fetched changed); a data set must not keep state"),
+    ],
+)
+def test_what_a_resume_loses_is_a_warning_that_names_it(
+    name: str, named: str, tmp_path: Path
+) -> None:
+    findings = found(name, tmp_path)
+    assert {finding.severity for finding in findings} == {"warning"}
+    assert any(named in finding.message for finding in findings), findings
+
+
+def test_nothing_is_promised_of_speed(tmp_path: Path) -> None:
+    findings = found("Counter", tmp_path, "train.mode=speed")
+    assert [finding.severity for finding in findings] == ["note"]
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "message"),
+    [
+        ("LateBuffer", "save and restore", "0.mean is [6] there, absent here; a resume builds"),
+        ("ExtraState", "weights alone", "keep the state in a buffer, not in get_extra_state()"),
+        ("HoldsASet", "two steps", "experiment/seen is a builtins.set"),
+        ("Forgetful", "save and restore", "state.json/experiment/num_calls differ; state_dict()"),
+        ("Nondeterministic", "two steps", "in loss): use another operator there, or"),
+        ("NondeterministicBackwards", "two steps", "or give exactness up with train.mode=speed"),
+        ("NondeterministicInLibrary", "two steps", f"({HERE}:"),
+        ("Empty", "data and model", "the split validation has no samples"),
+        ("OneLeft", "last batch", "has 1 samples, the others 8; leave the last batch"),
+        ("Unit", "validation", "resampling_unit = 'engine' must name a record"),
+    ],
+)
+def test_what_would_fail_later_is_an_error_with_the_way_out(
+    name: str, act: str, message: str, tmp_path: Path
+) -> None:
+    [finding] = found(name, tmp_path)
+    assert (finding.severity, finding.act) == ("error", act)
+    assert message in finding.message
+    assert "\n" not in finding.message
+
+
+def test_a_data_set_must_travel_to_loader_processes_where_there_are_some(tmp_path: Path) -> None:
+    for folder in (tmp_path / "with", tmp_path / "without"):
+        folder.mkdir()
+    [finding] = found("Unpicklable", tmp_path / "with", "data.num_workers=2")
+    assert "cannot be sent to a loader process" in finding.message
+    assert found("Unpicklable", tmp_path / "without") == []
+    assert found("Plain", tmp_path, "data.num_workers=2") == []
+
+
+def test_what_is_not_tried_is_told(tmp_path: Path) -> None:
+    [finding] = found("Plain", tmp_path, "train.should_compile=true")
+    assert finding == Finding(
+        "note", "data and model", "the model is compiled in the run alone, not here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("selection.metric=accuracy", "selection.mode=max or selection.mode=min"),
+        ("promotion.metric=accuracy", "promotion.metric = 'accuracy' is not a metric"),
+        ("checkpoint.keep_above={f1=0.5}", "checkpoint.keep_above = 'f1' is not a metric"),
+        ("preemption.grace_period_s=1e-9", "more than the preemption.grace_period_s=1e-09"),
+        ("data.batch_tokens=9", "data.batch_tokens = 9 needs a data set that knows"),
+        ("rehearsal.depths=step", "did you mean"),
+    ],
+)
+def test_the_configuration_is_held_against_the_experiment(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    [finding] = found("Plain", tmp_path, override)
+    assert message in finding.message
+
+
+@pytest.mark.parametrize(
+    ("name", "act", "message"),
+    [
+        ("ZeroAtFirst", "", ""),
+        ("ConstantOutput", "signature", "variation: output_1: is the same for all 24 test samples"),
+        ("Orthogonal", "export onnx", "No ONNX function found for <OpOverload(op='aten.linalg_m"),
+        ("Ragged", "signature", "different shapes, [(1,)] and [(2,)]: in an exported model only"),
+    ],
+)
+def test_exports_are_tried_from_weights_that_are_hardly_trained(
+    name: str, act: str, message: str, tmp_path: Path
+) -> None:
+    formats = 'export.formats=["weights", "onnx"]'
+    errors = found(name, tmp_path, formats, depth="export")
+    assert [(one.severity, one.act) for one in errors] == ([("error", act)] if act else [])
+    assert all(message in one.message for one in errors)

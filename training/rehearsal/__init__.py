@@ -1,0 +1,1 @@
+"""What is tried on throw-away objects, in a process of its own, before the first step."""
