@@ -84,7 +84,8 @@ def make(small: SmallRun, store: Path, scratch: Path) -> Path:
 def python(*arguments: str) -> None:
     """Run Python with one thread. Raises CalledProcessError, after its own words on stderr."""
     command = [sys.executable, "-P", *arguments]
-    subprocess.run(command, env=child_environment(1), stdout=subprocess.DEVNULL, check=True)
+    environment = {**child_environment(1), "HOLDFAST_REHEARSAL_DEPTH": "none"}
+    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
 
 
 def digests(run: Path) -> Mapping[str, str]:

@@ -33,7 +33,7 @@ SETTINGS = (
 )
 STOPPED_AT_STEP = 17
 KILLED_AT_STEP = 22
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HOLDFAST_REHEARSAL_DEPTH": "none"}
 
 
 def stage_command(module: str, stage: str, store: Path, run_id: str) -> list[str]:

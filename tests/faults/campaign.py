@@ -23,6 +23,8 @@ from holdfast.training.runs.paths import RunDirectory, parse_step
 
 HARD = f"{Path(__file__).with_name('hard_experiment.py')}:Hard"
 MAX_SEGMENTS = 60
+# Each training is a run of its own, and is killed where it trains.
+UNREHEARSED = {"HOLDFAST_REHEARSAL_DEPTH": "none"}
 SEGMENT_TIMEOUT_S = 240.0
 
 
@@ -57,7 +59,7 @@ class Training:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**child_environment(1), **(environment or {})},
+                env={**child_environment(1), **UNREHEARSED, **(environment or {})},
                 start_new_session=True,
             )
         )
