@@ -202,7 +202,7 @@ def _port_text(dtype: str, shape: Sequence[int | None]) -> str:
 
 
 def _has_onnx(bundle: Path) -> bool:
-    return "onnx" in consumer.read_manifest(bundle)["formats"]
+    return (bundle / OnnxFormat.path).is_file()
 
 
 def compare_bundles(
