@@ -30,6 +30,7 @@ from tests.flows.recovery import (
 pytestmark = pytest.mark.timeout(1800)
 
 
+@pytest.mark.slow
 def test_a_child_that_is_stopped_or_killed_goes_on_here(
     machines: Cluster, uninterrupted: RunDirectory
 ) -> None:

@@ -29,7 +29,9 @@ def choose(stage: Stage) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"
     torch.manual_seed(1)
-    save_file(stage.experiment.model().state_dict(), path)
+    # Not the seeded model() of a run: these weights are fit for int8, which not all are.
+    model = type(stage.experiment).model(stage.experiment)
+    save_file(model.state_dict(), path)
     write_json_durably(
         stage.run.evaluation_json,
         {

@@ -46,5 +46,11 @@ def test_packages_and_memory_are_known_and_json() -> None:
 
 
 def test_a_record_without_surroundings_is_read() -> None:
-    older = {"run_id": "a", "experiment": "b", "config": {}, "config_digest": "c"}
-    assert RunRecord.model_validate({**older, "created_at": "now"}).surroundings == {}
+    older: dict[str, object] = {
+        "run_id": "a",
+        "experiment": "b",
+        "config": {},
+        "config_digest": "c",
+    }
+    older["created_at"] = "2026-01-31T12:00:00Z"
+    assert RunRecord.model_validate({**older, "config": {}}).surroundings == {}

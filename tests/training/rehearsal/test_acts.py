@@ -32,9 +32,20 @@ def found(name: str, folder: Path, *overrides: str, depth: Depth = "step") -> li
     return [Finding(**line["finding"]) for line in told if line["kind"] == "finding"]
 
 
+RESTORED = (
+    "Plain",
+    "Caches",
+    "Remembers",
+    "SetsItself",
+    "DrawsGlobally",
+    "ZeroAtFirst",
+    "LateBuffer",
+)
+
+
 @pytest.mark.parametrize(
     "name",
-    ["Plain", "Caches", "Remembers", "SetsItself", "DrawsGlobally", "ZeroAtFirst", HARD],
+    [*RESTORED, HARD],
 )
 def test_what_a_resume_restores_is_not_complained_of(name: str, tmp_path: Path) -> None:
     assert found(name, tmp_path) == []
@@ -72,7 +83,6 @@ def test_nothing_is_promised_of_speed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "act", "message"),
     [
-        ("LateBuffer", "save and restore", "0.mean is [6] there, absent here; a resume builds"),
         ("ExtraState", "weights alone", "keep the state in a buffer, not in get_extra_state()"),
         ("HoldsASet", "two steps", "experiment/seen is a builtins.set"),
         ("Forgetful", "save and restore", "state.json/experiment/num_calls differ; state_dict()"),
@@ -80,7 +90,11 @@ def test_nothing_is_promised_of_speed(tmp_path: Path) -> None:
         ("NondeterministicBackwards", "two steps", "or give exactness up with train.mode=speed"),
         ("NondeterministicInLibrary", "two steps", f"({HERE}:"),
         ("Empty", "data and model", "the split validation has no samples"),
-        ("OneLeft", "last batch", "has 1 samples, the others 8; leave the last batch"),
+        (
+            "OneLeft",
+            "last batch",
+            "of one sample, and batch norm has no statistics of one",
+        ),
         ("Unit", "validation", "resampling_unit = 'engine' must name a record"),
     ],
 )
@@ -131,7 +145,7 @@ def test_the_configuration_is_held_against_the_experiment(
     ("name", "act", "message"),
     [
         ("ZeroAtFirst", "", ""),
-        ("ConstantOutput", "signature", "variation: output_1: is the same for all 24 test samples"),
+        ("ConstantOutput", "", ""),
         ("Orthogonal", "export onnx", "No ONNX function found for <OpOverload(op='aten.linalg_m"),
         ("Ragged", "signature", "different shapes, [(1,)] and [(2,)]: in an exported model only"),
     ],

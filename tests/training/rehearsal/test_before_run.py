@@ -51,6 +51,7 @@ def test_a_fit_experiment_is_rehearsed_and_nothing_is_left(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
     report = rehearse(asked("Slow", tmp_path, "rehearsal.max_s=25"))
     assert report is not None
