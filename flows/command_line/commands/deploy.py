@@ -96,6 +96,8 @@ def _prefect_deploy(deployments: Path, pool: str, store: str) -> None:
     argv += ["--prefect-file", str(deployments.absolute())]
     done = subprocess.run(
         argv,
+        # Prefect searches the folder that it stands in first, when it looks for the flow.
+        cwd=deployments.absolute().parent,
         env={**os.environ, "HOLDFAST_POOL": pool, "HOLDFAST_STORE": store},
         capture_output=True,
         text=True,
