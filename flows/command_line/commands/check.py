@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION, STRICT_OPTION
+from holdfast.flows.command_line.options import JSON_OPTION, SET_OPTION, STORE_OPTION, STRICT_OPTION
 from holdfast.flows.command_line.progress_view import ProgressView, open_view
 from holdfast.tasks.preflight import store_path
 from holdfast.training.configuration.loading import asked_num_threads
@@ -56,13 +56,7 @@ EXIT_CODES = (
 )
 @click.argument("experiment")
 @CONFIG_OPTION
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Override one configuration value; may be repeated.",
-)
+@SET_OPTION
 @STORE_OPTION
 @STRICT_OPTION
 @click.option(

@@ -19,6 +19,7 @@ from holdfast.flows.command_line.local_run import (
 from holdfast.flows.command_line.options import (
     JSON_OPTION,
     RUN_EXIT_CODES,
+    SET_OPTION,
     STORE_OPTION,
     STRICT_OPTION,
 )
@@ -58,13 +59,7 @@ Examples:
 )
 @click.argument("experiment")
 @CONFIG_OPTION
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Override one configuration value; may be repeated.",
-)
+@SET_OPTION
 @STORE_OPTION
 @click.option(
     "--run-id",
