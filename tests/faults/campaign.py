@@ -8,7 +8,6 @@ import queue
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +16,10 @@ from pathlib import Path
 
 from holdfast.training.checkpointing.manifest import read_manifest, verify
 from holdfast.training.checkpointing.policy import KeepTopK
-from holdfast.training.exactness.reproducibility import child_environment
+from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.paths import RunDirectory, parse_step
+from tests.warm_start import WarmProcess
 
 HARD = f"{Path(__file__).with_name('hard_experiment.py')}:Hard"
 MAX_SEGMENTS = 60
@@ -30,12 +30,16 @@ SEGMENT_TIMEOUT_S = 240.0
 
 @dataclass(frozen=True)
 class Training:
-    """A training that is to be killed: what to run, and where."""
+    """A training that is to be killed: what to run, and where.
+
+    ``is_cold`` starts Python anew for each of its segments, as users do; see ``WarmProcess``.
+    """
 
     store: Path
     run_id: str
     experiment: str = HARD
     overrides: tuple[str, ...] = ()
+    is_cold: bool = False
 
     @property
     def run(self) -> RunDirectory:
@@ -48,18 +52,20 @@ class Training:
         stage: str = "segment",
     ) -> Segment:
         """Start a stage as a process in a group of its own."""
-        command = [sys.executable, "-m", "holdfast.training", stage, "--progress", "jsonl"]
-        command += ["--experiment", self.experiment, "--store", str(self.store)]
-        command += ["--run-id", self.run_id, *arguments]
+        told = [stage, "--progress", "jsonl", "--experiment", self.experiment]
+        told += ["--store", str(self.store), "--run-id", self.run_id, *arguments]
         for override in self.overrides:
-            command += ["--set", override]
+            told += ["--set", override]
+        surroundings = {**child_environment(1), **UNREHEARSED, **(environment or {})}
+        if not self.is_cold:
+            return Segment(WarmProcess(told, surroundings))
         return Segment(
             subprocess.Popen(
-                command,
+                python_command("holdfast.training", *told),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**child_environment(1), **UNREHEARSED, **(environment or {})},
+                env=surroundings,
                 start_new_session=True,
             )
         )
@@ -69,7 +75,7 @@ class Training:
 class Segment:
     """A running segment whose events are read while it works."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | WarmProcess
     events: list[dict[str, object]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     _queue: queue.Queue[dict[str, object] | None] = field(default_factory=queue.Queue)

@@ -33,7 +33,7 @@ def campaign(seed: int, folder: Path, num_kills: int, calm: dict[str, bytes]) ->
     rng = random.Random(seed)
     overrides = (f"checkpoint.every_steps={rng.randint(2, 9)}",)
     overrides += (f"data.num_workers={rng.choice([0, 2])}",)
-    training = Training(folder, f"seed-{seed}", overrides=overrides)
+    training = Training(folder, f"seed-{seed}", overrides=overrides, is_cold=True)
     try:
         deeds = kill_until_complete(training, rng, num_kills, 0.6, POINTS)
     except AssertionError as error:
@@ -53,7 +53,7 @@ def main() -> int:
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="holdfast-chaos-") as name:
         folder = Path(name)
-        calm_training = Training(folder, "calm")
+        calm_training = Training(folder, "calm", is_cold=True)
         complete(calm_training)
         calm = final_state(calm_training.run)
         with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -28,7 +28,7 @@ def test_a_notice_in_the_first_moment_is_answered_also_across_the_new_start(
     tmp_path: Path,
 ) -> None:
     # An environment that is not right makes the program start anew.
-    segment = Training(tmp_path, "early").start({"OMP_DYNAMIC": "TRUE"})
+    segment = Training(tmp_path, "early", is_cold=True).start({"OMP_DYNAMIC": "TRUE"})
     wait_until_held(segment.process.pid)
     segment.kill(signal.SIGTERM)
     assert segment.finish() == 75
