@@ -103,6 +103,7 @@ class Export:
         }
         facts = self._facts(*interfaces, reports, measured)
         manifest = complete_bundle(self.staging, facts, self.scratch)
+        require_own_proof(self.staging, self.stage.config.export.timeout_s)
         self.lease.check()
         publish(self.staging, self.stage.run.bundle)
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -325,6 +326,24 @@ def refuse_findings(reports: Mapping[str, Any]) -> None:
             f"the exports are not the champion, nothing was published: "
             f"{'; '.join(findings[:MAX_SHOWN])}{more}"
         )
+
+
+def require_own_proof(bundle: Path, timeout_s: float) -> None:
+    """Make sure that a bundle passes its own verify.py. Raises ParityError.
+
+    int8 that is fit for the task may still be further from the champion than its golden samples
+    allow, and whoever pulls it would be told that it is broken.
+    """
+    try:
+        consumer.proof(bundle, timeout_s)
+    except consumer.RefusedBundleError as error:
+        way_out = (
+            "leave onnx_int8 out of export.formats" if consumer.INT8_MODEL in str(error) else ""
+        )
+        raise ParityError(
+            f"the bundle does not pass its own verify.py, nothing was published: {error}"
+            f"{way_out and f'; {way_out}'}"
+        ) from error
 
 
 def full_checkpoint_bytes(checkpoints: Path) -> int | None:

@@ -232,6 +232,15 @@ def test_predicts_every_kind_of_file(bundle: Path, tmp_path: Path, kind: str) ->
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
+def test_a_bundle_that_its_own_verify_would_refuse_is_not_published(tmp_path: Path) -> None:
+    formats = 'export.formats=["onnx_int8"]'
+    with prepared_stage(arguments(tmp_path, formats)) as stage:
+        choose(stage, is_fit_for_int8=False)
+        with pytest.raises(ParityError, match=r"tolerance 0.25; leave onnx_int8 out of export"):
+            run_export(stage)
+        assert not stage.run.bundle.exists()
+
+
 def test_a_wrong_input_says_what_is_expected(bundle: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.csv"
     source.write_text("a,b\n1,2\n")

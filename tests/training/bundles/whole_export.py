@@ -23,14 +23,15 @@ OVERRIDES = (
 )
 
 
-def choose(stage: Stage) -> Path:
+def choose(stage: Stage, is_fit_for_int8: bool = True) -> Path:
     """What the evaluation leaves: a candidate, and its row as the champion."""
     folder = stage.run.candidates / "best"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"
     torch.manual_seed(1)
-    # Not the seeded model() of a run: these weights are fit for int8, which not all are.
-    model = type(stage.experiment).model(stage.experiment)
+    # The seeded model() of a run is one of those that int8 takes far away.
+    seeded = stage.experiment.model
+    model = type(stage.experiment).model(stage.experiment) if is_fit_for_int8 else seeded()
     save_file(model.state_dict(), path)
     write_json_durably(
         stage.run.evaluation_json,
