@@ -43,6 +43,7 @@ class RunSummary:
         promotion: whether it became the champion of its name, and why.
         ledger_s: seconds by what they went to, over all segments, as ``ledger.py`` has them.
         goodput: useful training time divided by all time that was paid for.
+        num_repeated_steps: steps that a later segment did again, as far as records tell.
         error: why the last segment failed.
     """
 
@@ -60,6 +61,7 @@ class RunSummary:
     promotion: str | None
     ledger_s: dict[str, float]
     goodput: float | None
+    num_repeated_steps: int
     bundle: str | None
     report: str | None
     error: str | None
@@ -99,6 +101,7 @@ def summarize(run: RunDirectory) -> RunSummary:
             if name.endswith("_s")
         },
         goodput=account.goodput if account.paid_s > 0 else None,
+        num_repeated_steps=account.num_recomputed_steps,
         bundle=str(run.bundle) if run.bundle.is_dir() else None,
         report=str(run.report_html) if run.report_html.is_file() else None,
         error=segments[-1].error.message if segments and segments[-1].error else None,

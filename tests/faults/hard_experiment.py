@@ -146,3 +146,13 @@ class Hard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._num_calls = state["num_calls"]
         self._loss_scale = state["loss_scale"]
+
+
+class Forgetful(Hard):
+    """Without the state that it needs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.training.runs.faultpoints import FAULT_POINTS
+from holdfast.training.runs.losses import compare_losses
 from tests.faults.campaign import (
     Training,
     complete,
@@ -36,6 +37,7 @@ def test_random_kills_do_not_change_a_byte(
     deeds = kill_until_complete(training, random.Random(seed), 4, longest_life_s=1.5)
     assert len(deeds) > 1, "the run completed before anything was killed"
     assert differences(calm, final_state(training.run)) == []
+    assert compare_losses(training.run).num_different == 0
 
 
 def test_kills_within_commits_do_not_change_a_byte(tmp_path: Path, calm: dict[str, bytes]) -> None:
@@ -78,6 +80,27 @@ def test_kills_of_other_arithmetic_do_not_change_a_byte(
     assert kill_at_fault_point(killed, "commit.after-rename", 2)
     complete(killed)
     assert differences(final_state(calm.run), final_state(killed.run)) == []
+
+
+def test_a_training_that_is_not_exact_is_told_at_the_first_step_that_is_done_twice(
+    tmp_path: Path,
+) -> None:
+    # The experiment counts its calls, and here does not keep the count.
+    experiment = f"{Path(__file__).with_name('hard_experiment.py')}:Forgetful"
+    often = (*OFTEN, "logging.every_s=0.0001")
+    training = Training(tmp_path, "one", experiment, often)
+    assert kill_at_fault_point(training, "save.before-snapshot", 2)
+    found = complete(training)
+    told = [line for line in found.errors if "was done again in segment 2" in line]
+    assert len(told) == 1
+    assert told[0].startswith("WARNING: step 6 ")
+    assert compare_losses(training.run).num_different == 5
+
+    strict = Training(tmp_path, "strict", experiment, often)
+    assert kill_at_fault_point(strict, "save.before-snapshot", 2)
+    segment = strict.start(arguments=["--strict"])
+    assert segment.finish() == 2
+    assert "--strict makes this warning an error" in segment.errors[-1]
 
 
 def test_finishing_again_changes_nothing(tmp_path: Path) -> None:

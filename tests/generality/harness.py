@@ -9,6 +9,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from holdfast.training.runs.losses import compare_losses
 from holdfast.training.runs.paths import RunDirectory
 from tests.faults.campaign import Segment, Training, complete, differences, final_state
 
@@ -37,6 +38,9 @@ def assert_exact(
         stop_after(stopped, number, step)
     complete(stopped)
     assert differences(final_state(calm.run), final_state(stopped.run)) == []
+    compared = compare_losses(stopped.run)
+    assert compared.num_different == 0
+    assert compared.num_compared > 0 or signal.SIGKILL not in dict(stops)
     return calm.run
 
 

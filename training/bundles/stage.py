@@ -39,6 +39,7 @@ from holdfast.training.parity.checking import Action, CheckRequest, check_in_fre
 from holdfast.training.runs.directory import RunDirectory, utc_now
 from holdfast.training.runs.durable_json import FULL_ERRNOS
 from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.losses import compare_losses
 from holdfast.training.runs.stored_json import Kinds, read_json, required_fields
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
 
@@ -100,6 +101,7 @@ class Export:
             "export_s": round(time.monotonic() - start_s, 2),
             "full_checkpoint_bytes": full_checkpoint_bytes(self.stage.run.checkpoints),
             "latency": latency,
+            "losses": compare_losses(self.stage.run).as_json(),
         }
         facts = self._facts(*interfaces, reports, measured)
         manifest = complete_bundle(self.staging, facts, self.scratch)

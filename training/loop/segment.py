@@ -29,6 +29,7 @@ from holdfast.training.exactness.reproducibility import compile_statically
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.experiment.protocol import Dataset
+from holdfast.training.loop.loss_record import LossRecord
 from holdfast.training.loop.optimization import Schedule, build_optimizer
 from holdfast.training.loop.revalidation import repeat_validation
 from holdfast.training.loop.saving import Saver
@@ -80,8 +81,19 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
     keeper.begin(start_step)
     stage.progress.emit("started", step=start_step, segment=keeper.number)
     saver = build_saver(stage, trainer, manager)
-    with saver.settled_on_error(), _event_log(stage, keeper.number, start_step):
-        ended = trainer.fit(saver, on_step=keeper.advance)
+    with (
+        saver.settled_on_error(),
+        _event_log(stage, keeper.number, start_step),
+        closing(
+            LossRecord(stage.run, keeper.number, start_step, stage.config.logging.every_s)
+        ) as losses,
+    ):
+
+        def after_step(step: int) -> None:
+            losses.add(trainer.train_step.last_loss)
+            keeper.advance(step)
+
+        ended = trainer.fit(saver, on_step=after_step)
     keeper.end(ended.outcome, ended.step, ended.notice, manager.save_s())
     exit_code = EXIT_PREEMPTED if ended.outcome == "preempted" else 0
     notice = None if ended.notice is None else ended.notice.as_record(time.monotonic())

@@ -27,6 +27,7 @@ from holdfast.training.runs.directory import (
 )
 from holdfast.training.runs.durable_json import json_bytes, without_nan
 from holdfast.training.runs.ledger import Ledger, Life, ledger, lives
+from holdfast.training.runs.losses import ComparedLosses, compare_losses
 from holdfast.training.runs.stored_json import (
     RECORD,
     STATE,
@@ -107,6 +108,7 @@ class RunFacts:
     config: RunConfig
     segments: tuple[SegmentFacts, ...] = ()
     ledger: Ledger = field(default_factory=lambda: ledger([]))
+    losses: ComparedLosses = field(default_factory=ComparedLosses)
     history: tuple[Epoch, ...] = ()
     rates: tuple[tuple[int, float], ...] = ()
     candidates: tuple[CandidateFacts, ...] = ()
@@ -153,6 +155,7 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
             for one, life in zip(records, lives(records), strict=True)
         ),
         ledger=ledger(records),
+        losses=compare_losses(run),
         history=history,
         rates=rates,
         candidates=candidates,

@@ -17,7 +17,7 @@ from holdfast.training.reporting.markup import (
     table,
     text,
 )
-from holdfast.training.reporting.wording import duration, percent, plural
+from holdfast.training.reporting.wording import duration, percent
 from holdfast.training.runs.ledger import Ledger
 
 KINDS = {
@@ -37,7 +37,7 @@ def time_section(facts: RunFacts) -> Html:
     found = facts.ledger
     lead = (
         f"Goodput {percent(found.goodput)}: useful time divided by the time in which a segment "
-        f"lived. {plural(found.num_recomputed_steps, 'step')} were done twice."
+        f"lived. {facts.losses.told(found.num_recomputed_steps).capitalize()}."
     )
     charts = element("div", joined([_progress(facts), _spent_table(found)]), "charts")
     content = Html(_bar(found) + charts + _segments(facts.segments))

@@ -90,6 +90,11 @@ class RunDirectory:
         """Folder with the output of the segments."""
         return self.path / "logs"
 
+    @property
+    def losses(self) -> Path:
+        """Folder with the losses of the segments' steps."""
+        return self.path / "losses"
+
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of a step."""
         return self.checkpoints / f"step-{step:08d}"

@@ -13,6 +13,7 @@ from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import RunSummary, summarize
 from holdfast.training.errors import HoldfastError
 from holdfast.training.runs.directory import RunDirectory
+from holdfast.training.runs.losses import ComparedLosses, compare_losses
 from holdfast.training.runs.shown_text import shown
 
 HELP = """Show the runs of a store, or one run with all that is known of it.
@@ -35,8 +36,10 @@ def command(run: str | None, store: str, is_json: bool) -> None:
     """Show."""
     folder = store_path(store)
     if run is not None:
-        summary = summarize(find_run(folder, run))
-        click.echo(json.dumps(summary.as_json(), indent=2) if is_json else _page(summary))
+        found = find_run(folder, run)
+        summary, losses = summarize(found), compare_losses(found)
+        whole = {**summary.as_json(), "losses": losses.as_json()}
+        click.echo(json.dumps(whole, indent=2) if is_json else _page(summary, losses))
         return
     rows = [_row(found) for found in find_runs(folder)]
     if is_json:
@@ -78,7 +81,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             click.echo(shown(f"{row['name']}: {row['error']}"), err=True)
 
 
-def _page(summary: RunSummary) -> str:
+def _page(summary: RunSummary, losses: ComparedLosses) -> str:
     told: dict[str, Any] = {
         "run": summary.name,
         "state": summary.state,
@@ -94,6 +97,7 @@ def _page(summary: RunSummary) -> str:
         "promotion": summary.promotion,
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in summary.ledger_s.items()),
         "goodput": f"{summary.goodput:.0%}" if summary.goodput is not None else None,
+        "losses": losses.told(summary.num_repeated_steps),
         "bundle": summary.bundle,
         "report": summary.report,
         "last error": summary.error,
