@@ -1,6 +1,7 @@
 # make setup   build .venv from pinned dependencies
 # make run     set up and train the digits example to its bundle
 # make test    lint, types, tests
+# make slow    the tests that take minutes; FILES=tests/flows for some of them
 # make docs    the site, into build/docs
 # make wheel   build the wheel, and try it in a fresh environment of ENVIRONMENT's Python
 # make bench   the benchmarks that take minutes; DATA=folder with real data
@@ -9,11 +10,12 @@
 
 PYTHON ?= python3
 KILLS ?= 50
+FILES ?= tests
 ENVIRONMENT ?= .venv
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup run test lint docs wheel bench chaos digests clean
+.PHONY: setup run test slow lint docs wheel bench chaos digests clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -27,6 +29,9 @@ run: setup
 
 test: lint
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10 -r s
+
+slow: setup
+	$(BIN)/pytest -m slow --numprocesses auto --dist loadfile --durations 10 -r s $(FILES)
 
 lint: setup
 	$(BIN)/ruff format --check .

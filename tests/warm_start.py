@@ -17,7 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 from holdfast.training.exactness.reproducibility import child_environment, python_command
@@ -62,6 +64,14 @@ class WarmProcess:
             time.sleep(_POLL_S)
         self._told.close()
         return code
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Wait for the end, and close the streams. What was written to them: output, errors."""
+        with ThreadPoolExecutor(1) as reading, self.stdout, self.stderr:
+            out = reading.submit(self.stdout.read)
+            errors = self.stderr.read()
+            self.wait(timeout)
+            return out.result(), errors
 
 
 @cache
@@ -135,8 +145,10 @@ def _run(asked: Mapping[str, object]) -> None:
 
 
 def _import() -> None:
-    import torch._dynamo  # noqa: F401  # what training imports at its first step
-
+    # What training and exports import when they need it.
+    for name in ("onnxscript", "torch._dynamo", "torch.onnx"):  # onnxruntime starts threads
+        import_module(name)
+    import holdfast.training.bundles.stage
     import holdfast.training.champion.candidates
     import holdfast.training.champion.selection
     import holdfast.training.experiments

@@ -29,7 +29,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return final_state(training.run)
 
 
-@pytest.mark.parametrize(("seed", "num_workers"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("seed", "num_workers"), [(1, 0), pytest.param(2, 2, marks=pytest.mark.slow)]
+)
 def test_random_kills_do_not_change_a_byte(
     tmp_path: Path, calm: dict[str, bytes], seed: int, num_workers: int
 ) -> None:

@@ -51,12 +51,14 @@ def test_a_child_that_is_stopped_or_killed_goes_on_here(
     assert_same_bytes(run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_spot_notice_hands_the_run_to_another_worker(
     machines: Cluster, uninterrupted: RunDirectory
 ) -> None:
     hand_over_at_a_notice(machines, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_machine_that_vanishes_is_missed_and_replaced(
     machines: Cluster, uninterrupted: RunDirectory
 ) -> None:

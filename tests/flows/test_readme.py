@@ -37,6 +37,7 @@ def test_every_block_of_commands_is_tested() -> None:
     assert "make run" in untested[0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_to_its_bundle_and_the_bundle_elsewhere(tmp_path: Path) -> None:
     told = run_as_printed(tmp_path, "run", "pull", timeout_s=880)

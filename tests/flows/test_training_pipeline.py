@@ -19,6 +19,7 @@ from holdfast.training.runs.directory import RunDirectory, read_segments
 from tests.flows.prefect_server import environment, wait_until
 
 SETTINGS = ("--set", "train.num_epochs=60", "--set", "train.num_threads=1")
+SETTINGS += ("--set", 'export.formats=["weights","onnx"]', "--set", "export.num_latency_runs=10")
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 

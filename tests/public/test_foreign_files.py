@@ -160,6 +160,7 @@ def test_without_the_flag_our_files_come_first_as_well(project: Path) -> None:
     run(project, *segment(project, "my_task.py:Mine", "unflagged"))
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline_runs_in_such_a_project(project: Path) -> None:
     command = [str(PROGRAMS / "holdfast"), "run", "my_task.py:Mine", "--run-id", "whole"]
     told = run(project, *command, "--set", "ema.decays=[]")
@@ -198,6 +199,7 @@ def hostile_bundle(project: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:2]))
 def test_no_command_runs_what_lies_in_a_bundle(
     project: Path, hostile_bundle: Path, command: tuple[str, ...]
@@ -209,6 +211,7 @@ def test_no_command_runs_what_lies_in_a_bundle(
     run(hostile_bundle, str(PROGRAMS / "holdfast"), *command, *where, code=code)
 
 
+@pytest.mark.slow
 def test_the_doctor_runs_nothing_of_it_either(hostile_bundle: Path, tmp_path: Path) -> None:
     subprocess.run(
         [PROGRAMS / "holdfast", "doctor", "--store", tmp_path], cwd=hostile_bundle, check=False

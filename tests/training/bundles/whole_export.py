@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from holdfast.training.bundles import consumer
+from holdfast.training.exactness.reproducibility import child_environment
 from holdfast.training.runs.durable_json import write_json_durably
 from holdfast.training.stage import Stage, StageArguments, prepared_stage
+from tests.warm_start import WarmProcess
 
 REFERENCE = f"{Path(__file__).parents[1] / 'export' / 'export_experiments.py'}:Pictures"
 FORMATS = '["weights","onnx","torchscript","exported_program","onnx_int8"]'
+TIMEOUT_S = 240.0
 OVERRIDES = (
     f"export.formats={FORMATS}",
     "export.num_latency_runs=10",
@@ -62,13 +62,8 @@ def export(store: Path) -> Path:
     with prepared_stage(arguments(store)) as stage:
         choose(stage)
     words = [word for override in OVERRIDES for word in ("--set", override)]
-    command = [sys.executable, "-m", "holdfast.training", "export", "--experiment", REFERENCE]
-    done = subprocess.run(
-        [*command, "--store", str(store), "--run-id", "first", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["export", "--experiment", REFERENCE, "--store", str(store), "--run-id", "first"]
+    process = WarmProcess([*command, *words], child_environment(1))
+    _, errors = process.communicate(TIMEOUT_S)
+    assert process.returncode == 0, errors
     return stage.run.bundle

@@ -8,8 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +34,7 @@ from holdfast.training.loop.segment import run_segment
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.stage import Stage, StageArguments, prepared_stage
 from tests.training.champion.watched_experiment import DEED, LOG
+from tests.warm_start import WarmProcess
 
 REFERENCE = f"{Path(__file__).with_name('watched_experiment.py')}:Watched"
 NAME = "watched_experiment.Watched"
@@ -292,20 +291,18 @@ class Life:
     errors: str
 
 
-def start(store: Path, log: Path, deed: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "holdfast.training", "evaluate", "--experiment", REFERENCE]
-    command += ["--store", str(store), "--run-id", "first", "--progress", "none"]
+def start(store: Path, log: Path, deed: str = "") -> WarmProcess:
+    command = ["evaluate", "--experiment", REFERENCE, "--store", str(store), "--run-id", "first"]
     environment = {**child_environment(1), LOG: str(log), DEED: deed or "none none 0"}
     log.write_text("")
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
+    return WarmProcess([*command, "--progress", "none"], environment)
 
 
 def live(store: Path, log: Path, deed: str = "") -> Life:
     """Run the stage until it ends; ``deed`` is what ends it."""
-    with start(store, log, deed) as process:
-        _, errors = process.communicate(timeout=TIMEOUT_S)
+    process = start(store, log, deed)
+    _, errors = process.communicate(TIMEOUT_S)
+    assert process.returncode is not None
     return Life(process.returncode, calls(log), errors)
 
 
@@ -379,7 +376,7 @@ def test_kills_at_random_moments_change_no_byte(
         time.sleep(rng.uniform(0, 0.5))
         if process.poll() is None:
             os.kill(process.pid, rng.choice([signal.SIGTERM, signal.SIGKILL]))
-        process.communicate(timeout=TIMEOUT_S)
+        process.communicate(TIMEOUT_S)
     life = live(store, log)
     assert life.code == 0, life.errors
     assert (store / NAME / "first/evaluation.json").read_bytes() == calm
