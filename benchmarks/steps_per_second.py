@@ -21,9 +21,9 @@ from interleaving import interleaved, markdown_table, median_ratio
 
 from holdfast.training.checkpointing.manager import CheckpointManager
 from holdfast.training.loop.evaluation import move
-from holdfast.training.loop.optimization import build_optimizer
 from holdfast.training.loop.segment import build_manager, build_saver, build_trainer
 from holdfast.training.loop.trainer import Trainer
+from holdfast.training.optimizers.schedule import build_optimizer
 from holdfast.training.runs.costs import Costs
 from holdfast.training.stage import Stage, StageArguments, prepared_stage
 

@@ -34,8 +34,8 @@ from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.experiment.model_call import call_form
 from holdfast.training.loop.evaluation import evaluate, metrics_of
 from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
-from holdfast.training.loop.optimization import named_metric
 from holdfast.training.loop.train_step import resolve_device
+from holdfast.training.optimizers.schedule import named_metric
 from holdfast.training.runs.durable_json import storage_error, sync_folder
 from holdfast.training.runs.durable_json import write_json_durably as write_json
 from holdfast.training.runs.fenced import publish_json, take_away

@@ -42,9 +42,9 @@ from holdfast.training.exactness.seeding import derive_seed, seed_generators
 from holdfast.training.experiment.protocol import Dataset, Records
 from holdfast.training.loop.evaluation import evaluate, metrics_of
 from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
-from holdfast.training.loop.optimization import named_metric
 from holdfast.training.loop.record_file import RecordFile
 from holdfast.training.loop.train_step import resolve_device
+from holdfast.training.optimizers.schedule import named_metric
 from holdfast.training.runs.fenced import publish_json
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.stored_json import (

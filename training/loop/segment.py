@@ -30,7 +30,6 @@ from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.experiment.protocol import Dataset
 from holdfast.training.loop.loss_record import LossRecord
-from holdfast.training.loop.optimization import Schedule, build_optimizer
 from holdfast.training.loop.revalidation import repeat_validation
 from holdfast.training.loop.saving import Saver
 from holdfast.training.loop.segment_record import RecordKeeper
@@ -38,6 +37,7 @@ from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.state_validation import validate_state
 from holdfast.training.loop.train_step import TrainStep, gradient_scaler, resolve_device
 from holdfast.training.loop.trainer import Trainer
+from holdfast.training.optimizers.schedule import Schedule, build_optimizer
 from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.directory import read_segments, run_identity
 from holdfast.training.runs.event_log import check_event_log, event_file, told_to_event_file

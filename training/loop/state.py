@@ -24,12 +24,12 @@ from holdfast.training.configuration.schema import Json
 from holdfast.training.exactness.seeding import capture_generators, restore_generators
 from holdfast.training.loop.early_stopping import EarlyStopping
 from holdfast.training.loop.experiment_state import Stateful
-from holdfast.training.loop.optimization import Schedule
-from holdfast.training.loop.optimizer_state import (
+from holdfast.training.optimizers.optimizer_state import (
     CapturedOptimizer,
     capture_optimizer,
     restore_optimizer,
 )
+from holdfast.training.optimizers.schedule import Schedule
 
 
 @dataclass(frozen=True)

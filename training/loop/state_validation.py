@@ -13,8 +13,8 @@ from holdfast.training.checkpointing.loading import RestoredCheckpoint
 from holdfast.training.errors import CheckpointCorruptError, DataFormatError
 from holdfast.training.exactness.seeding import generator_problem
 from holdfast.training.loop.early_stopping import EarlyStopping
-from holdfast.training.loop.rate_trace import RateTrace
 from holdfast.training.loop.state import Counters, EpochRecord
+from holdfast.training.optimizers.rate_trace import RateTrace
 from holdfast.training.runs.stored_json import Kinds, required_fields, shape_expected
 
 PARTS: Kinds = {

@@ -20,8 +20,8 @@ from holdfast.training.experiment.error_places import error_place
 from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.loop.evaluation import move
 from holdfast.training.loop.memory import memory_errors_told
-from holdfast.training.loop.optimizer_state import join_optimizer
 from holdfast.training.loop.state import TrainState
+from holdfast.training.optimizers.optimizer_state import join_optimizer
 
 logger = logging.getLogger(__name__)
 

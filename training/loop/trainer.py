@@ -15,10 +15,10 @@ from holdfast.training.data.loader import BatchPlan, Loader, Microbatch
 from holdfast.training.experiment.protocol import Dataset, Experiment
 from holdfast.training.loop.early_stopping import EarlyStopping
 from holdfast.training.loop.evaluation import evaluate, metrics_of
-from holdfast.training.loop.optimization import named_metric
 from holdfast.training.loop.saving import Saver
 from holdfast.training.loop.state import Counters, EpochRecord, TrainState
 from holdfast.training.loop.train_step import TrainStep
+from holdfast.training.optimizers.schedule import named_metric
 from holdfast.training.preemption.notices import Notice, PreemptionMonitor, reclaim_signals
 from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.progress import Progress

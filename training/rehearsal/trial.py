@@ -24,9 +24,9 @@ from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.experiment.building import build_experiment
 from holdfast.training.experiment.loading import load_experiment
 from holdfast.training.loop.evaluation import evaluate, metrics_of
-from holdfast.training.loop.optimization import named_metric
 from holdfast.training.loop.segment import build_trainer
 from holdfast.training.loop.trainer import Trainer
+from holdfast.training.optimizers.schedule import named_metric
 from holdfast.training.rehearsal.captured import capture, differing, shown
 from holdfast.training.rehearsal.cost import checkpoint_cost, cost_findings
 from holdfast.training.rehearsal.few_rows import FewRows, require_picklable

@@ -14,7 +14,7 @@ from holdfast.training.bundles.summary import artifact_rows, promotion_fields
 from holdfast.training.champion.candidate_plan import used_steps
 from holdfast.training.checkpointing.json_state import decode
 from holdfast.training.configuration.schema import RunConfig
-from holdfast.training.loop.rate_trace import RateTrace
+from holdfast.training.optimizers.rate_trace import RateTrace
 from holdfast.training.reporting.figures import Figure
 from holdfast.training.runs.directory import (
     LedgerOutcome,

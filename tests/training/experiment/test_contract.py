@@ -22,9 +22,9 @@ from holdfast.training.data.loader import Microbatch
 from holdfast.training.errors import ExperimentError
 from holdfast.training.experiment.protocol import Batch, Context, Records
 from holdfast.training.loop.evaluation import evaluate, metrics_of
-from holdfast.training.loop.optimization import Schedule, build_optimizer
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.train_step import TrainStep, gradient_scaler
+from holdfast.training.optimizers.schedule import Schedule, build_optimizer
 from tests.faults.hard_experiment import Hard, HardSettings
 
 

@@ -23,8 +23,8 @@ from holdfast.training.configuration.schema import (
     WarmupConfig,
 )
 from holdfast.training.errors import CheckpointMismatchError
-from holdfast.training.loop.optimization import Schedule, build_optimizer
 from holdfast.training.loop.state import TrainState
+from holdfast.training.optimizers.schedule import Schedule, build_optimizer
 
 
 class Changing(nn.Module):
@@ -94,7 +94,7 @@ def state_of(build: Callable[[], nn.Module]) -> TrainState:
 
 
 def advance(state: TrainState, first: int, end: int) -> None:
-    from holdfast.training.loop.optimizer_state import join_optimizer
+    from holdfast.training.optimizers.optimizer_state import join_optimizer
 
     for step in range(first, end):
         inputs = torch.randn(27, 3, generator=torch.Generator().manual_seed(step))

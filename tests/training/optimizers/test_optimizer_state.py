@@ -15,13 +15,13 @@ from holdfast.training.checkpointing.json_state import Tensors
 from holdfast.training.checkpointing.layouts import unusual_strides
 from holdfast.training.configuration.schema import OptimizerConfig
 from holdfast.training.errors import CheckpointMismatchError, UnsupportedStateError
-from holdfast.training.loop.optimization import build_optimizer
-from holdfast.training.loop.optimizer_state import (
+from holdfast.training.optimizers.optimizer_state import (
     CapturedOptimizer,
     capture_optimizer,
     join_optimizer,
     restore_optimizer,
 )
+from holdfast.training.optimizers.schedule import build_optimizer
 
 Build = Callable[[], nn.Module]
 

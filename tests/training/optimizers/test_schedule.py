@@ -9,13 +9,13 @@ from torch import nn
 
 from holdfast.training.configuration.schema import OptimizerConfig, SchedulerConfig, WarmupConfig
 from holdfast.training.errors import ConfigError, ExperimentError
-from holdfast.training.loop.optimization import (
+from holdfast.training.optimizers.optimizer_state import capture_optimizer, restore_optimizer
+from holdfast.training.optimizers.schedule import (
     UNSUPPORTED_SCHEDULERS,
     InverseSquareRoot,
     Schedule,
     build_optimizer,
 )
-from holdfast.training.loop.optimizer_state import capture_optimizer, restore_optimizer
 
 
 def small_model(seed: int = 0) -> nn.Module:

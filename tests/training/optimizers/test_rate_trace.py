@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.training.loop.rate_trace import MAX_POINTS, RateTrace
+from holdfast.training.optimizers.rate_trace import MAX_POINTS, RateTrace
 
 
 def rate(step: int) -> float:

@@ -18,7 +18,7 @@ from holdfast.training.configuration.schema import (
     WarmupConfig,
 )
 from holdfast.training.errors import ConfigError, ExperimentError
-from holdfast.training.loop.rate_trace import RateTrace
+from holdfast.training.optimizers.rate_trace import RateTrace
 
 # What needs a closure, sparse gradients, other schedulers or functions is not configurable.
 UNSUPPORTED_OPTIMIZERS = {"LBFGS", "SparseAdam", "Optimizer"}
