@@ -23,7 +23,7 @@ from holdfast.training.checkpointing.manager import CheckpointManager
 from holdfast.training.loop.evaluation import move
 from holdfast.training.loop.segment import build_manager, build_saver, build_trainer
 from holdfast.training.loop.trainer import Trainer
-from holdfast.training.optimizers.schedule import build_optimizer
+from holdfast.training.optimizers.building import build_optimizer
 from holdfast.training.runs.costs import Costs
 from holdfast.training.stage import Stage, StageArguments, prepared_stage
 

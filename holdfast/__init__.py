@@ -32,6 +32,8 @@ if TYPE_CHECKING:
         Experiment,
         NoSettings,
         Records,
+        Step,
+        WeightedBatch,
         collate,
     )
     from holdfast.training.export.parts import InParts, Part
@@ -62,8 +64,10 @@ __all__ = [
     "Section",
     "SelectionError",
     "Split",
+    "Step",
     "StorageError",
     "TrainingError",
+    "WeightedBatch",
     "__version__",
     "collate",
     "load_weights",
@@ -79,6 +83,8 @@ _ROOMS = {
         "Experiment",
         "NoSettings",
         "Records",
+        "Step",
+        "WeightedBatch",
         "collate",
     ),
     "export.parts": ("InParts", "Part"),

@@ -300,7 +300,9 @@ def _run_record(
         config_digest=config_digest(config),
         seeds=seeds,
         data_fingerprint=data_fingerprint(experiment),
-        experiment_digest=source_digest(type(experiment)),
+        experiment_digest=source_digest(
+            type(experiment), (config.optimizer.name, config.scheduler.name)
+        ),
         versions=library_versions(),
         num_threads=arguments.num_threads,
         surroundings={} if arguments.run.run_json.exists() else surroundings(source),

@@ -173,9 +173,27 @@ def _state(folder: Path, manifest: Manifest) -> dict[str, Any]:
     entry, path = manifest.files[STATE_NAME], folder / STATE_NAME
     content, _ = read_file(path, ALGORITHM, entry.size_bytes)
     try:
-        return required_fields(parse_json(content.numpy().tobytes(), str(path), STATE), path, {})
+        parsed = parse_json(content.numpy().tobytes(), str(path), STATE)
+        state = required_fields(parsed, path, {})
     except DataFormatError as error:
         raise CheckpointCorruptError(f"{path} is not a JSON object: {error}") from error
+    return {
+        name: _groups_by_name(value) if name == "optimizer" else value
+        for name, value in state.items()
+    }
+
+
+def _groups_by_name(optimizer: Any) -> Any:
+    """What is kept of optimizers, with parameter groups that have names under these."""
+    if not isinstance(optimizer, dict):
+        return optimizer
+    if isinstance(several := optimizer.get("optimizers"), dict):
+        return {name: _groups_by_name(one) for name, one in several.items()}
+    try:
+        named = {group["options"]["name"]: group for group in optimizer["groups"]}
+    except (LookupError, TypeError):
+        return optimizer
+    return {**optimizer, "groups": named} if len(named) == len(optimizer["groups"]) else optimizer
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ The value of an override is TOML, and text where it is none; a shell wants quote
 tables. Nothing is converted: `"3"`, `3.0` and `true` are no integers, `"yes"` is no boolean; but an
 integer is a number, too. An unknown key, or a value that is not allowed, ends with exit code 2 and
 one line that says what to write. `optimizer.args` and `scheduler.args` are held against the
-constructor of the class in torch. Another `optimizer.name` or `scheduler.name` drops the `args` of
+constructor of the class. Another `optimizer.name` or `scheduler.name` drops the `args` of
 the places before.
 
 `run.json` keeps the resolved configuration and its digest. The digest covers what changes the

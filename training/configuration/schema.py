@@ -88,25 +88,29 @@ class TrainConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """An optimizer of torch.optim."""
+    """An optimizer of torch.optim, or your own."""
 
     name: str = "AdamW"
-    """Class name in torch.optim."""
+    """Class name in torch.optim, or `package.module:Class`."""
     args: dict[str, Any] = Field(default_factory=lambda: {"lr": 1e-3})
     """Keyword arguments of its constructor."""
 
 
 class SchedulerConfig(Section):
-    """A learning rate scheduler of torch.optim.lr_scheduler."""
+    """A learning rate scheduler of torch.optim.lr_scheduler, or your own."""
 
     name: str | None = None
-    """Class name in torch.optim.lr_scheduler, or InverseSquareRoot; unset: constant rate."""
+    """Class name in torch.optim.lr_scheduler, InverseSquareRoot, or `package.module:Class`; unset:
+    constant rate. ChainedScheduler and SequentialLR take a list of tables with `name` and `args`
+    as `scheduler.args.schedulers`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of its constructor."""
     interval: Literal["epoch", "step"] = "epoch"
     """How often it is stepped. ReduceLROnPlateau is stepped after each validation."""
     metric: str = "loss"
     """Validation metric that ReduceLROnPlateau watches."""
+    optimizers: tuple[str, ...] = Field((), json_schema_extra=UNLESS_DEFAULT)
+    """Of several optimizers, those that scheduler and warm-up move; empty: all."""
 
 
 class WarmupConfig(Section):

@@ -67,6 +67,26 @@ def load_experiment(reference: str) -> type[Experiment]:
     return experiment_class
 
 
+def load_class(reference: str) -> type[Any]:
+    """A class that is named ``package.module:Class``; the module may lie beside the experiment.
+
+    Raises:
+        ExperimentError: it cannot be found or imported, or is no class.
+    """
+    source, _, class_name = reference.rpartition(":")
+    if not class_name.isidentifier() or _is_file(source) or not _is_module(source):
+        raise ExperimentError(f"expected package.module:Class, found {reference!r}")
+    with _drawing_the_same():
+        module = _load_module(source, "module")
+    found = getattr(module, class_name, None)
+    if not inspect.isclass(found):
+        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
+        raise ExperimentError(
+            f"{source} has no class {class_name}{_did_you_mean(class_name, classes)}"
+        )
+    return found
+
+
 def settings_class(experiment_class: type[Experiment]) -> type[Section]:
     """The class that validates the ``[experiment]`` table: ``Settings``, or one without keys."""
     from holdfast.training.experiment.protocol import NoSettings
@@ -90,18 +110,22 @@ def source_file(experiment_class: type[Experiment]) -> Path | None:
     return None if found is None else Path(found)
 
 
-def source_digest(experiment_class: type[Experiment]) -> str | None:
+def source_digest(
+    experiment_class: type[Experiment], references: Iterable[str | None] = ()
+) -> str | None:
     """``sha256:...`` of the experiment's code, so that other code is noticed.
 
     That is the file of its class, and the files in the same folder that it imports, directly or
-    through each other: there the network and the data often are. None where one can't be read.
+    through each other, or that ``references`` such as ``module:Class`` name: there the network and
+    the data often are. None where one can't be read.
     """
     path = source_file(experiment_class)
     if path is None:
         return None
     package = experiment_class.__module__.rpartition(".")[0]
     contents: dict[Path, bytes] = {}
-    waiting = {path.resolve()}
+    modules = {(reference or "").rpartition(":")[0] for reference in references}
+    waiting = {path.resolve(), *_beside(path.resolve(), package, modules)}
     try:
         while waiting:
             file = waiting.pop()
@@ -130,6 +154,11 @@ def _imported_beside(path: Path, content: bytes, package: str) -> set[Path]:
             start = package if node.level == 1 else ""
             base = ".".join(filter(None, (start, node.module)))
             names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return _beside(path, package, names)
+
+
+def _beside(path: Path, package: str, names: set[str]) -> set[Path]:
+    """Files in the folder of ``path``, which is of a package, that hold modules of these names."""
     prefix = f"{package}." if package else ""
     stems = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     beside = {path.with_name(f"{stem}.py") for stem in stems if stem.isidentifier()}
@@ -182,13 +211,13 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
-def _load_module(name: str) -> ModuleType:
+def _load_module(name: str, kind: str = "experiment module") -> ModuleType:
     """A module by its name; it may lie in the folder in which the user stands."""
     _search_last(Path.cwd())
     try:
         return importlib.import_module(name)
     except (ImportError, SyntaxError) as error:
-        raise ExperimentError(f"experiment module {name} cannot be imported: {error}") from error
+        raise ExperimentError(f"{kind} {name} cannot be imported: {error}") from error
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -232,7 +261,9 @@ def _check(reference: str, found: object) -> None:
         raise ExperimentError(
             f"experiment {reference}: expected a class, found {type(found).__name__}"
         )
-    missing = [name for name in REQUIRED_METHODS if not callable(getattr(found, name, None))]
+    steps_itself = callable(getattr(found, "training_step", None))
+    required = [name for name in REQUIRED_METHODS if not (name == "loss" and steps_itself)]
+    missing = [name for name in required if not callable(getattr(found, name, None))]
     if missing:
         raise ExperimentError(
             f"experiment {reference}: an experiment has the methods {', '.join(REQUIRED_METHODS)}; "

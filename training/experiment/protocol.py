@@ -2,7 +2,8 @@
 
 An experiment is a class with five methods. It is built from a ``Context`` and owns the model,
 the data, the loss and the metrics; the optimizer, the scheduler and everything else are
-configuration.
+configuration. Further methods are optional and found by their presence: ``parameter_groups``,
+``rate_factor``, ``weight_decay_factor``, ``training_step`` and ``optimizers``, described below.
 
 A *batch* is a pair ``(inputs, targets)``. ``inputs`` is a tensor or a tuple of tensors, the
 positional arguments of ``model.forward``; or a dict of tensors, which are arguments of ``forward``
@@ -18,14 +19,16 @@ epoch, position). A data set must not keep state between two calls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from holdfast.training.configuration.schema import Section, Split
 from holdfast.training.errors import ExperimentError
@@ -108,6 +111,116 @@ class Experiment(Protocol):
     def metrics(self, records: Records) -> dict[str, float]:
         """Metrics of a split from the records of all its samples, in the order of the data set."""
         ...
+
+
+@runtime_checkable
+class HasParameterGroups(Protocol):
+    """Optional: groups of the configured optimizer, each with options of its own."""
+
+    def parameter_groups(self, model: nn.Module) -> Iterable[Mapping[str, Any]]:
+        """Dicts with ``name``, ``params`` and options, such as ``weight_decay``, that differ.
+
+        Each trainable parameter is in one of them; frozen ones that will be trained may be, too.
+        """
+        ...
+
+
+@runtime_checkable
+class HasRateFactor(Protocol):
+    """Optional: the learning rate as a function of the step, in the place of a scheduler."""
+
+    def rate_factor(self, step: int) -> float | Mapping[str, float]:
+        """What each group's first rate is multiplied with after ``step`` steps; 0 is the first.
+
+        One number, or one for each group by its name. Depends on ``step`` alone.
+        """
+        ...
+
+
+@runtime_checkable
+class HasWeightDecayFactor(Protocol):
+    """Optional: weight decay as a function of the step; goes with any scheduler."""
+
+    def weight_decay_factor(self, step: int) -> float | Mapping[str, float]:
+        """As ``rate_factor``, for each group's first ``weight_decay``."""
+        ...
+
+
+class WeightedBatch(NamedTuple):
+    """A microbatch, and what its mean loss counts in the step's mean; weights add up to 1."""
+
+    batch: Batch
+    weight: float
+
+
+class Step(Protocol):
+    """One optimizer step, as ``training_step`` is given it.
+
+    Attributes:
+        microbatches: of the step, on the training device.
+        seed: of this step alone: derived from the run's seed, ``epoch`` and ``step``.
+        epoch: epochs that are finished.
+        step: steps that are done.
+    """
+
+    microbatches: Sequence[WeightedBatch]
+    seed: int
+    epoch: int
+    step: int
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """What forward and loss are computed in, as ``train.precision`` says."""
+        ...
+
+    def backward(
+        self, loss: Tensor, name: str | None = None, *, retain_graph: bool = False
+    ) -> None:
+        """Add the gradients of a loss, which must be finite; scaled with fp16.
+
+        With the ``name`` of an optimizer, gradients of what it trains and of nothing else.
+        ``retain_graph`` is torch's: for losses that have a forward pass in common.
+        """
+        ...
+
+    def update(self, name: str | None = None, closure: Callable[[], Any] | None = None) -> Any:
+        """Let an optimizer change its parameters, then clear their gradients.
+
+        The only optimizer needs no name. ``train.clip_norm`` holds for each update. ``closure``
+        computes the loss, calls ``backward`` and returns it, as often as the optimizer asks; it
+        begins without gradients.
+        """
+        ...
+
+
+@runtime_checkable
+class HasTrainingStep(Protocol):
+    """Optional: what a step does; ``loss`` is not needed then."""
+
+    def training_step(self, model: nn.Module, step: Step) -> Tensor:
+        """Compute losses, call ``step.backward`` and ``step.update``. Returns the loss to tell.
+
+        Code after the last update sees the new weights: a teacher that follows them, a queue.
+        What is kept is in the model, or in the experiment's own ``state_dict``.
+        """
+        ...
+
+
+@runtime_checkable
+class HasOptimizers(HasTrainingStep, Protocol):
+    """Optional: optimizers of one's own, in the place of the configured one.
+
+    A class attribute ``sharing_optimizers`` names those that may have parameters in common.
+    """
+
+    def optimizers(self, model: nn.Module) -> Mapping[str, Optimizer]:
+        """Optimizers by name. Each trainable parameter is in one of them."""
+        ...
+
+
+def hook(experiment: object, name: str) -> Any:
+    """An optional method of an experiment; None where its class has none of this name."""
+    is_there = callable(getattr(type(experiment), name, None))
+    return getattr(experiment, name) if is_there else None
 
 
 def model_inputs(batch: Batch) -> tuple[Tensor, ...]:

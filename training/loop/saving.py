@@ -14,8 +14,8 @@ from holdfast.training.checkpointing.manager import CheckpointContents, Checkpoi
 from holdfast.training.checkpointing.policy import SaveMoment, SaveSchedule, Trigger
 from holdfast.training.configuration.schema import PreemptionConfig
 from holdfast.training.errors import HoldfastError, NonFiniteStateError, StorageError
+from holdfast.training.loop.loss_guard import LossGuard
 from holdfast.training.loop.state import TrainState
-from holdfast.training.loop.train_step import LossGuard
 from holdfast.training.preemption.notices import (
     Notice,
     PreemptionMonitor,

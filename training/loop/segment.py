@@ -37,7 +37,8 @@ from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.state_validation import validate_state
 from holdfast.training.loop.train_step import TrainStep, gradient_scaler, resolve_device
 from holdfast.training.loop.trainer import Trainer
-from holdfast.training.optimizers.schedule import Schedule, build_optimizer
+from holdfast.training.optimizers.building import build_optimizers
+from holdfast.training.optimizers.schedule import Schedule
 from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.directory import read_segments, run_identity
 from holdfast.training.runs.event_log import check_event_log, event_file, told_to_event_file
@@ -114,7 +115,7 @@ def build_trainer(stage: Stage, costs: Costs) -> Trainer:
     dataset = experiment.dataset("train")
     plan = batch_plan(dataset, config, stage.seed("order"))
     state = build_state(stage, plan.num_steps(0), device)
-    train_step = TrainStep(experiment, config.train, state, device)
+    train_step = TrainStep(experiment, config.train, state, device, stage.seed("training"))
     loader = Loader(
         dataset,
         plan,
@@ -149,11 +150,13 @@ def build_state(stage: Stage, num_steps_per_epoch: int, device: torch.device) ->
     model.train()
     if config.train.should_compile:
         compile_statically(model)
-    optimizer = build_optimizer(config.optimizer, model)
+    optimizers = build_optimizers(stage.experiment, config.optimizer, model)
     state = TrainState(
         model=model,
-        optimizer=optimizer,
-        schedule=Schedule(optimizer, config.scheduler, config.warmup, num_steps_per_epoch),
+        optimizers=optimizers,
+        schedule=Schedule(
+            optimizers, config.scheduler, config.warmup, num_steps_per_epoch, stage.experiment
+        ),
         averages=MovingAverages(model, config.ema),
         gradient_scaler=gradient_scaler(config.train, device),
         loss_sum=torch.zeros((), dtype=torch.float64, device=device),

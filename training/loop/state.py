@@ -26,8 +26,8 @@ from holdfast.training.loop.early_stopping import EarlyStopping
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.optimizers.optimizer_state import (
     CapturedOptimizer,
-    capture_optimizer,
-    restore_optimizer,
+    capture_optimizers,
+    restore_optimizers,
 )
 from holdfast.training.optimizers.schedule import Schedule
 
@@ -64,7 +64,7 @@ class TrainState:
     """
 
     model: nn.Module
-    optimizer: Optimizer
+    optimizers: Mapping[str, Optimizer]
     schedule: Schedule
     averages: MovingAverages
     gradient_scaler: torch.amp.GradScaler
@@ -90,7 +90,7 @@ class TrainState:
         """
         state_tensors: Tensors = dict(capture_generators())
         model_tensors, model_extra = _split_tensors(self.model.state_dict())
-        optimizer = capture_optimizer(self.optimizer, self.model)
+        optimizer = capture_optimizers(self.optimizers, self.model)
         components = {
             "scheduler": self.schedule.state_dict(),
             "gradient_scaler": self.gradient_scaler.state_dict(),
@@ -160,8 +160,8 @@ class TrainState:
         load_model(self.model, {**tensors["model"], **parts["model"]})
         lay_out_model(self.model, layouts.get("model", {}))
         _set_gradient_flags(self.model, {**self._first_flags, **parts.get("requires_grad", {})})
-        restore_optimizer(
-            self.optimizer,
+        restore_optimizers(
+            self.optimizers,
             self.model,
             CapturedOptimizer(dict(tensors.get("optimizer", {})), state["optimizer"]),
             layouts.get("optimizer", {}),

@@ -77,6 +77,10 @@ def _validate(restored: RestoredCheckpoint, place: str) -> None:
 
 def _validate_optimizer(state: Any, tensors: Mapping[str, Tensor], place: str) -> None:
     place = f"{place}: optimizer"
+    if isinstance(several := state.get("optimizers"), dict):
+        for name, one in several.items():
+            _validate_optimizer(required_fields(one, place, {}), tensors, f"{place} {name}")
+        return
     held = required_fields(state, place, OPTIMIZER)
     decode(held["parameters"], _placeholders(tensors))
     for group in held["groups"]:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from holdfast.training.checkpointing.finite import non_finite
 from holdfast.training.configuration.schema import TrainConfig
 from holdfast.training.data.loader import Microbatch
-from holdfast.training.errors import ConfigError, ExperimentError, NonFiniteLossError
+from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.experiment.error_places import error_place
-from holdfast.training.experiment.protocol import Experiment
+from holdfast.training.experiment.protocol import Experiment, hook
 from holdfast.training.loop.evaluation import move
+from holdfast.training.loop.loss_guard import LossGuard
 from holdfast.training.loop.memory import memory_errors_told
+from holdfast.training.loop.own_step import OwnStep
 from holdfast.training.loop.state import TrainState
-from holdfast.training.optimizers.optimizer_state import join_optimizer
+from holdfast.training.loop.updates import Updates
+from holdfast.training.optimizers.building import CONFIGURED
 
 logger = logging.getLogger(__name__)
 
 BATCH_NORM_REFUSAL = "Expected more than 1 value per channel when training"
-AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -45,48 +45,27 @@ def gradient_scaler(config: TrainConfig, device: torch.device) -> torch.amp.Grad
     return torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
 
-class LossGuard:
-    """Finds the first loss that is NaN or infinite.
-
-    On the CPU it does so at once. On a GPU, where looking would stall the queue at every step, the
-    place is noted on the device and read by ``check``.
-    """
-
-    def __init__(self, device: torch.device, explain: Callable[[], str] = lambda: "") -> None:
-        """``explain`` tells what may have made a loss so, before the step changes anything."""
-        self._explain = explain
-        self._is_immediate = device.type == "cpu"
-        self._first_bad = torch.full((2,), -1, dtype=torch.int64, device=device)
-
-    def observe(self, loss: Tensor, step: int, batch: int) -> None:
-        """Look at the loss of a microbatch of step ``step``, which is batch ``batch``."""
-        if self._is_immediate:
-            if not math.isfinite(loss.item()):
-                _raise_non_finite(loss.item(), step, batch, self._explain())
-            return
-        place = torch.tensor([step, batch]).to(loss.device, non_blocking=True)
-        is_first = (self._first_bad[0] < 0) & ~torch.isfinite(loss)
-        self._first_bad = torch.where(is_first, place, self._first_bad)
-
-    def check(self) -> None:
-        """Raise NonFiniteLossError if a loss was not finite. Waits for the GPU."""
-        if not self._is_immediate and (place := self._first_bad.tolist())[0] >= 0:
-            _raise_non_finite(math.nan, *place)
-
-
 class TrainStep:
     """Does the arithmetic of steps on a TrainState."""
 
     def __init__(
-        self, experiment: Experiment, config: TrainConfig, state: TrainState, device: torch.device
+        self,
+        experiment: Experiment,
+        config: TrainConfig,
+        state: TrainState,
+        device: torch.device,
+        seed: int = 0,
     ) -> None:
+        """``seed`` is what the seeds of steps are derived from."""
         self.guard = LossGuard(device, self._cause)
         self.last_loss = torch.zeros((), device=device)
         self._experiment = experiment
         self._config = config
         self._state = state
         self._device = device
-        self._frozen: list[tuple[str, nn.Parameter]] | None = None
+        self._seed = seed
+        self._updates = Updates(config, state, device)
+        self._training_step = hook(experiment, "training_step")
 
     def __call__(self, microbatches: Iterable[Microbatch]) -> None:
         """Do one step and move the counters on.
@@ -111,55 +90,36 @@ class TrainStep:
 
     def _update(self, microbatches: Iterable[Microbatch]) -> None:
         state = self._state
-        state.optimizer.zero_grad(set_to_none=True)
+        for optimizer in state.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        if self._training_step is not None:
+            self.last_loss = self._own_step(microbatches)
+            return
         losses = [self._backward(microbatch) for microbatch in microbatches]
         self.last_loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-        self._take_unfrozen()
-        if self._config.clip_norm is not None:
-            state.gradient_scaler.unscale_(state.optimizer)
-            self._clip(self._config.clip_norm)
-        state.gradient_scaler.step(state.optimizer)
+        self._updates.update(CONFIGURED)
         state.gradient_scaler.update()
 
-    def _take_unfrozen(self) -> None:
-        """Let the optimizer train parameters that were frozen so far, and are not any more."""
-        model, optimizer = self._state.model, self._state.optimizer
-        if self._frozen is None:
-            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            named = model.named_parameters()
-            self._frozen = [(name, p) for name, p in named if id(p) not in known]
-        joining = [(name, p) for name, p in self._frozen if p.requires_grad]
-        for name, parameter in joining:
-            join_optimizer(optimizer, parameter)
-            step = self._state.counters.step + 1
-            logger.info("%s was frozen, and is trained from step %d on", name, step)
-        if joining:
-            self._frozen = [(name, p) for name, p in self._frozen if not p.requires_grad]
-
-    def _clip(self, max_norm: float) -> None:
-        parameters = dict(self._state.model.named_parameters())
-        try:
-            torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
-        except RuntimeError as error:
-            sparse = [n for n, p in parameters.items() if p.grad is not None and p.grad.is_sparse]
-            if not sparse:
-                raise
-            raise ConfigError(
-                f"train.clip_norm = {max_norm} does not know sparse gradients, and that of "
-                f"{sparse[0]} is sparse: leave train.clip_norm out, or build the layer with "
-                f"sparse=False"
-            ) from error
+    def _own_step(self, microbatches: Iterable[Microbatch]) -> Tensor:
+        """Let the experiment do the step. Returns its loss."""
+        step = OwnStep(
+            self._updates, self._state, self.guard, [*microbatches], self._device, self._seed
+        )
+        loss = self._training_step(self._state.model, step)
+        step.finish()
+        told = f"{type(self._experiment).__name__}.training_step must return"
+        return step.observe(loss, told).clone()  # its own, whatever becomes of that tensor
 
     def _backward(self, microbatch: Microbatch) -> Tensor:
         """This microbatch's part of the step's loss, after its gradients were added."""
         batch = move(microbatch.batch, self._device)
-        with self._autocast():
+        with self._updates.autocast():
             loss = self._loss(batch, microbatch.num_samples)
         self._check(loss)
         self.guard.observe(loss.detach(), self._state.counters.step + 1, microbatch.step_in_epoch)
         if microbatch.num_in_step > 1:
             loss = loss * microbatch.weight
-        self._state.gradient_scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._updates.backward(loss)
         return loss.detach()
 
     def _loss(self, batch: Any, num_samples: int) -> Tensor:
@@ -195,17 +155,3 @@ class TrainStep:
                 f"off from the model's parameters: leave out .detach(), .item(), torch.no_grad() "
                 f"and new tensors made of numbers, and let some parameters require gradients"
             )
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        dtype = AUTOCAST_TYPES.get(self._config.precision)
-        return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype)
-
-
-def _raise_non_finite(loss: float, step: int, batch: int, cause: str = "") -> None:
-    told = f"; {cause}" if cause else ""
-    raise NonFiniteLossError(
-        f"the loss of step {step} (batch {batch} of its epoch) is {loss}{told}; nothing was saved "
-        f"since the last checkpoint: lower the learning rate, clip gradients, or check the data",
-        step=step,
-        batch=batch,
-    )

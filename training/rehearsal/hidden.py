@@ -58,7 +58,8 @@ def hidden_state(model: nn.Module, **objects: Any) -> Fingerprints:
     walk.look(model, "model", "value", 0)
     for name, value in objects.items():
         if value is not None:
-            walk.look(value, name.replace("_", " "), "value", 0)
+            kind: Kind = "optimizer" if name == "optimizers" else "value"
+            walk.look(value, name.replace("_", " "), kind, 0)
     return walk.found
 
 
@@ -69,6 +70,18 @@ def module_state(source: types.ModuleType) -> Fingerprints:
         if not name.startswith("__"):
             walk.look(value, f"global {name}", "value", 1)
     return walk.found
+
+
+def own_attributes(optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Any]:
+    """What optimizers that are not torch's keep beside state and groups, by name."""
+    of_every_optimizer = vars(torch.optim.SGD([torch.zeros(1)])).keys() | {"step", "_opt_called"}
+    return {
+        name or type(optimizer).__name__: {
+            key: value for key, value in vars(optimizer).items() if key not in of_every_optimizer
+        }
+        for name, optimizer in optimizers.items()
+        if not type(optimizer).__module__.startswith("torch.")
+    }
 
 
 @dataclass

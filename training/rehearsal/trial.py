@@ -30,7 +30,12 @@ from holdfast.training.optimizers.schedule import named_metric
 from holdfast.training.rehearsal.captured import capture, differing, shown
 from holdfast.training.rehearsal.cost import checkpoint_cost, cost_findings
 from holdfast.training.rehearsal.few_rows import FewRows, require_picklable
-from holdfast.training.rehearsal.hidden import Fingerprints, hidden_state, module_state
+from holdfast.training.rehearsal.hidden import (
+    Fingerprints,
+    hidden_state,
+    module_state,
+    own_attributes,
+)
 from holdfast.training.rehearsal.operators import naming_operators
 from holdfast.training.rehearsal.repetition import Repeated, tell_differences, tensors_in
 from holdfast.training.rehearsal.request import RehearsalRequest, tell
@@ -220,7 +225,10 @@ class Trial:
 
     def _hidden(self, trainer: Trainer, stage: Stage) -> Fingerprints:
         return hidden_state(
-            trainer.state.model, experiment=stage.experiment, data_set=trainer.loader.dataset
+            trainer.state.model,
+            experiment=stage.experiment,
+            data_set=trainer.loader.dataset,
+            optimizers=own_attributes(trainer.state.optimizers),
         )
 
     def _module_state(self) -> Fingerprints:

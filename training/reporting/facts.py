@@ -98,7 +98,7 @@ class RunFacts:
     """All that a page is made from; the same facts give the same page.
 
     Attributes:
-        rates: steps and their learning rates.
+        rates: steps and their learning rates, by parameter group; of one without a name alone.
         champion: name of the candidate that won; None until it was chosen.
         exports: artifacts with parity, size and latency; empty where there is no bundle.
         promotion: content of ``promotion.json``; empty where the bundle was not published.
@@ -110,7 +110,7 @@ class RunFacts:
     ledger: Ledger = field(default_factory=lambda: ledger([]))
     losses: ComparedLosses = field(default_factory=ComparedLosses)
     history: tuple[Epoch, ...] = ()
-    rates: tuple[tuple[int, float], ...] = ()
+    rates: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     candidates: tuple[CandidateFacts, ...] = ()
     champion: str | None = None
     rule: str = ""
@@ -208,8 +208,14 @@ def _epoch(entry: Mapping[str, Any]) -> Epoch:
     )
 
 
-def _rates(state: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
-    trace = RateTrace.restored(_mapping(state.get("scheduler")).get("trace"))
+def _rates(state: Mapping[str, Any]) -> dict[str, tuple[tuple[int, float], ...]]:
+    """The rates of each parameter group by its name; of one that has none alone."""
+    scheduler = _mapping(state.get("scheduler"))
+    traces = _mapping(scheduler.get("traces")) or {"": scheduler.get("trace")}
+    return {label: _points(RateTrace.restored(trace)) for label, trace in traces.items()}
+
+
+def _points(trace: RateTrace) -> tuple[tuple[int, float], ...]:
     known = ((step, _number(rate)) for step, rate in trace.points)
     return tuple((step, rate) for step, rate in known if rate is not None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from holdfast.training.reporting.charts import Band, Line, LineChart, Mark, Ring
 from holdfast.training.reporting.facts import Epoch, RunFacts
@@ -11,6 +11,7 @@ from holdfast.training.reporting.markup import Html, element, joined, note, sect
 from holdfast.training.reporting.wording import number, plural
 
 MAX_METRIC_CHARTS = 5
+MAX_RATE_CHARTS = 4
 SIGNS = {"preempted": "\u25bc", "killed": "\u2715", "failed": "!"}
 Value = Callable[[Epoch], float | None]
 
@@ -20,7 +21,7 @@ def learning_section(facts: RunFacts) -> Html:
     if not facts.history:
         return section("Learning curves", note("No epoch is finished yet."))
     charts = [_chart(facts, name) for name in _metric_names(facts)]
-    charts.append(_rate_chart(facts))
+    charts += _rate_charts(facts)
     drawn = [chart.drawn() for chart in charts if chart is not None]
     content = element("div", joined(drawn), "charts") + _key(facts)
     return section(
@@ -84,23 +85,29 @@ def _chart(facts: RunFacts, name: str) -> LineChart | None:
     )
 
 
-def _rate_chart(facts: RunFacts) -> LineChart | None:
+def _rate_charts(facts: RunFacts) -> Iterator[LineChart]:
+    """One for all parameter groups that have the same rates."""
     last = facts.history[-1].step
-    points = [(float(step), rate) for step, rate in facts.rates if step < last]
-    if not points:
-        return None
-    line = Line("learning rate", points, "main")
-    return LineChart(
-        key="curve-rate",
-        title="learning rate",
-        description=_told(line),
-        x_label="step",
-        lines=[line],
-        marks=tuple(stops(facts)),
-        bands=tuple(repeats(facts)),
-        x_range=(0, last),
-        has_legend=False,
-    )
+    alike: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for label, rates in facts.rates.items():
+        alike.setdefault(rates, []).append(label)
+    for place, (rates, labels) in enumerate(islice(alike.items(), MAX_RATE_CHARTS)):
+        points = [(float(step), rate) for step, rate in rates if step < last]
+        if not points:
+            continue
+        title = "learning rate" if len(alike) == 1 else f"learning rate of {', '.join(labels)}"
+        line = Line(title, points, "main")
+        yield LineChart(
+            key=f"curve-rate-{place}" if place else "curve-rate",
+            title=title,
+            description=_told(line),
+            x_label="step",
+            lines=[line],
+            marks=tuple(stops(facts)),
+            bands=tuple(repeats(facts)),
+            x_range=(0, last),
+            has_legend=False,
+        )
 
 
 def _line(facts: RunFacts, name: str, value: Value, role: str) -> Line:

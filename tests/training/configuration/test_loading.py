@@ -18,7 +18,8 @@ from holdfast.training.configuration.schema import RunConfig, Section
 from holdfast.training.errors import ConfigError
 from holdfast.training.experiment.loading import default_values, load_experiment, settings_class
 from holdfast.training.experiment.protocol import NoSettings
-from holdfast.training.optimizers.schedule import build_optimizer, build_scheduler
+from holdfast.training.optimizers.building import build_optimizer
+from holdfast.training.optimizers.schedule import build_scheduler
 
 REPOSITORY = Path(__file__).parents[3]
 

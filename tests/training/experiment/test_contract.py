@@ -24,7 +24,8 @@ from holdfast.training.experiment.protocol import Batch, Context, Records
 from holdfast.training.loop.evaluation import evaluate, metrics_of
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.train_step import TrainStep, gradient_scaler
-from holdfast.training.optimizers.schedule import Schedule, build_optimizer
+from holdfast.training.optimizers.building import CONFIGURED, build_optimizer
+from holdfast.training.optimizers.schedule import Schedule
 from tests.faults.hard_experiment import Hard, HardSettings
 
 
@@ -113,8 +114,8 @@ def state_of(model: nn.Module) -> TrainState:
     optimizer = build_optimizer(OptimizerConfig(), model)
     return TrainState(
         model=model,
-        optimizer=optimizer,
-        schedule=Schedule(optimizer, SchedulerConfig(), WarmupConfig(), 1),
+        optimizers={CONFIGURED: optimizer},
+        schedule=Schedule({CONFIGURED: optimizer}, SchedulerConfig(), WarmupConfig(), 1),
         averages=MovingAverages(model, EmaConfig()),
         gradient_scaler=gradient_scaler(TrainConfig(), torch.device("cpu")),
         loss_sum=torch.zeros((), dtype=torch.float64),

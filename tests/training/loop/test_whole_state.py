@@ -24,7 +24,8 @@ from holdfast.training.configuration.schema import (
 )
 from holdfast.training.errors import CheckpointMismatchError
 from holdfast.training.loop.state import TrainState
-from holdfast.training.optimizers.schedule import Schedule, build_optimizer
+from holdfast.training.optimizers.building import CONFIGURED, build_optimizer
+from holdfast.training.optimizers.schedule import Schedule
 
 
 class Changing(nn.Module):
@@ -85,8 +86,8 @@ def state_of(build: Callable[[], nn.Module]) -> TrainState:
     optimizer = build_optimizer(OptimizerConfig(args={"lr": 0.1}), model)
     return TrainState(
         model=model,
-        optimizer=optimizer,
-        schedule=Schedule(optimizer, SchedulerConfig(), WarmupConfig(), 4),
+        optimizers={CONFIGURED: optimizer},
+        schedule=Schedule({CONFIGURED: optimizer}, SchedulerConfig(), WarmupConfig(), 4),
         averages=MovingAverages(model, EmaConfig(decays=(0.9, 0.5), has_warmup=False)),
         gradient_scaler=torch.amp.GradScaler("cpu", enabled=False),
         loss_sum=torch.zeros((), dtype=torch.float64),
@@ -96,15 +97,16 @@ def state_of(build: Callable[[], nn.Module]) -> TrainState:
 def advance(state: TrainState, first: int, end: int) -> None:
     from holdfast.training.optimizers.optimizer_state import join_optimizer
 
+    optimizer = state.optimizers[CONFIGURED]
     for step in range(first, end):
         inputs = torch.randn(27, 3, generator=torch.Generator().manual_seed(step))
-        state.optimizer.zero_grad()
+        optimizer.zero_grad()
         state.model(inputs).square().mean().backward()
-        known = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for parameter in state.model.parameters():
             if parameter.requires_grad and id(parameter) not in known:
-                join_optimizer(state.optimizer, parameter)
-        state.optimizer.step()
+                join_optimizer(optimizer, parameter)
+        optimizer.step()
         state.averages.update(state.model, step + 1)
 
 
@@ -183,7 +185,7 @@ def test_infinities_of_buffers_are_fine_and_those_of_weights_are_not() -> None:
         ]
 
     assert bad() == []
-    state.optimizer.state[state.model.layer.bias]["exp_avg"][1] = float("nan")  # type: ignore[index, union-attr]
+    state.optimizers[CONFIGURED].state[state.model.layer.bias]["exp_avg"][1] = float("nan")  # type: ignore[index, union-attr]
     state.averages.tensors()["decay-0.9/layer.weight"][0, 0] = float("inf")
     assert bad() == [
         "optimizer.layer.bias/exp_avg",

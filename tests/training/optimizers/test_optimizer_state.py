@@ -15,13 +15,15 @@ from holdfast.training.checkpointing.json_state import Tensors
 from holdfast.training.checkpointing.layouts import unusual_strides
 from holdfast.training.configuration.schema import OptimizerConfig
 from holdfast.training.errors import CheckpointMismatchError, UnsupportedStateError
+from holdfast.training.optimizers.building import CONFIGURED, build_optimizer
 from holdfast.training.optimizers.optimizer_state import (
     CapturedOptimizer,
     capture_optimizer,
+    capture_optimizers,
     join_optimizer,
     restore_optimizer,
+    restore_optimizers,
 )
-from holdfast.training.optimizers.schedule import build_optimizer
 
 Build = Callable[[], nn.Module]
 
@@ -218,3 +220,74 @@ def test_an_optimizer_of_a_layer_that_is_gone_is_not_saved() -> None:
     model[2] = nn.Linear(4, 2)  # type: ignore[index]
     with pytest.raises(UnsupportedStateError, match="a parameter that Sequential no longer has"):
         capture_optimizer(optimizer, model)
+
+
+def named_optimizers(model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    return {
+        "lbfgs": torch.optim.LBFGS(model.parameters(), max_iter=3, history_size=3),
+        "adam": torch.optim.Adam(model.parameters(), lr=0.01),
+    }
+
+
+def test_several_optimizers_go_on_with_the_same_bits_and_lbfgs_with_its_history() -> None:
+    inputs = torch.randn(9, 3, generator=torch.Generator().manual_seed(1))
+
+    def advance(model: nn.Module, optimizers: dict[str, torch.optim.Optimizer], num: int) -> None:
+        def closure() -> Tensor:
+            model.zero_grad()
+            loss: Tensor = (model(inputs) - inputs[:, :2]).square().mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        for _ in range(num):
+            for optimizer in optimizers.values():
+                optimizer.step(closure)  # type: ignore[arg-type]
+
+    model = small_model()
+    optimizers = named_optimizers(model)
+    advance(model, optimizers, 3)
+    captured = capture_optimizers(optimizers, model)
+    assert {"lbfgs/0.weight/old_dirs/0", "adam/0.weight/exp_avg"} <= captured.tensors.keys()
+    other = small_model()
+    other.load_state_dict(model.state_dict())
+    others = named_optimizers(other)
+    restore_optimizers(
+        others,
+        other,
+        as_read(captured),
+        unusual_strides(captured.tensors, captured.usual_strides),
+    )
+    advance(model, optimizers, 4)
+    advance(other, others, 4)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_the_state_of_other_optimizers_is_refused() -> None:
+    model = small_model()
+    captured = capture_optimizers(named_optimizers(model), model)
+    alone = {CONFIGURED: optimizer_of(model)}
+    told = "has the optimizers lbfgs, adam, this experiment the configured one"
+    with pytest.raises(CheckpointMismatchError, match=told):
+        restore_optimizers(alone, model, captured)
+    with pytest.raises(CheckpointMismatchError, match="this experiment lbfgs, adam: use the code"):
+        restore_optimizers(named_optimizers(model), model, capture_optimizers(alone, model))
+
+
+class KeepsElsewhere(torch.optim.SGD):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "num_calls": 3}
+
+
+class KeepsByName(torch.optim.SGD):
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.state["calls"] = 3  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("kind", "key"), [(KeepsElsewhere, "num_calls"), (KeepsByName, "calls")])
+def test_state_that_no_parameter_has_is_refused(kind: Any, key: str) -> None:
+    model = small_model()
+    told = rf"{kind.__name__} keeps '{key}', .* keep it in state\[parameter\]"
+    with pytest.raises(UnsupportedStateError, match=told):
+        capture_optimizer(kind(model.parameters(), lr=0.1), model)

@@ -9,13 +9,29 @@ from torch import nn
 
 from holdfast.training.configuration.schema import OptimizerConfig, SchedulerConfig, WarmupConfig
 from holdfast.training.errors import ConfigError, ExperimentError
+from holdfast.training.optimizers.building import CONFIGURED, build_optimizer
 from holdfast.training.optimizers.optimizer_state import capture_optimizer, restore_optimizer
 from holdfast.training.optimizers.schedule import (
     UNSUPPORTED_SCHEDULERS,
     InverseSquareRoot,
     Schedule,
-    build_optimizer,
 )
+
+PARTS = [
+    {"name": "LinearLR", "args": {"total_iters": 3}},
+    {"name": "MultiStepLR", "args": {"milestones": [3, 5], "gamma": 0.5}},
+    {"name": "ExponentialLR", "args": {"gamma": 0.9}},
+]
+SEQUENCE = {
+    "schedulers": [
+        {"name": "LinearLR", "args": {"start_factor": 0.5, "total_iters": 2}},
+        {"name": "InverseSquareRoot", "args": {"timescale_steps": 4}},
+        {"name": "MultiStepLR", "args": {"milestones": [2, 4], "gamma": 0.1}},
+    ],
+    "milestones": [3, 10],
+}
+
+CHAIN = {"schedulers": [{"name": "SequentialLR", "args": SEQUENCE}, PARTS[2]]}
 
 
 def small_model(seed: int = 0) -> nn.Module:
@@ -42,7 +58,7 @@ def schedule_of(
     num_steps_per_epoch: int = 10,
 ) -> Schedule:
     return Schedule(
-        optimizer,
+        {CONFIGURED: optimizer},
         SchedulerConfig(**(scheduler or {})),
         WarmupConfig(**(warmup or {})),
         num_steps_per_epoch,
@@ -91,6 +107,39 @@ def test_a_scheduler_that_no_file_can_describe_is_not_offered(name: str) -> None
         ("MultiStepLR", {"milestones": 3}, r"write scheduler\.args\.milestones=\[3\]"),
         ("ReduceLROnPlateau", {"mode": "maxi"}, r"scheduler\.args\.mode = 'maxi': must be 'min'"),
         ("InverseSquareRoot", {"timescale_steps": 0}, "division by zero"),
+        ("SequentialLR", {}, r"scheduler\.args\.schedulers is missing"),
+        (
+            "ChainedScheduler",
+            {"schedulers": []},
+            r"scheduler\.args\.schedulers = \[\]: .* at least 1",
+        ),
+        ("ChainedScheduler", {"schedulers": [{"args": {}}]}, r"schedulers\[0\]\.name is missing"),
+        (
+            "SequentialLR",
+            {"schedulers": [{"name": "StepLR", "args": {"step_size": 2}}], "milestones": [3]},
+            "do not fit: Sequential Schedulers expects",
+        ),
+        (
+            "SequentialLR",
+            {"schedulers": [{"name": "StepLR", "args": {"step_size": "x"}}], "milestones": []},
+            r"scheduler\.args\.schedulers\[0\]\.args\.step_size = 'x': expected an integer",
+        ),
+        (
+            "ChainedScheduler",
+            {"schedulers": [{"name": "LambdaLR"}]},
+            r"scheduler\.args\.schedulers\[0\]\.name = 'LambdaLR' .* write rate_factor\(step\)",
+        ),
+        (
+            "ChainedScheduler",
+            {"schedulers": [{"name": "ReduceLROnPlateau"}]},
+            "does not support `ReduceLROnPlateau`",
+        ),
+        (
+            "SequentialLR",
+            {"schedulers": [{"name": "ChainedScheduler", "args": {}}], "milestones": []},
+            "ChainedScheduler cannot be a part of SequentialLR: list its schedulers themselves",
+        ),
+        ("torch.optim:SGD", {}, "is no torch.optim.lr_scheduler.LRScheduler"),
     ],
 )
 def test_a_bad_argument_of_a_scheduler_is_named(
@@ -130,6 +179,66 @@ def test_a_scheduler_that_ends_before_training_does_is_refused(
         short.require_length(45, 10)
     with pytest.raises(ConfigError, match="cannot take its next step"):
         train_45_steps(short, optimizer)
+
+
+def test_a_scheduler_within_another_has_to_last_as_long_as_its_part() -> None:
+    def sequence(total_steps: int) -> tuple[Schedule, torch.optim.Optimizer]:
+        one_cycle = {"name": "OneCycleLR", "args": {"max_lr": 0.1, "total_steps": total_steps}}
+        parts = [one_cycle, {"name": "ExponentialLR", "args": {"gamma": 0.9}}, one_cycle]
+        args = {"schedulers": parts, "milestones": [6, 20]}
+        optimizer = optimizer_of(small_model())
+        scheduler = {"name": "SequentialLR", "args": args, "interval": "step"}
+        return schedule_of(optimizer, scheduler), optimizer
+
+    schedule, optimizer = sequence(10)
+    schedule.require_length(30, 10)
+    for _ in range(30):
+        optimizer.step()
+        schedule.after_step()
+    short, _ = sequence(9)
+    place = r"scheduler\.args\.schedulers\[2\]\.args"
+    with pytest.raises(ConfigError, match=rf"{place} give .* write {place}\.total_steps=10$"):
+        short.require_length(30, 10)
+
+
+def test_schedulers_in_a_row_each_have_their_part() -> None:
+    optimizer = optimizer_of(small_model())
+    parts = [
+        {"name": "ConstantLR", "args": {"factor": 0.5, "total_iters": 9}},
+        {"name": "InverseSquareRoot", "args": {"timescale_steps": 1}},
+    ]
+    args = {"schedulers": parts, "milestones": [2]}
+    schedule = schedule_of(
+        optimizer, {"name": "SequentialLR", "args": args, "interval": "step"}, {"num_steps": 1}
+    )
+    rates = []
+    for _ in range(5):
+        optimizer.step()
+        schedule.after_step()
+        rates.append(schedule.rate)
+    assert rates == [0.05, 0.05, 0.1, 0.1 * math.sqrt(1 / 2), 0.1 * math.sqrt(1 / 3)]
+
+
+def test_the_scheduler_moves_the_optimizers_that_it_names() -> None:
+    model = small_model()
+    halves = {"name": "StepLR", "args": {"step_size": 1, "gamma": 0.5}, "interval": "step"}
+
+    def rates_after(num_steps: int, *names: str) -> list[float]:
+        optimizers = {name: torch.optim.SGD(model.parameters(), lr=1.0) for name in ("a", "b")}
+        config = SchedulerConfig(**halves, optimizers=names)
+        schedule = Schedule(optimizers, config, WarmupConfig(num_steps=2, start_factor=0.5), 10)
+        for _ in range(num_steps):
+            schedule.after_step()
+        state = schedule.state_dict()
+        assert state["schedulers"].keys() == set(names or "ab")
+        assert state["traces"].keys() == {"a", "b"}
+        return [optimizer.param_groups[0]["lr"] for optimizer in optimizers.values()]
+
+    assert rates_after(0) == [0.5, 0.5]
+    assert rates_after(3) == [0.5, 0.5]
+    assert rates_after(4, "b") == [1.0, 0.25]
+    with pytest.raises(ConfigError, match=r"there is no optimizer 'c'; allowed: a, b"):
+        rates_after(1, "c")
 
 
 def test_warm_up_is_linear_and_ends_at_the_exact_rate() -> None:
@@ -191,6 +300,10 @@ def test_inverse_square_root_is_the_formula_of_the_paper() -> None:
         {"name": "OneCycleLR", "args": {"max_lr": 0.3, "total_steps": 50}, "interval": "step"},
         {"name": "MultiStepLR", "args": {"milestones": [1, 2]}},
         {"name": "InverseSquareRoot", "args": {"timescale_steps": 3}, "interval": "step"},
+        {"name": "SequentialLR", "args": SEQUENCE, "interval": "step"},
+        {"name": "ChainedScheduler", "args": {"schedulers": PARTS}, "interval": "step"},
+        {"name": "ChainedScheduler", "args": CHAIN, "interval": "step"},
+        {"name": "torch.optim.lr_scheduler:StepLR", "args": {"step_size": 2}},
     ],
 )
 def test_a_restored_schedule_goes_on_with_the_same_rates(scheduler: dict[str, Any]) -> None:

@@ -445,3 +445,45 @@ class RaggedRows:
     def collate(self, items: list[Any]) -> Any:
         points = nn.utils.rnn.pad_sequence([x for x, _ in items], batch_first=True)
         return points, torch.tensor([y for _, y in items])
+
+
+# Optimizers of one's own.
+
+
+class Counting(torch.optim.SGD):
+    """Every hundredth step is another one."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.num_steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        self.num_steps += 1
+        return super().step(closure) if self.num_steps % 100 else None
+
+
+class CountingOptimizer(Plain):
+    def optimizers(self, model: nn.Module) -> dict[str, torch.optim.Optimizer]:
+        return {"Counting": Counting(model.parameters(), lr=0.1)}
+
+    def training_step(self, model: nn.Module, step: Any) -> Tensor:
+        [(batch, _)] = step.microbatches
+        loss = self.loss(model, batch)
+        step.backward(loss)
+        step.update("Counting")
+        return loss
+
+
+class LeavesOut(Plain):
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        weights = [parameter for parameter in model.parameters() if parameter.dim() == 2]
+        return [{"name": "weights", "params": weights}]
+
+
+class Twice(Plain):
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return [
+            {"name": "all", "params": [*model.parameters()]},
+            {"name": "first", "params": [next(model.parameters())]},
+        ]

@@ -14,6 +14,15 @@ from holdfast.training.rehearsal.telling import Telling
 from tests.faults.campaign import HARD
 
 HERE = Path(__file__).with_name("rehearsed_experiments.py")
+GENERALITY = Path(__file__).parents[2] / "generality"
+OF_ALL_KINDS = (
+    "test_adversaries.py:Gan",
+    "test_own_steps.py:Oscillator",
+    "test_own_steps.py:MuonBesideAdamW",
+    "test_own_steps.py:Sharp",
+    "test_self_supervision.py:Moco",
+    "test_rates.py:NanoGpt",
+)
 
 
 def found(name: str, folder: Path, *overrides: str, depth: Depth = "step") -> list[Finding]:
@@ -49,6 +58,37 @@ RESTORED = (
 )
 def test_what_a_resume_restores_is_not_complained_of(name: str, tmp_path: Path) -> None:
     assert found(name, tmp_path) == []
+
+
+@pytest.mark.parametrize("name", OF_ALL_KINDS)
+def test_steps_and_groups_of_ones_own_are_restored(name: str, tmp_path: Path) -> None:
+    assert found(f"{GENERALITY}/{name}", tmp_path) == []
+
+
+def test_what_an_optimizer_keeps_beside_its_state_is_named(tmp_path: Path) -> None:
+    [finding] = found("CountingOptimizer", tmp_path)
+    assert finding.severity == "warning"
+    assert "optimizers['Counting']['num_steps'] changed while training and" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("LeavesOut", (), "LeavesOut.parameter_groups leaves out "),
+        ("Twice", (), "Twice.parameter_groups names a parameter more than once: "),
+        ("Plain", ("optimizer.name=LBFGS",), "its step() needs a closure: write optimizers(model)"),
+        ("Plain", ("scheduler.name=LambdaLR",), "write rate_factor(step) in the experiment"),
+        ("Plain", ("optimizer.name=nowhere:Lion",), "module nowhere cannot be imported"),
+        ("Plain", ('scheduler.optimizers=["critic"]',), "there is no optimizer 'critic'"),
+    ],
+)
+def test_optimizers_that_cannot_be_are_an_error_before_the_first_step(
+    name: str, overrides: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    [finding] = found(name, tmp_path, *overrides)
+    assert (finding.severity, finding.act) == ("error", "data and model")
+    assert message in finding.message
+    assert "\n" not in finding.message
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def full_facts() -> RunFacts:
         segments=found,
         ledger=ledger([one.record for one in found]),
         history=epochs,
-        rates=tuple((step, 1e-3 * min(1, step / 60) * 0.99**step) for step in range(400)),
+        rates={"": tuple((step, 1e-3 * min(1, step / 60) * 0.99**step) for step in range(400))},
         candidates=(
             candidate("best", "best", (380,), 0.0261),
             candidate("last", "last", (400,), 0.0302),

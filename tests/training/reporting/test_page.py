@@ -182,3 +182,16 @@ def test_settings_that_were_changed_stand_out() -> None:
     content = page(replace(facts, record=record))
     assert "<strong>77</strong>" in content
     assert content.count("<strong>") == 1
+
+
+def test_parameter_groups_with_rates_of_their_own_have_charts_of_their_own() -> None:
+    facts = full_facts()
+    [rates] = facts.rates.values()
+    slower = tuple((step, rate / 2) for step, rate in rates)
+    content = page(replace(facts, rates={"decay": rates, "no_decay": rates, "head": slower}))
+    assert "learning rate of decay, no_decay" in content
+    assert "learning rate of head" in content
+    found = outline(content)
+    assert len(found.ids) == len(set(found.ids))
+    alike = page(replace(facts, rates={"decay": rates, "no_decay": rates}))
+    assert alike == page(facts)

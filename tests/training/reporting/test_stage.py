@@ -138,13 +138,13 @@ def test_the_learning_rate_is_the_one_of_each_step_and_one_that_overflowed_is_le
     with resumed(store) as stage:
         facts = read_facts(stage.run, stage.record, stage.config)
         num_steps = facts.history[-1].step
-        assert [step for step, _ in facts.rates] == list(range(num_steps + 1))
+        assert [step for step, _ in facts.rates[""]] == list(range(num_steps + 1))
         newest = stage.run.checkpoint(num_steps) / "state.json"
         state = json.loads(newest.read_text())
         state["scheduler"]["trace"]["points"][3][1] = {"$float": "inf"}
         newest.write_text(json.dumps(state))
         facts = read_facts(stage.run, stage.record, stage.config)
-        assert [step for step, _ in facts.rates if step < 5] == [0, 1, 2, 4]
+        assert [step for step, _ in facts.rates[""] if step < 5] == [0, 1, 2, 4]
         assert "learning rate" in page(facts)
 
 

@@ -1,0 +1,50 @@
+"""Finds the first loss that is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from holdfast.training.errors import NonFiniteLossError
+
+
+class LossGuard:
+    """Finds the first loss that is NaN or infinite.
+
+    On the CPU it does so at once. On a GPU, where looking would stall the queue at every step, the
+    place is noted on the device and read by ``check``.
+    """
+
+    def __init__(self, device: torch.device, explain: Callable[[], str] = lambda: "") -> None:
+        """``explain`` tells what may have made a loss so, before the step changes anything."""
+        self._explain = explain
+        self._is_immediate = device.type == "cpu"
+        self._first_bad = torch.full((2,), -1, dtype=torch.int64, device=device)
+
+    def observe(self, loss: Tensor, step: int, batch: int) -> None:
+        """Look at the loss of a microbatch of step ``step``, which is batch ``batch``."""
+        if self._is_immediate:
+            if not math.isfinite(loss.item()):
+                _raise_non_finite(loss.item(), step, batch, self._explain())
+            return
+        place = torch.tensor([step, batch]).to(loss.device, non_blocking=True)
+        is_first = (self._first_bad[0] < 0) & ~torch.isfinite(loss)
+        self._first_bad = torch.where(is_first, place, self._first_bad)
+
+    def check(self) -> None:
+        """Raise NonFiniteLossError if a loss was not finite. Waits for the GPU."""
+        if not self._is_immediate and (place := self._first_bad.tolist())[0] >= 0:
+            _raise_non_finite(math.nan, *place)
+
+
+def _raise_non_finite(loss: float, step: int, batch: int, cause: str = "") -> None:
+    told = f"; {cause}" if cause else ""
+    raise NonFiniteLossError(
+        f"the loss of step {step} (batch {batch} of its epoch) is {loss}{told}; nothing was saved "
+        f"since the last checkpoint: lower the learning rate, clip gradients, or check the data",
+        step=step,
+        batch=batch,
+    )
