@@ -44,6 +44,7 @@ MAX_INPUT_BYTES = 4 << 30
 MAX_DEPTH = 100  # of JSON, and of folders
 MAX_CHARS = 2000
 SHA256 = re.compile(r"[0-9a-f]{64}")
+SIZE_NAME = re.compile(r"[A-Za-z_]\w{0,199}", re.ASCII)
 DTYPE = re.compile(r"(b?float|complex|u?int)(8|16|32|64|128)|bool")
 NPY_MAGIC = b"\x93NUMPY"
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -203,6 +204,11 @@ def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
+def _is_dimension(value: object) -> bool:
+    """Whether it is a size, or the name of one that may vary."""
+    return _is_size(value) or (isinstance(value, str) and SIZE_NAME.fullmatch(value) is not None)
+
+
 def _is_number_value(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300
 
@@ -220,7 +226,7 @@ def _check_graph(graph: Mapping[str, Any], files: Mapping[str, Any]) -> None:
         raise ValueError(f"there is no {missing[0]}")
     ports = [*graph["interface"]["inputs"], *graph["interface"]["outputs"]]
     for port in ports:
-        if not isinstance(port["name"], str) or not all(_is_size(n) for n in port["shape"]):
+        if not isinstance(port["name"], str) or not all(map(_is_dimension, port["shape"])):
             raise ValueError(f"{port} is no input or output")
         if not DTYPE.fullmatch(port["dtype"]):
             raise ValueError(f"{port} has a type that is none")
@@ -454,13 +460,16 @@ def run(session: Any, graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> di
     numbers = {name: len(array) if array.ndim else 0 for name, array in inputs.items()}
     if len(set(numbers.values())) > 1:
         raise WrongInputError(f"the inputs have different numbers of samples: {numbers}")
-    checked = {}
+    checked: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
     for port in graph["interface"]["inputs"]:
         array = inputs[port["name"]]
-        if list(array.shape[1:]) != port["shape"] or not array.ndim or not len(array):
+        if not array.ndim or not len(array) or not _fits(array.shape[1:], port["shape"], sizes):
+            known = ", ".join(f"{name}={size}" for name, size in sizes.items())
             raise WrongInputError(
                 f"input {shown(port['name'], 100)} has shape {list(array.shape)}; expected "
                 f"[samples, {', '.join(map(str, port['shape']))}] with at least one sample"
+                f"{f', where {known}' if known else ''}"
             )
         checked[port["name"]] = _as_type(array, port)
     names = [port["name"] for port in graph["interface"]["outputs"]]
@@ -480,6 +489,19 @@ def run(session: Any, graph: Mapping[str, Any], inputs: Mapping[str, Any]) -> di
                 "samples; expected one row for each"
             )
     return outputs
+
+
+def _fits(found: tuple[int, ...], wanted: list[Any], sizes: dict[str, int]) -> bool:
+    """Whether a shape is as wanted; ``sizes`` learns what a name stands for in this call."""
+    if len(found) != len(wanted):
+        return False
+    for number, size in zip(found, wanted, strict=True):
+        if isinstance(size, str):
+            if number < 1 or sizes.setdefault(size, number) != number:
+                return False
+        elif number != size:
+            return False
+    return True
 
 
 def _as_type(array: Any, port: Mapping[str, Any]) -> Any:
@@ -645,14 +667,35 @@ def _is_number(text: str) -> bool:
 
 
 def _split_columns(table: Any, ports: list[dict[str, Any]]) -> dict[str, Any]:
-    sizes = [math.prod(port["shape"]) for port in ports]
+    shapes = _shapes(ports, table.shape[1])
+    sizes = [math.prod(shape) for shape in shapes]
     if table.shape[1] != sum(sizes):
         raise ValueError(f"found {table.shape[1]} columns, the model takes {sum(sizes)}")
     arrays, start = {}, 0
-    for port, size in zip(ports, sizes, strict=True):
-        arrays[port["name"]] = table[:, start : start + size].reshape(-1, *port["shape"])
+    for port, shape, size in zip(ports, shapes, sizes, strict=True):
+        arrays[port["name"]] = table[:, start : start + size].reshape(-1, *shape)
         start += size
     return arrays
+
+
+def _shapes(ports: list[dict[str, Any]], num_columns: int) -> list[list[int]]:
+    """The shapes of samples; one size that may vary follows from the number of columns."""
+    names = {size for port in ports for size in port["shape"] if isinstance(size, str)}
+    if not names:
+        return [port["shape"] for port in ports]
+    varying = [sum(isinstance(size, str) for size in port["shape"]) for port in ports]
+    if len(names) > 1 or max(varying) > 1:
+        raise ValueError(f"the sizes {', '.join(sorted(names))} vary, and a row of CSV is flat: "
+                         "take JSON")  # fmt: skip
+    products = [math.prod(n for n in port["shape"] if not isinstance(n, str)) for port in ports]
+    fixed = sum(product for product, num in zip(products, varying, strict=True) if not num)
+    size, rest = divmod(num_columns - fixed, max(1, sum(products) - fixed))
+    if size < 1 or rest:
+        raise ValueError(
+            f"found {num_columns} columns, the model takes {fixed} and a multiple of "
+            f"{sum(products) - fixed}"
+        )
+    return [[size if isinstance(n, str) else n for n in port["shape"]] for port in ports]
 
 
 def _load_array(path: Path) -> Any:

@@ -116,7 +116,7 @@ def _port_table(
 ) -> list[str]:
     rows = []
     for port in ports:
-        shape = ", ".join(["samples", *map(str, port["shape"])])
+        shape = ", ".join(["samples", *(_words(str(size)) for size in port["shape"])])
         rows.append(
             f"| {_code(port['name'])} | {port['dtype']} | [{shape}] | "
             f"{_words(', '.join(classes.get(port['name'], [])))} |"
@@ -126,6 +126,11 @@ def _port_table(
 
 def _about_inputs(ports: list[dict[str, Any]]) -> str:
     about = "The first dimension counts samples."
+    if any(isinstance(size, str) for port in ports for size in port["shape"]):
+        about += (
+            " A size with a name may be any, the same wherever it has this name: pad the samples "
+            "of a batch to one."
+        )
     if any(port["dtype"].startswith("float") for port in ports):
         about += (
             " Inputs are raw: what they are scaled with is part of the graph. A sample with a NaN "

@@ -21,11 +21,10 @@ from holdfast.training.champion.bootstrap import resampled_metrics
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import DataFormatError, ExportError
 from holdfast.training.experiment.loading import experiment_name
-from holdfast.training.experiment.model_call import call_form
-from holdfast.training.experiment.protocol import Experiment, Records, example_inputs
+from holdfast.training.experiment.protocol import Experiment, Records
+from holdfast.training.export.interfaces import open_interface
 from holdfast.training.export.onnx_export import OnnxArtifact, OnnxFormat
 from holdfast.training.export.protocol import Artifact, Place
-from holdfast.training.export.specification import derive_interface, export_spec
 from holdfast.training.export.weights import WeightsFormat
 from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.parity.champion import score_test_set
@@ -182,7 +181,9 @@ def _ports(bundle: Path) -> dict[str, str]:
     if not _has_onnx(bundle):
         interface = consumer.read_manifest(bundle)["interface"]
         return {
-            f"{kind} {port['name']}": _port_text(port["dtype"], [None, *port["shape"]])
+            f"{kind} {port['name']}": _port_text(
+                port["dtype"], [None, *map(_number, port["shape"])]
+            )
             for kind in ("input", "output")
             for port in interface[f"{kind}s"]
         }
@@ -196,9 +197,16 @@ def _ports(bundle: Path) -> dict[str, str]:
     return described
 
 
+def _number(size: object) -> int | None:
+    """A size of a manifest; None for the name of one that may vary."""
+    return size if isinstance(size, int) else None
+
+
 def _port_text(dtype: str, shape: Sequence[int | None]) -> str:
-    sizes = ", ".join("samples" if size is None else str(size) for size in shape)
-    return f"{dtype} [{sizes}]"
+    sizes = ["any" if size is None else str(size) for size in shape]
+    if shape and shape[0] is None:
+        sizes[0] = "samples"
+    return f"{dtype} [{', '.join(sizes)}]"
 
 
 def _has_onnx(bundle: Path) -> bool:
@@ -250,9 +258,7 @@ def paired_differences(
 
 def _records(bundle: Path, experiment: Experiment, config: RunConfig) -> Records:
     model = experiment.model().eval()
-    examples = example_inputs(experiment, 2)
-    form = call_form(experiment, model)
-    interface = derive_interface(model, examples, export_spec(experiment), form)
+    interface = open_interface(experiment, model, 2).interface
     place = Place(bundle, bundle, experiment.model, interface)
     try:
         artifact: Artifact = (

@@ -18,7 +18,7 @@ from holdfast.training.data.batch_plan import BatchPlan
 from holdfast.training.data.loader import Loader
 from holdfast.training.exactness.seeding import derive_seed, preserved_generators, seed_generators
 from holdfast.training.experiment.model_call import BY_POSITION, CallForm
-from holdfast.training.experiment.protocol import model_inputs
+from holdfast.training.experiment.protocol import input_names, model_inputs
 from holdfast.training.loop.evaluation import evaluation_mode, model_device, move
 from holdfast.training.loop.segment import batch_plan
 from holdfast.training.stage import Stage
@@ -66,10 +66,11 @@ def training_batches(stage: Stage) -> Iterator[tuple[Tensor, ...]]:
         num_microbatches=config.train.num_microbatches,
         seed=stage.seed("order"),
     )
+    names = input_names(stage.experiment)
     for microbatch in loader.steps(0, 0):
         if microbatch.epoch > 0 or microbatch.step_in_epoch >= num_steps:
             return
-        yield model_inputs(microbatch.batch)
+        yield model_inputs(microbatch.batch, names)
 
 
 def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

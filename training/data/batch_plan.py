@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -68,6 +68,49 @@ class FixedSizePlan:
         first = block_number * size
         self._block = self._order(np.arange(first, min(first + size, self._n), dtype=np.int64))
         self._epoch, self._block_number = epoch, block_number
+
+
+class OwnOrderPlan:
+    """Batches of one size in an order that is given, of any length in each epoch.
+
+    The last batch of an epoch is smaller, or dropped. ``order(epoch)`` must give the same each time
+    it is asked; memory is that of the longest epoch. Raises InputError where an epoch has no batch.
+    """
+
+    def __init__(
+        self, order: Callable[[int], Int64Array], batch_size: int, should_drop_last: bool
+    ) -> None:
+        self._order, self._batch_size = order, batch_size
+        self._should_drop_last = should_drop_last
+        self._nums_of_steps: dict[int, int] = {}
+        self._epoch = -1
+        self._indices: Int64Array = np.empty(0, dtype=np.int64)
+
+    def num_steps(self, epoch: int) -> int:
+        """Steps of an epoch."""
+        if epoch not in self._nums_of_steps:
+            self._count(epoch, self._order(epoch))
+        return self._nums_of_steps[epoch]
+
+    def indices(self, epoch: int, step_in_epoch: int) -> Int64Array:
+        """Indices of the samples of a step. Raises IndexError outside of the epoch."""
+        if epoch != self._epoch:
+            self._indices = self._order(epoch)
+            self._count(epoch, self._indices)
+            self._epoch = epoch
+        _check_step(step_in_epoch, self._nums_of_steps[epoch])
+        first = step_in_epoch * self._batch_size
+        return self._indices[first : first + self._batch_size]
+
+    def _count(self, epoch: int, indices: Int64Array) -> None:
+        num, size = len(indices), self._batch_size
+        num_steps = num // size if self._should_drop_last else -(-num // size)
+        if num_steps == 0:
+            raise InputError(
+                f"data.should_drop_last drops the only batch of epoch {epoch}: its {num} samples "
+                f"are fewer than data.batch_size={size}"
+            )
+        self._nums_of_steps[epoch] = num_steps
 
 
 class TokenPlan:

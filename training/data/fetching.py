@@ -14,12 +14,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from holdfast.training.data.permutation import Int64Array
 from holdfast.training.errors import HoldfastError, InputError, LoaderError
 from holdfast.training.exactness.seeding import IsolatedGenerators, derive_seed, seed_fetch
 from holdfast.training.experiment.error_places import described
+from holdfast.training.experiment.nests import mapped
 from holdfast.training.experiment.protocol import Dataset, collate
 
 
@@ -58,30 +58,67 @@ class Failure:
 
 
 class Fetcher:
-    """Fetches microbatches; what their items draw depends on (seed, epoch, position) alone."""
+    """Fetches microbatches; what their items draw depends on (seed, epoch, position) alone.
 
-    def __init__(self, dataset: Dataset, seed: int) -> None:
+    With ``should_tell_epoch``, a data set that has ``set_epoch`` is told each epoch before its
+    first fetch in this process.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, should_tell_epoch: bool = False) -> None:
         self._dataset = dataset
         self._seed = seed
         self._fetch: Callable[[list[int]], Any] | None = getattr(dataset, "fetch", None)
         self._generators: IsolatedGenerators | None = None
+        self._should_tell_epoch = should_tell_epoch
+        is_told = should_tell_epoch and callable(getattr(dataset, "set_epoch", None))
+        self._told_epoch: int | None = -1 if is_told else None
+        self._num_samples = len(dataset) if is_told else 0
 
     def fetch_isolated(self, place: Place) -> Any:
         """The batch, with the generators of this process untouched. Raises LoaderError."""
         if self._generators is None:
             self._generators = IsolatedGenerators()
+        if self._is_news(place):
+            self._generators.run(self._epoch_seed(place), self._tell_epoch, place)
         return self._generators.run(self._fetch_seed(place), self._batch, place)
 
     def __getitem__(self, place: Place) -> Any:
         """The batch, or why there is none, in a process that does nothing else."""
-        seed_fetch(self._fetch_seed(place))
         try:
+            if self._is_news(place):
+                seed_fetch(self._epoch_seed(place))
+                self._tell_epoch(place)
+            seed_fetch(self._fetch_seed(place))
             return self._batch(place)
         except HoldfastError as error:
             return Failure(isinstance(error, InputError), str(error), traceback.format_exc())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (_sources(self._dataset), self._dataset, self._seed)
+        sources = _sources(self._dataset)
+        return _rebuild, (sources, self._dataset, self._seed, self._should_tell_epoch)
+
+    def _is_news(self, place: Place) -> bool:
+        return self._told_epoch is not None and place.epoch != self._told_epoch
+
+    def _epoch_seed(self, place: Place) -> int:
+        return derive_seed(self._seed, "set_epoch", place.epoch)
+
+    def _tell_epoch(self, place: Place) -> None:
+        dataset: Any = self._dataset
+        call = f"set_epoch({place.epoch}) of {type(dataset).__name__}"
+        try:
+            dataset.set_epoch(place.epoch)
+        except HoldfastError:
+            raise
+        except Exception as error:
+            raise LoaderError(f"{call} failed: {described(error)}") from error
+        if len(dataset) != self._num_samples:
+            raise InputError(
+                f"{call} changed its length from {self._num_samples} to {len(dataset)} samples, "
+                f"and a data set keeps its length: let its order(epoch) give the indices of the "
+                f"samples that an epoch has"
+            )
+        self._told_epoch = place.epoch
 
     def _fetch_seed(self, place: Place) -> int:
         return derive_seed(
@@ -126,15 +163,11 @@ def _failure(what: str, place: Place, error: Exception) -> str:
 
 def pinned(batch: Any) -> Any:
     """The batch with every tensor in page-locked memory, for copies that don't block."""
-    if isinstance(batch, Tensor) or hasattr(batch, "pin_memory"):
-        return batch.pin_memory()
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(pinned(part) for part in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(pinned(part) for part in batch)
-    if isinstance(batch, dict):
-        return {name: pinned(part) for name, part in batch.items()}
-    return batch
+
+    def can_pin(nest: Any) -> bool:
+        return hasattr(nest, "pin_memory")
+
+    return mapped(lambda leaf: leaf.pin_memory() if can_pin(leaf) else leaf, batch, can_pin)
 
 
 @dataclass(frozen=True)
@@ -175,9 +208,11 @@ def _load_file(name: str, file: Path) -> ModuleType:
     return module
 
 
-def _rebuild(sources: tuple[ModuleSource, ...], dataset: Dataset, seed: int) -> Fetcher:
+def _rebuild(
+    sources: tuple[ModuleSource, ...], dataset: Dataset, seed: int, should_tell_epoch: bool
+) -> Fetcher:
     del sources  # unpickling them was their purpose; it comes first, because they stand first
-    return Fetcher(dataset, seed)
+    return Fetcher(dataset, seed, should_tell_epoch)
 
 
 def cut(indices: Int64Array, num_parts: int) -> list[tuple[int, Int64Array]]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from holdfast.training.data.batch_plan import BatchPlan, FixedSizePlan, TokenPlan
+from holdfast.training.data.batch_plan import BatchPlan, FixedSizePlan, OwnOrderPlan, TokenPlan
 from holdfast.training.data.fetching import Failure, Fetcher, Place, cut, pinned, sequential_places
 from holdfast.training.data.loader_process import WorkerSetup, start_fork_server
 from holdfast.training.data.permutation import Permutation
@@ -30,7 +30,15 @@ from holdfast.training.errors import InputError, LoaderError
 from holdfast.training.exactness.seeding import derive_seed
 from holdfast.training.experiment.protocol import Dataset
 
-__all__ = ["BatchPlan", "FixedSizePlan", "Loader", "Microbatch", "Permutation", "TokenPlan"]
+__all__ = [
+    "BatchPlan",
+    "FixedSizePlan",
+    "Loader",
+    "Microbatch",
+    "OwnOrderPlan",
+    "Permutation",
+    "TokenPlan",
+]
 
 WorkerInit = Callable[[int], None]
 _KILL_TIMEOUT_S = 10.0
@@ -88,7 +96,7 @@ class Loader:
         worker_init_fn: WorkerInit | None = None,
     ) -> None:
         self._dataset = dataset
-        self._fetcher = Fetcher(dataset, seed)
+        self._fetcher = Fetcher(dataset, seed, should_tell_epoch=True)
         self._plan = plan
         self._num_microbatches = num_microbatches
         self._num_workers = num_workers

@@ -14,7 +14,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdfast.training.errors import ExperimentError
-from holdfast.training.experiment.protocol import Experiment, example_batch, model_inputs
+from holdfast.training.experiment.protocol import (
+    Experiment,
+    example_batch,
+    input_names,
+    inputs_of,
+    model_inputs,
+)
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,12 @@ class CallForm:
     Attributes:
         names: of the inputs, where they come in a dict; empty where they come by position.
         is_keyword: the dict's entries are arguments of ``forward``, not one argument together.
+        positions: the arguments of ``forward`` in their order, where they come by keyword.
     """
 
     names: tuple[str, ...] = ()
     is_keyword: bool = False
+    positions: tuple[str, ...] = ()
 
     def call(self, model: nn.Module, flat: Sequence[Tensor]) -> Any:
         """What the model returns for these inputs."""
@@ -44,7 +52,8 @@ class CallForm:
         if not self.names:
             return (*args, *kwargs.values())
         is_one_dict = len(args) == 1 and isinstance(args[0], Mapping)
-        named = dict(args[0]) if is_one_dict else dict(zip(self.names, args, strict=False))
+        order = self.positions or self.names
+        named = dict(args[0]) if is_one_dict else dict(zip(order, args, strict=False))
         named.update(kwargs)
         if missing := [name for name in self.names if name not in named]:
             raise ExperimentError(
@@ -60,13 +69,32 @@ BY_POSITION = CallForm()
 def call_form(experiment: Experiment, model: nn.Module) -> CallForm:
     """How the experiment's model takes the inputs of its batches.
 
-    A dict is spread over the arguments of ``forward`` where all of its keys are names of them.
+    What ``input_names`` names comes by keyword. A dict is spread over the arguments of ``forward``
+    where all of its keys are names of them. Raises ExperimentError.
     """
+    chosen = input_names(experiment)
     batch = example_batch(experiment, 1)
-    model_inputs(batch)
-    inputs: Any = batch if isinstance(batch, Tensor) else batch[0]
+    model_inputs(batch, chosen)
+    inputs = inputs_of(batch, chosen)
     if not isinstance(inputs, Mapping):
         return BY_POSITION
     names = tuple(inputs)
     parameters = inspect.signature(model.forward).parameters
-    return CallForm(names, all(name in parameters for name in names))
+    unknown = [name for name in names if name not in parameters]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if chosen and unknown and not takes_any:
+        raise ExperimentError(
+            f"input_names names {unknown[0]}, and forward() of {type(model).__name__} takes "
+            f"{', '.join(parameters) or 'nothing'}; name arguments that it takes"
+        )
+    is_keyword = bool(chosen) or not unknown
+    return CallForm(names, is_keyword, _positions(parameters) if is_keyword else ())
+
+
+def _positions(parameters: Mapping[str, inspect.Parameter]) -> tuple[str, ...]:
+    """Arguments that may be given by position, unless any number may."""
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return ()
+    by_position = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return tuple(name for name, parameter in parameters.items() if parameter.kind is by_position)

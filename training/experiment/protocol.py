@@ -7,10 +7,22 @@ configuration. Further methods are optional and found by their presence: ``param
 
 A *batch* is a pair ``(inputs, targets)``. ``inputs`` is a tensor or a tuple of tensors, the
 positional arguments of ``model.forward``; or a dict of tensors, which are arguments of ``forward``
-by name or, where it has no such arguments, its one argument. ``targets`` is any nest of tensors.
-The first dimension of every tensor counts samples. An item of a data set is the same pair for one
-sample; items are collated by ``torch.utils.data.default_collate``, or by the data set's own
+by name or, where it has no such arguments, its one argument. ``targets`` is any nest of tensors:
+dicts, tuples, named tuples and dataclasses, to any depth. A batch may also be a tensor alone, which
+is all inputs, or any nest whose inputs are named by ``input_names``. The first dimension of every
+tensor counts samples. An item of a data set is the same for one sample; items are collated as
+``torch.utils.data.default_collate`` does it, dataclasses as well, or by the data set's own
 ``collate(items)``.
+
+What follows is optional and found by its presence:
+
+- ``input_names: tuple[str, ...]``, a class attribute of the experiment: the keys of a batch that is
+  a dict, or the fields of one that is a named tuple or dataclass, which the model takes by keyword;
+- ``dynamic_dimensions: dict[str, dict[int, str]]``, another: dimensions beside the first one whose
+  size may vary in exports, such as ``{"input_ids": {1: "length"}}``; sizes of one name are equal in
+  one batch;
+- ``loss(model, batch, at)``, with a parameter of that name: ``at`` is a ``TrainingPlace``;
+- ``set_epoch(epoch)``, ``order(epoch)`` and ``weights(epoch)`` of a data set: see ``Dataset``.
 
 Random augmentation belongs into the data set's ``__getitem__`` or ``fetch``. It may draw from
 ``random``, from NumPy's global generator and from torch: the loader seeds all three from (seed,
@@ -32,9 +44,10 @@ from torch.optim import Optimizer
 
 from holdfast.training.configuration.schema import Section, Split
 from holdfast.training.errors import ExperimentError
+from holdfast.training.experiment.nests import children, default_collated, is_record
 
-Batch = tuple[Any, Any]
-"""``(inputs, targets)``, as the module describes it."""
+Batch = Any
+"""``(inputs, targets)``, a tensor alone, or any nest with ``input_names``."""
 Records = dict[str, npt.NDArray[Any]]
 """Name of a record to an array with one row per sample."""
 REQUIRED_METHODS = ("dataset", "model", "loss", "score", "metrics")
@@ -48,6 +61,17 @@ class Dataset(Sized, Protocol):
       and ``collate``; several times faster where data lies in memory as arrays;
     - ``fetch(indices: NDArray[int64]) -> batch``: several items at once, where that is faster;
     - ``lengths: Sequence[int]``: tokens of each item, for batches by token count;
+    - ``set_epoch(epoch)``: called before the first fetch of an epoch, with its number from 0 on, in
+      each process that fetches. A resume begins in any epoch: what is fetched depends on the last
+      call alone. The length stays. Data that is evaluated on is not told;
+    - ``order(epoch) -> indices``: the samples of a training epoch in their order, any number of
+      them, in the place of a random permutation;
+    - ``weights(epoch) -> numbers``: one for each sample, none of them negative. An epoch draws as
+      many samples as there are, with replacement, in proportion to them.
+
+    ``order`` and ``weights`` are functions of the epoch alone. They may draw from the global
+    generators, which are seeded for each call.
+
     - ``fingerprint: str``: a digest of what the data set was made from.
     """
 
@@ -71,6 +95,26 @@ class Context:
     settings: Any = field(default_factory=NoSettings)
     data_folder: Path | None = None
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlace:
+    """Where in the run a microbatch stands, as a resume finds it again.
+
+    Attributes:
+        seed: root seed of the run.
+        epoch, step_in_epoch: from 0 on.
+        step: optimizer steps that are done.
+        microbatch: its number in the step, from 0 on.
+        num_microbatches: of this step.
+    """
+
+    seed: int
+    epoch: int
+    step: int
+    step_in_epoch: int
+    microbatch: int
+    num_microbatches: int
 
 
 @runtime_checkable
@@ -97,7 +141,10 @@ class Experiment(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Scalar training loss of a microbatch, a mean over its samples."""
+        """Scalar training loss of a microbatch, a mean over its samples.
+
+        With a third parameter ``at`` it is given the ``TrainingPlace``, by keyword.
+        """
         ...
 
     def score(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -223,13 +270,24 @@ def hook(experiment: object, name: str) -> Any:
     return getattr(experiment, name) if is_there else None
 
 
-def model_inputs(batch: Batch) -> tuple[Tensor, ...]:
+def input_names(experiment: object) -> tuple[str, ...]:
+    """The experiment's ``input_names``; none where it has none. Raises ExperimentError."""
+    names: object = getattr(experiment, "input_names", ())
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise ExperimentError(
+            f"input_names of {type(experiment).__name__} must be a tuple of names, such as "
+            f'("input_ids", "attention_mask"); found {names!r}'
+        )
+    return tuple(names)
+
+
+def model_inputs(batch: Batch, names: tuple[str, ...] = ()) -> tuple[Tensor, ...]:
     """The inputs of a batch, flat: what ``model.forward`` takes. A lone tensor is all inputs.
 
-    Raises ExperimentError where there are none, or they are no tensors.
+    ``names`` are the experiment's ``input_names``. Raises ExperimentError where there are no
+    inputs, or they are no tensors.
     """
-    require_pair(batch)
-    inputs: object = batch if isinstance(batch, Tensor) else batch[0]
+    inputs = inputs_of(batch, names)
     values = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
     flat = tuple(values) if isinstance(values, (tuple, list)) else (values,)
     if not flat or not all(isinstance(tensor, Tensor) for tensor in flat):
@@ -241,17 +299,46 @@ def model_inputs(batch: Batch) -> tuple[Tensor, ...]:
     return flat
 
 
+def inputs_of(batch: Batch, names: tuple[str, ...] = ()) -> Any:
+    """What of a batch the model takes: a tensor, a tuple, or a dict. Raises ExperimentError.
+
+    With ``names`` it is a dict of these entries, or fields, of the batch or of its first part. One
+    that is None is left out.
+    """
+    if not names:
+        require_pair(batch)
+        return batch if isinstance(batch, Tensor) else batch[0]
+    parts = (batch, batch[0]) if isinstance(batch, (tuple, list)) and len(batch) else (batch,)
+    for part in parts:
+        is_named = isinstance(part, Mapping) or is_record(part)
+        held = dict(children(part) or ()) if is_named else {}
+        if held.keys() >= set(names):
+            return {name: held[name] for name in names if held[name] is not None}
+    raise ExperimentError(
+        f"input_names names {', '.join(names)}; a batch must be a dict, named tuple or dataclass "
+        f"that holds them, or a pair that begins with one; found {_described(batch)}"
+    )
+
+
 def require_pair(batch: object) -> None:
     """Make sure that it can be told which part of a batch are inputs. Raises ExperimentError."""
     if isinstance(batch, Tensor) or (isinstance(batch, (tuple, list)) and len(batch)):
         return
-    found = f"a {type(batch).__name__}"
-    if isinstance(batch, Mapping):
-        found = f"a dict with the keys {', '.join(map(str, batch))}"
     raise ExperimentError(
-        f"an item of a data set, and so a batch, must be a pair (inputs, targets); found {found}: "
-        f"return the model's inputs as one, which may be a dict, and all else as the other"
+        f"an item of a data set, and so a batch, must be a pair (inputs, targets); found "
+        f"{_described(batch)}: return the model's inputs as one, which may be a dict, and all else "
+        f"as the other, or name the model's inputs by the class attribute input_names"
     )
+
+
+def _described(batch: object) -> str:
+    """The kind of a batch, with the names in it."""
+    held = children(batch) if isinstance(batch, Mapping) or is_record(batch) else None
+    kind = "dict" if isinstance(batch, Mapping) else type(batch).__name__
+    if held is None:
+        return f"a {kind}"
+    names = "keys" if isinstance(batch, Mapping) else "fields"
+    return f"a {kind} with the {names} {', '.join(str(key) for key, _ in held)}"
 
 
 def require_map_style(dataset: object, split: str) -> None:
@@ -281,18 +368,17 @@ def example_batch(experiment: Experiment, num_samples: int) -> Batch:
 
 def example_inputs(experiment: Experiment, num_samples: int) -> tuple[Tensor, ...]:
     """Inputs of the first validation samples, for tracing and exporting; see ``example_batch``."""
-    return model_inputs(example_batch(experiment, num_samples))
+    return model_inputs(example_batch(experiment, num_samples), input_names(experiment))
 
 
 def collate(dataset: Dataset, items: list[Any]) -> Batch:
     """Items as one batch, by the data set's own ``collate`` where it has one.
 
-    A batch of tuples is a tuple; a dict, a named tuple or a single tensor stays what it is.
+    A batch of tuples is a tuple; a dict, a named tuple, a dataclass or a single tensor stays what
+    it is.
     """
-    from torch.utils.data import default_collate
-
     own = getattr(dataset, "collate", None)
-    batch = own(items) if own is not None else default_collate(items)
+    batch = own(items) if own is not None else default_collated(items)
     is_torn = own is None and type(batch) is list
     whole: Batch = tuple(batch) if is_torn else batch
     return whole

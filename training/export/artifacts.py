@@ -13,13 +13,13 @@ import torch
 from holdfast.training.configuration.schema import ExportConfig
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.errors import ExportError
-from holdfast.training.experiment.model_call import call_form
-from holdfast.training.experiment.protocol import Experiment, example_inputs, model_inputs
+from holdfast.training.experiment.protocol import Experiment, input_names, model_inputs
 from holdfast.training.export.capturing import unused_tensors
 from holdfast.training.export.formats import formats
 from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.interfaces import open_interface
 from holdfast.training.export.protocol import Place, Source
-from holdfast.training.export.specification import Inputs, Interface, derive_interface, export_spec
+from holdfast.training.export.specification import Inputs, Interface, fits, sizes_by_name
 from holdfast.training.export.weights import load_champion
 
 NUM_EXAMPLES = 2
@@ -40,36 +40,39 @@ def open_champion(
         folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(champion, scratch / "champion.safetensors")
     model = load_champion(champion, experiment.model())
-    examples = example_inputs(experiment, NUM_EXAMPLES)
-    form = call_form(experiment, model)
-    interface = derive_interface(model, examples, export_spec(experiment), form)
-    require_one_shape(experiment, interface)
+    opened = open_interface(experiment, model, NUM_EXAMPLES)
+    interface = opened.interface
+    require_shapes(experiment, interface)
     source = Source(
-        model=GuardedModel(model, form).eval(),
+        model=GuardedModel(model, opened.form).eval(),
         interface=interface,
-        examples=examples,
+        examples=opened.examples,
         max_batch_size=config.max_batch_size,
         calibration=Calibration(experiment, config.num_calibration),
     )
     return source, Place(bundle, scratch, experiment.model, interface)
 
 
-def require_one_shape(experiment: Experiment, interface: Interface) -> None:
+def require_shapes(experiment: Experiment, interface: Interface) -> None:
     """Make sure that samples of several validation batches have the shapes of the interface.
 
-    Raises ExportError: only the first dimension of an export is dynamic.
+    Raises ExportError: beside the number of samples only the sizes vary that have a name.
     """
-    dataset = experiment.dataset("validation")
+    dataset, names = experiment.dataset("validation"), input_names(experiment)
     batches = evaluation_batches(dataset, SHAPE_BATCH_SIZE)
     for batch in islice(batches, NUM_SHAPE_BATCHES):
-        for port, tensor in zip(interface.inputs, model_inputs(batch), strict=False):
-            if tuple(tensor.shape[1:]) != port.shape:
+        inputs = model_inputs(batch, names)
+        for port, tensor in zip(interface.inputs, inputs, strict=False):
+            if not fits(tensor.shape[1:], port.shape):
                 raise ExportError(
                     f"samples of the input {port.name} have the shape {list(port.shape)} in one "
-                    f"validation batch and {list(tensor.shape[1:])} in another; only the number of "
-                    f"samples may vary in an export: pad them to one length that doesn't depend on "
-                    f"the batch"
+                    f"validation batch and {list(tensor.shape[1:])} in another; in an export only "
+                    f"the number of samples may vary, and what dynamic_dimensions of the "
+                    f"experiment names: pad them to one length that doesn't depend on the batch, "
+                    f'or declare it, as {{"{port.name}": {{1: "length"}}}}'
                 )
+        if len(inputs) == len(interface.inputs):
+            sizes_by_name(interface.inputs, inputs)
 
 
 def chosen_formats(config: ExportConfig) -> tuple[str, ...]:
@@ -109,10 +112,10 @@ class Calibration:
         """Batches until at least ``num_samples`` samples were given, or the data end."""
         num_given = 0
         with torch.random.fork_rng(devices=[]):
-            training = self.experiment.dataset("train")
+            training, names = self.experiment.dataset("train"), input_names(self.experiment)
             for batch in evaluation_batches(training, CALIBRATION_BATCH_SIZE):
                 if num_given >= self.num_samples:
                     return
-                inputs = model_inputs(batch)
+                inputs = model_inputs(batch, names)
                 num_given += len(inputs[0])
                 yield inputs

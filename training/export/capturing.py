@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -11,13 +13,15 @@ from torch.export import ExportedProgram
 from holdfast.training.errors import ExportError
 from holdfast.training.export.class_names import first_names
 from holdfast.training.export.guard import PREFIX, GuardedModel
-from holdfast.training.export.specification import Inputs
+from holdfast.training.export.specification import Inputs, TensorSpec
 
 MAX_MESSAGE_CHARS = 600
 
 
-def capture(model: GuardedModel, examples: Inputs, max_batch_size: int) -> ExportedProgram:
-    """The model's graph with a dynamic batch.
+def capture(
+    model: GuardedModel, examples: Inputs, max_batch_size: int, ports: Sequence[TensorSpec] = ()
+) -> ExportedProgram:
+    """The model's graph with a dynamic batch, and the sizes that ``ports`` have a name for.
 
     Raises:
         ExportError: the examples are a single sample, the model is in training mode, or torch
@@ -29,7 +33,7 @@ def capture(model: GuardedModel, examples: Inputs, max_batch_size: int) -> Expor
     training = [name for name, module in model.named_modules() if module.training]
     if training:
         raise ExportError(f"modules {training[:3]} are in training mode; call eval() first")
-    batch = torch.export.Dim("batch", min=1, max=max_batch_size)
+    shapes = _dynamic_shapes(examples, max_batch_size, ports)
     # The fast path zeroes padded positions, which no other runtime does.
     had_fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -40,7 +44,7 @@ def capture(model: GuardedModel, examples: Inputs, max_batch_size: int) -> Expor
             program = torch.export.export(
                 copy.deepcopy(model),
                 examples,
-                dynamic_shapes={"inputs": tuple({0: batch} for _ in examples)},
+                dynamic_shapes={"inputs": shapes},
                 strict=False,
             )
     except Exception as error:  # torch raises its own, many and private, classes
@@ -51,6 +55,21 @@ def capture(model: GuardedModel, examples: Inputs, max_batch_size: int) -> Expor
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # holds the paths of this machine
     return program
+
+
+def _dynamic_shapes(
+    examples: Inputs, max_batch_size: int, ports: Sequence[TensorSpec]
+) -> tuple[dict[int, Any], ...]:
+    """What may vary of each input: its number of samples, and the sizes that have a name.
+
+    Of these torch finds the range for itself, such as the longest that a table of positions has.
+    """
+    batch = torch.export.Dim("batch", min=1, max=max_batch_size)
+    shapes: list[dict[int, Any]] = [{0: batch} for _ in examples]
+    for port, shape in zip(ports, shapes, strict=False):
+        named = [number for number, size in enumerate(port.shape, 1) if isinstance(size, str)]
+        shape.update(dict.fromkeys(named, torch.export.Dim.DYNAMIC))
+    return tuple(shapes)
 
 
 def unused_tensors(program: ExportedProgram) -> set[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from holdfast.training.experiment.model_call import BY_POSITION, CallForm
-from holdfast.training.export.specification import as_columns, flat_outputs
+from holdfast.training.export.outputs import as_columns, flat_outputs
 
 PREFIX = "model."
 

@@ -84,7 +84,7 @@ class OnnxArtifact:
 
 
 class OnnxFormat:
-    """``1/model.onnx``: one file, opset 20, dynamic batch."""
+    """``1/model.onnx``: one file, opset 20, dynamic batch and whatever else may vary."""
 
     path = "1/model.onnx"
     is_exact = True
@@ -181,7 +181,7 @@ def _quiet() -> Iterator[None]:
 
 def _write(model: onnx.ModelProto, path: Path, interface: Interface) -> None:
     _strip(model)
-    _name_batch(model, interface)
+    _name_sizes(model, interface)
     written = {entry.domain: entry.version for entry in model.opset_import}
     if written.get("") != OPSET:
         raise ExportError(f"torch.onnx wrote opset {written.get('')}, {OPSET} was asked for")
@@ -204,15 +204,15 @@ def _strip(model: onnx.ModelProto) -> None:
         holder.doc_string = ""
 
 
-def _name_batch(model: onnx.ModelProto, interface: Interface) -> None:
-    """Call the first dimension ``batch`` instead of a symbol that torch made up."""
-    num = len(interface.inputs) + len(interface.outputs)
+def _name_sizes(model: onnx.ModelProto, interface: Interface) -> None:
+    """Call what varies by its name, ``batch`` and those of the interface, not by torch's symbol."""
+    wanted = [*interface.inputs, *interface.outputs]
     ports = [*model.graph.input, *model.graph.output]
-    assert len(ports) == num
-    for port in ports:
-        first = port.type.tensor_type.shape.dim[0]
-        if first.dim_param:
-            first.dim_param = "batch"
+    for port, spec in zip(ports, wanted, strict=True):
+        sizes = zip(port.type.tensor_type.shape.dim, ("batch", *spec.shape), strict=False)
+        for dimension, name in sizes:
+            if dimension.dim_param and isinstance(name, str):
+                dimension.dim_param = name
 
 
 def _port(port: Any) -> PortSignature:

@@ -22,9 +22,10 @@ from holdfast.training.experiment.protocol import Batch, Experiment, Records
 from holdfast.training.export.artifacts import open_champion, write_artifacts
 from holdfast.training.export.formats import formats
 from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.outputs import flat_outputs
 from holdfast.training.export.protocol import Runner
 from holdfast.training.export.serving import triton_config
-from holdfast.training.export.specification import ExportSpec, Inputs, Interface, flat_outputs
+from holdfast.training.export.specification import ExportSpec, Inputs, Interface
 from holdfast.training.export.weights import load_champion
 
 FOLDER = "parts"

@@ -56,7 +56,7 @@ class Source:
     @cached_property
     def program(self) -> ExportedProgram:
         """One capture, shared by all formats that are made from a graph."""
-        return capture(self.model, self.examples, self.max_batch_size)
+        return capture(self.model, self.examples, self.max_batch_size, self.interface.inputs)
 
 
 @dataclass(frozen=True)

@@ -72,13 +72,18 @@ def mlflow_model(interface: Interface, versions: dict[str, str], python_version:
 
 def _port(port: TensorSpec) -> str:
     # Triton has no scalar samples: [1], which it reshapes to nothing for the model.
-    dims = ", ".join(str(size) for size in port.shape)
+    dims = ", ".join(map(str, _sizes(port)))
     dims = f"dims: [ {dims} ]" if port.shape else "dims: [ 1 ] reshape: { shape: [ ] }"
     return f'  {{ name: "{port.name}" data_type: {TRITON_TYPES[port.dtype]} {dims} }}'
 
 
+def _sizes(port: TensorSpec) -> list[int]:
+    """-1 is what both have for a size that may vary."""
+    return [-1 if isinstance(size, str) else size for size in port.shape]
+
+
 def _mlflow_port(port: TensorSpec) -> dict[str, object]:
-    shape = [-1, *port.shape]
+    shape = [-1, *_sizes(port)]
     return {
         "name": port.name,
         "tensor-spec": {"dtype": port.dtype, "shape": shape},

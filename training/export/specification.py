@@ -2,15 +2,14 @@
 
 An experiment may have a sixth method, ``export_spec() -> ExportSpec``. What it leaves out is
 derived from the model: input names from the signature of ``forward``, output names from the keys
-of the dictionary or the fields of the named tuple that it returns.
+of the dictionary or the fields of the named tuple or dataclass that it returns.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections import namedtuple
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +18,13 @@ from torch import Tensor, nn
 from holdfast.training.errors import ExportError
 from holdfast.training.experiment.model_call import BY_POSITION, CallForm
 from holdfast.training.experiment.protocol import Experiment
+from holdfast.training.export.outputs import OutputStructure, as_columns, flatten
 
 Inputs = tuple[Tensor, ...]
+Size = int | str
+"""Of a dimension; its name where it may vary."""
+Dimensions = Mapping[str, Mapping[int, str]]
+"""Input name -> dimension -> the name of its size, for those beside the first one that may vary."""
 
 
 @dataclass(frozen=True)
@@ -50,43 +54,7 @@ class TensorSpec:
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
-
-
-class NamedOutputs(dict[str, Tensor]):
-    """Outputs by name, as items and, as libraries of transformers have it, as attributes."""
-
-    def __getattr__(self, name: str) -> Tensor:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-@dataclass(frozen=True)
-class OutputStructure:
-    """How a model returns its outputs, and how flat outputs become that again.
-
-    Attributes:
-        names: one per output, in order.
-        kind: ``tensor``, ``tuple`` or ``dict``.
-        is_vector: the model returns ``[B]``, which is exported as ``[B, 1]``.
-        fields: of a named tuple.
-    """
-
-    names: tuple[str, ...]
-    kind: str
-    is_vector: tuple[bool, ...]
-    fields: tuple[str, ...] = ()
-
-    def rebuild(self, flat: list[Tensor]) -> Any:
-        """What the model itself would have returned."""
-        own = [t[:, 0] if v else t for t, v in zip(flat, self.is_vector, strict=True)]
-        if self.kind == "dict":
-            return NamedOutputs(zip(self.names, own, strict=True))
-        if self.fields:
-            return namedtuple("Outputs", self.fields)(*own)  # its names are found here
-        return own[0] if self.kind == "tensor" else tuple(own)
+    shape: tuple[Size, ...]
 
 
 @dataclass(frozen=True)
@@ -127,25 +95,29 @@ def export_spec(experiment: Experiment) -> ExportSpec:
 
 
 def derive_interface(
-    model: nn.Module, examples: Inputs, spec: ExportSpec, form: CallForm = BY_POSITION
+    model: nn.Module,
+    examples: Inputs,
+    spec: ExportSpec,
+    form: CallForm = BY_POSITION,
+    others: Sequence[Inputs] = (),
+    dimensions: Dimensions = {},  # noqa: B006  # nobody writes to it
 ) -> Interface:
     """The interface of ``model``, from one call of it on a batch of examples.
+
+    Args:
+        model: in evaluation mode.
+        examples: inputs, flat.
+        spec: what the experiment says.
+        form: how the model takes the inputs.
+        others: inputs of other sizes, where ``dimensions`` may vary.
+        dimensions: of inputs, by the names that the interface gives them.
 
     Raises:
         ExportError: the model returns something else than tensors whose first dimension counts
             samples, or the names do not fit.
     """
-    with torch.no_grad():
-        returned = form.call(model, examples)
-    structure, flat = _flatten(returned, spec.output_names)
-    num_samples = len(examples[0])
-    for name, tensor in zip(structure.names, flat, strict=True):
-        if tensor.dim() == 0 or len(tensor) != num_samples:
-            raise ExportError(
-                f"output {name} has shape {list(tensor.shape)} for {num_samples} samples; "
-                "the first dimension of every output must count samples"
-            )
-    names = spec.input_names or form.names or _argument_names(model, len(examples))
+    structure, flat = _answer(model, examples, spec, form)
+    names = interface_names(model, len(examples), spec, form)
     if len(names) != len(examples) or len(set(names) | set(structure.names)) != len(names) + len(
         structure.names
     ):
@@ -153,23 +125,51 @@ def derive_interface(
             f"input names {list(names)} and output names {list(structure.names)} must be distinct, "
             f"one for each of {len(examples)} inputs; correct export_spec() of the experiment"
         )
+    outputs = list(map(_tensor_spec, structure.names, map(as_columns, flat)))
+    inputs = [
+        _with_names(_tensor_spec(n, x), dimensions.get(n, {}))
+        for n, x in zip(names, examples, strict=True)
+    ]
+    if dimensions:
+        tried = [(x, _answer(model, x, spec, form)[1]) for x in others]
+        outputs = _varying(inputs, outputs, [(examples, flat), *tried])
     return Interface(
-        inputs=tuple(map(_tensor_spec, names, examples)),
-        outputs=tuple(map(_tensor_spec, structure.names, map(as_columns, flat))),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
         structure=structure,
         class_names=_checked_classes(spec.class_names, structure.names, flat),
         form=form,
     )
 
 
-def flat_outputs(returned: Any) -> list[Tensor]:
-    """The tensors that a model returned, in order: of a tensor, a tuple or a dictionary."""
-    return _flatten(returned, ())[1]
+def interface_names(
+    model: nn.Module, num_inputs: int, spec: ExportSpec, form: CallForm
+) -> tuple[str, ...]:
+    """Names of the inputs: those that the experiment gives, or those of their arguments."""
+    return spec.input_names or form.names or _argument_names(model, num_inputs)
 
 
-def as_columns(tensor: Tensor) -> Tensor:
-    """``[B]`` as ``[B, 1]``: serving systems do not agree on what ``[B]`` is."""
-    return tensor[:, None] if tensor.dim() == 1 else tensor
+def fits(sizes: Sequence[int], shape: Sequence[Size]) -> bool:
+    """Whether a shape is the one that is wanted; a size that may vary is any."""
+    return len(sizes) == len(shape) and all(
+        isinstance(wanted, str) or size == wanted for size, wanted in zip(sizes, shape, strict=True)
+    )
+
+
+def sizes_by_name(inputs: Sequence[TensorSpec], tensors: Inputs) -> dict[str, int]:
+    """The sizes of the dimensions that may vary. Raises ExportError where one name has two."""
+    found: dict[str, int] = {}
+    for port, tensor in zip(inputs, tensors, strict=True):
+        for dimension, size in enumerate(port.shape, start=1):
+            if not isinstance(size, str):
+                continue
+            if found.setdefault(size, tensor.shape[dimension]) != tensor.shape[dimension]:
+                raise ExportError(
+                    f"dynamic_dimensions calls two sizes {size!r} that differ in one batch: "
+                    f"{found[size]}, and {tensor.shape[dimension]} in dimension {dimension} of "
+                    f"{port.name}; give each a name of its own"
+                )
+    return found
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -177,29 +177,53 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _flatten(returned: Any, wanted: tuple[str, ...]) -> tuple[OutputStructure, list[Tensor]]:
-    names: tuple[str, ...]
-    if isinstance(returned, Tensor):
-        kind, names, flat = "tensor", ("output",), [returned]
-    elif isinstance(returned, Mapping):
-        kind, names, flat = "dict", tuple(map(str, returned)), list(returned.values())
-    elif isinstance(returned, (tuple, list)):
-        kind, flat = "tuple", list(returned)
-        names = getattr(returned, "_fields", tuple(f"output_{i}" for i in range(len(flat))))
-    else:
-        kind, names, flat = "tuple", (), []
-    if not flat or not all(isinstance(tensor, Tensor) for tensor in flat):
-        raise ExportError(
-            f"the model returns {type(returned).__name__}; an exported model returns a tensor, "
-            "or a tuple or dictionary of tensors"
-        )
-    if kind != "dict" and wanted:
-        names = wanted
-    if len(names) != len(flat):
-        raise ExportError(f"the model returns {len(flat)} outputs, export_spec() names {names}")
-    vectors = tuple(tensor.dim() == 1 for tensor in flat)
-    fields = tuple(getattr(returned, "_fields", ())) if kind == "tuple" else ()
-    return OutputStructure(names=names, kind=kind, is_vector=vectors, fields=fields), flat
+def _answer(
+    model: nn.Module, inputs: Inputs, spec: ExportSpec, form: CallForm
+) -> tuple[OutputStructure, list[Tensor]]:
+    with torch.no_grad():
+        returned = form.call(model, inputs)
+    structure, flat = flatten(returned, spec.output_names)
+    num_samples = len(inputs[0])
+    for name, tensor in zip(structure.names, flat, strict=True):
+        if tensor.dim() == 0 or len(tensor) != num_samples:
+            raise ExportError(
+                f"output {name} has shape {list(tensor.shape)} for {num_samples} samples; "
+                "the first dimension of every output must count samples"
+            )
+    return structure, flat
+
+
+def _varying(
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    answers: Sequence[tuple[Inputs, list[Tensor]]],
+) -> list[TensorSpec]:
+    """Outputs with names for sizes that differ from one answer to the other.
+
+    That is the name of the inputs' size that it equals, or one of its own.
+    """
+    by_name = [sizes_by_name(inputs, asked) for asked, _ in answers]
+    found = []
+    for number, port in enumerate(outputs):
+        shapes = [tuple(as_columns(flat[number]).shape[1:]) for _, flat in answers]
+        if len({len(shape) for shape in shapes}) > 1:
+            raise ExportError(
+                f"output {port.name} has another number of dimensions for inputs of another size: "
+                f"{list(shapes[0])}, {list(shapes[-1])}; leave it out of what forward() returns"
+            )
+        named: dict[int, str] = {}
+        for dimension, sizes in enumerate(zip(*shapes, strict=True), start=1):
+            if len(set(sizes)) > 1:
+                pairs = list(zip(by_name, sizes, strict=True))
+                same = [n for n in by_name[0] if all(known[n] == size for known, size in pairs)]
+                named[dimension] = same[0] if same else f"{port.name}_{dimension}"
+        found.append(_with_names(port, named))
+    return found
+
+
+def _with_names(port: TensorSpec, names: Mapping[int, str]) -> TensorSpec:
+    shape = (names.get(number, size) for number, size in enumerate(port.shape, start=1))
+    return replace(port, shape=tuple(shape))
 
 
 def _argument_names(model: nn.Module, num: int) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.errors import ExperimentError
 from holdfast.training.exactness.seeding import preserved_generators, seed_scoring
+from holdfast.training.experiment.nests import mapped
 from holdfast.training.experiment.protocol import (
     Dataset,
     Experiment,
@@ -199,14 +200,11 @@ def model_device(model: nn.Module) -> torch.device:
 
 def move(batch: Any, device: torch.device) -> Any:
     """A nest of tensors on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if hasattr(batch, "to"):  # what libraries collate to: packed sequences, encodings, graphs
-        return batch.to(device)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(move(item, device) for item in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(move(item, device) for item in batch)
-    if isinstance(batch, dict):
-        return {key: move(value, device) for key, value in batch.items()}
-    return batch
+
+    def moved(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.to(device, non_blocking=True)
+        return leaf.to(device) if hasattr(leaf, "to") else leaf
+
+    # What libraries collate to, such as packed sequences, encodings and graphs, moves itself.
+    return mapped(moved, batch, lambda nest: hasattr(nest, "to"))

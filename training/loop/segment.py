@@ -22,8 +22,9 @@ from holdfast.training.configuration.loading import (
     config_from_record,
     digested_values,
 )
-from holdfast.training.configuration.schema import RunConfig
-from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, TokenPlan
+from holdfast.training.configuration.schema import RunConfig, WarmupConfig
+from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, OwnOrderPlan, TokenPlan
+from holdfast.training.data.own_order import own_order
 from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.exactness.reproducibility import compile_statically
 from holdfast.training.exactness.seeding import seed_generators
@@ -58,8 +59,7 @@ def run_segment(stage: Stage) -> StageOutcome:
     with costs.measured("startup"):
         trainer = build_trainer(stage, costs)
         if not stage.run.run_json.exists():
-            num_steps_per_epoch = trainer.plan.num_steps(0)
-            trainer.state.schedule.require_length(trainer.num_steps(), num_steps_per_epoch)
+            trainer.state.schedule.require_length(trainer.num_steps(), trainer.epoch_ends())
     with stage.writing() as lease:
         keeper = RecordKeeper(stage.run, lease, costs.seconds, stage.config.logging.every_s)
         stage.log.open(log_path(stage.run.logs, keeper.number))
@@ -114,7 +114,7 @@ def build_trainer(stage: Stage, costs: Costs) -> Trainer:
     device = resolve_device(config.train.device)
     dataset = experiment.dataset("train")
     plan = batch_plan(dataset, config, stage.seed("order"))
-    state = build_state(stage, plan.num_steps(0), device)
+    state = build_state(stage, plan, device)
     train_step = TrainStep(experiment, config.train, state, device, stage.seed("training"))
     loader = Loader(
         dataset,
@@ -140,7 +140,7 @@ def build_trainer(stage: Stage, costs: Costs) -> Trainer:
     )
 
 
-def build_state(stage: Stage, num_steps_per_epoch: int, device: torch.device) -> TrainState:
+def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainState:
     """The state before the first step: the model, and generators for training, from the seed."""
     config = stage.config
     seed_generators(stage.seed("model"))
@@ -155,7 +155,11 @@ def build_state(stage: Stage, num_steps_per_epoch: int, device: torch.device) ->
         model=model,
         optimizers=optimizers,
         schedule=Schedule(
-            optimizers, config.scheduler, config.warmup, num_steps_per_epoch, stage.experiment
+            optimizers,
+            config.scheduler,
+            in_steps(config.warmup, plan),
+            plan.num_steps(0),
+            stage.experiment,
         ),
         averages=MovingAverages(model, config.ema),
         gradient_scaler=gradient_scaler(config.train, device),
@@ -218,9 +222,23 @@ def build_saver(stage: Stage, trainer: Trainer, manager: CheckpointManager) -> S
     )
 
 
+def in_steps(warmup: WarmupConfig, plan: BatchPlan) -> WarmupConfig:
+    """The same warm-up, told in steps alone: an epoch may have another number of them each time."""
+    num_steps = warmup.num_steps + sum(map(plan.num_steps, range(warmup.num_epochs)))
+    return warmup.model_copy(update={"num_epochs": 0, "num_steps": num_steps})
+
+
 def batch_plan(dataset: Dataset, config: RunConfig, seed: int) -> BatchPlan:
-    """Which samples make which step."""
+    """Which samples make which step. Raises InputError where the data set's own order is none."""
     data = config.data
+    order = own_order(dataset, seed)
+    if order is not None:
+        if data.batch_tokens is not None:
+            raise ConfigError(
+                f"data.batch_tokens = {data.batch_tokens} orders an epoch by lengths, and "
+                f"{type(dataset).__name__} gives an order of its own: use data.batch_size"
+            )
+        return OwnOrderPlan(order, data.batch_size, data.should_drop_last)
     if data.batch_tokens is None:
         return FixedSizePlan(len(dataset), data.batch_size, data.should_drop_last, seed)
     lengths = getattr(dataset, "lengths", None)

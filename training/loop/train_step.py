@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from holdfast.training.configuration.schema import TrainConfig
 from holdfast.training.data.loader import Microbatch
 from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.experiment.error_places import error_place
-from holdfast.training.experiment.protocol import Experiment, hook
+from holdfast.training.experiment.protocol import Experiment, TrainingPlace, hook
 from holdfast.training.loop.evaluation import move
 from holdfast.training.loop.loss_guard import LossGuard
 from holdfast.training.loop.memory import memory_errors_told
@@ -66,6 +67,8 @@ class TrainStep:
         self._seed = seed
         self._updates = Updates(config, state, device)
         self._training_step = hook(experiment, "training_step")
+        wanted = getattr(experiment, "loss", None)
+        self._wants_place = wanted is not None and "at" in inspect.signature(wanted).parameters
 
     def __call__(self, microbatches: Iterable[Microbatch]) -> None:
         """Do one step and move the counters on.
@@ -114,7 +117,7 @@ class TrainStep:
         """This microbatch's part of the step's loss, after its gradients were added."""
         batch = move(microbatch.batch, self._device)
         with self._updates.autocast():
-            loss = self._loss(batch, microbatch.num_samples)
+            loss = self._loss(batch, microbatch)
         self._check(loss)
         self.guard.observe(loss.detach(), self._state.counters.step + 1, microbatch.step_in_epoch)
         if microbatch.num_in_step > 1:
@@ -122,11 +125,13 @@ class TrainStep:
         self._updates.backward(loss)
         return loss.detach()
 
-    def _loss(self, batch: Any, num_samples: int) -> Tensor:
+    def _loss(self, batch: Any, microbatch: Microbatch) -> Tensor:
+        loss: Callable[..., Tensor] = self._experiment.loss
+        told = {"at": self._place(microbatch)} if self._wants_place else {}
         try:
-            return self._experiment.loss(self._state.model, batch)
+            return loss(self._state.model, batch, **told)
         except ValueError as error:
-            if num_samples != 1 or BATCH_NORM_REFUSAL not in str(error):
+            if microbatch.num_samples != 1 or BATCH_NORM_REFUSAL not in str(error):
                 raise
             raise ExperimentError(
                 f"step {self._state.counters.step + 1} has a microbatch of one sample, and batch "
@@ -134,6 +139,16 @@ class TrainStep:
                 f"data.should_drop_last=true, or another data.batch_size or "
                 f"train.num_microbatches, under another run id"
             ) from error
+
+    def _place(self, microbatch: Microbatch) -> TrainingPlace:
+        return TrainingPlace(
+            seed=self._seed,
+            epoch=microbatch.epoch,
+            step=self._state.counters.step,
+            step_in_epoch=microbatch.step_in_epoch,
+            microbatch=microbatch.number,
+            num_microbatches=microbatch.num_in_step,
+        )
 
     def _cause(self) -> str:
         bad = non_finite(dict(self._state.model.named_parameters()))

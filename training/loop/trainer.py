@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from holdfast.training.configuration.schema import RunConfig
@@ -60,6 +60,7 @@ class Trainer:
     monitor: PreemptionMonitor
     progress: Progress
     costs: Costs
+    _num_steps: int | None = field(default=None, init=False)
 
     def fit(self, saver: Saver, on_step: Callable[[int], None]) -> SegmentOutcome:
         """Train until the configured end or a notice. ``on_step`` is told each step that is done.
@@ -107,9 +108,19 @@ class Trainer:
 
     def num_steps(self) -> int:
         """Steps of the whole run, if nothing stops it early."""
-        train = self.config.train
-        num_steps = train.num_epochs * self.plan.num_steps(0)
-        return num_steps if train.max_steps is None else min(num_steps, train.max_steps)
+        if self._num_steps is None:
+            self._num_steps = max(self.epoch_ends(), default=0)
+        return self._num_steps
+
+    def epoch_ends(self) -> Iterator[int]:
+        """After how many steps each epoch of the run ends, if nothing stops it early."""
+        train, num_steps = self.config.train, 0
+        for epoch in range(train.num_epochs):
+            num_steps += self.plan.num_steps(epoch)
+            if train.max_steps is not None and num_steps >= train.max_steps:
+                yield train.max_steps
+                return
+            yield num_steps
 
     def steps(self) -> Iterator[list[Microbatch]]:
         """The microbatches of each step from where the state stands, without an end."""

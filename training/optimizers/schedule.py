@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -116,17 +116,18 @@ class Schedule:
             self._move()
         self._record()
 
-    def require_length(self, num_steps: int, num_steps_per_epoch: int) -> None:
+    def require_length(self, num_steps: int, epoch_ends: Iterable[int]) -> None:
         """Make sure that a scheduler which has an end does not reach it before training does.
 
-        Raises:
-            ConfigError: OneCycleLR has fewer steps than it will take.
+        ``epoch_ends``: after how many steps each epoch ends. Raises ConfigError where OneCycleLR
+        has fewer steps than it will take.
         """
+        if not self._schedulers:
+            return
         if self._config.interval == "step":
             num_taken = num_steps - self._num_warmup_steps
         else:
-            num_epochs = math.ceil(num_steps / num_steps_per_epoch)
-            num_taken = num_epochs - self._num_warmup_steps // num_steps_per_epoch
+            num_taken = sum(end > self._num_warmup_steps for end in epoch_ends)
         for scheduler in self._schedulers.values():
             for key, part, num_steps_taken in _parts("scheduler.args", scheduler, num_taken):
                 total_steps = getattr(part, "total_steps", None)

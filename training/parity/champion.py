@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.exactness.seeding import preserved_generators, seed_scoring
-from holdfast.training.experiment.model_call import call_form
-from holdfast.training.experiment.protocol import Experiment, Records, concatenate, example_inputs
+from holdfast.training.experiment.protocol import Experiment, Records, concatenate
 from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.interfaces import open_interface
 from holdfast.training.export.protocol import Runner
-from holdfast.training.export.specification import Inputs, Interface, derive_interface, export_spec
+from holdfast.training.export.specification import Inputs, Interface, export_spec
 from holdfast.training.export.weights import load_champion, read_tensors, tied_names
 from holdfast.training.loop.evaluation import as_arrays
 from holdfast.training.parity.numbers import Reference, double_copy, make_reference
@@ -54,6 +54,7 @@ class Champion:
         references: answers by the name of the probe.
         test: answers to each batch of the test set, without their inputs.
         metrics: metrics of the test set by the eager model.
+        by_size: inputs of several sizes, where more than the number of samples may vary.
     """
 
     experiment: Experiment
@@ -65,6 +66,7 @@ class Champion:
     test: tuple[Reference, ...]
     metrics: Mapping[str, float]
     batch_size: int
+    by_size: Mapping[str, Inputs]
 
     @classmethod
     def load(
@@ -77,13 +79,13 @@ class Champion:
         """Rebuild the champion and let it answer. Raises ExportError if the file doesn't fit."""
         model = load_champion(path, experiment.model())
         names = tied_names(model)
-        rows = example_inputs(experiment, max(BATCH_SIZES))
-        form = call_form(experiment, model)
-        interface = derive_interface(model, rows, export_spec(experiment), form)
-        eager = GuardedModel(model, form).eval()
+        opened = open_interface(experiment, model, max(BATCH_SIZES))
+        interface = opened.interface
+        eager = GuardedModel(model, opened.form).eval()
         exact = double_copy(eager)
         report("the champion answers the probes")
-        probes = make_probes(rows, export_spec(experiment).probes)
+        own = {**opened.by_size, **export_spec(experiment).probes}
+        probes = make_probes(opened.rows, own)
         references = {name: make_reference(eager, exact, x) for name, x in probes.items()}
         report("the champion answers the test set")
         test: list[Reference] = []
@@ -104,6 +106,7 @@ class Champion:
             test=tuple(test),
             metrics=experiment.metrics(records),
             batch_size=batch_size,
+            by_size=opened.by_size,
         )
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from holdfast.training.configuration.schema import Json
 from holdfast.training.exactness.reproducibility import set_up_torch
-from holdfast.training.experiment.model_call import call_form
-from holdfast.training.experiment.protocol import example_inputs
 from holdfast.training.export.formats import formats
 from holdfast.training.export.guard import GuardedModel
+from holdfast.training.export.interfaces import open_interface
 from holdfast.training.export.parts import graph_of
 from holdfast.training.export.protocol import Place
-from holdfast.training.export.specification import Inputs, derive_interface, export_spec
+from holdfast.training.export.specification import Inputs
 from holdfast.training.export.weights import load_champion
 from holdfast.training.parity.assembly import PartChecks
 from holdfast.training.parity.champion import Champion
@@ -81,11 +80,9 @@ def check_latency(request: CheckRequest, names: list[str]) -> None:
         folders = Path(request.bundle), Path(request.scratch)
         experiment, folders = graph_of(whole, part, champion, folders)
         model = load_champion(champion, experiment.model())
-        rows = example_inputs(experiment, max(BATCH_SIZES))
-        form = call_form(experiment, model)
-        interface = derive_interface(model, rows, export_spec(experiment), form)
-        place = Place(*folders, experiment.model, interface)
-        return rows, GuardedModel(model, form).eval(), place
+        found = open_interface(experiment, model, max(BATCH_SIZES))
+        place = Place(*folders, experiment.model, found.interface)
+        return found.rows, GuardedModel(model, found.form).eval(), place
 
     def measured(name: str) -> dict[str, Json]:
         part, _, form = name.rpartition(".")

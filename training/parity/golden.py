@@ -29,7 +29,7 @@ def write_golden(folder: Path, champion: Champion, num_samples: int) -> None:
     """Write ``<case>.<port>.npy`` for inputs and outputs, and ``golden.json`` with tolerances."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = example_inputs(champion.experiment, num_samples)
-    cases = {"ordinary": rows}
+    cases = {"ordinary": rows, **champion.by_size}
     if any(tensor.is_floating_point() for tensor in rows) and num_samples > 1:
         cases["nan-row"] = holed(rows, float("nan"))
     exact = double_copy(champion.eager)

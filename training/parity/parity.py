@@ -173,7 +173,12 @@ def _by_design(champion: Champion) -> set[int]:
 
 
 def _column(references: Sequence[Reference], index: int) -> Tensor:
-    return torch.cat([reference.exact[index] for reference in references])
+    """What all batches have of an output; where its sizes vary, the least of each."""
+    tensors = [reference.exact[index] for reference in references]
+    least = [range(min(sizes)) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+    for dimension, kept in enumerate(least, start=1):
+        tensors = [tensor.narrow(dimension, 0, len(kept)) for tensor in tensors]
+    return torch.cat(tensors)
 
 
 def _check_lineage(
@@ -212,7 +217,7 @@ def _port_findings(found: PortSignature, wanted: TensorSpec) -> Iterator[Finding
         yield Finding("signature", found.name, f"has type {found.dtype}, not {wanted.dtype}")
     if not found.shape or found.shape[0] is not None:
         yield Finding("signature", found.name, f"has a fixed batch: shape {list(found.shape)}")
-    if tuple(found.shape[1:]) != wanted.shape:
+    if tuple(found.shape[1:]) != tuple(n if isinstance(n, int) else None for n in wanted.shape):
         shapes = f"{list(found.shape[1:])}, not {list(wanted.shape)}"
         yield Finding("signature", found.name, f"has a sample of shape {shapes}")
 
@@ -296,7 +301,8 @@ def _measure_agreement(
 ) -> None:
     """Top-1 agreement of outputs that look like classes: two or more numbers for each sample."""
     for index, port in enumerate(champion.interface.outputs):
-        if port.dtype.startswith("float") and len(port.shape) == 1 and port.shape[0] > 1:
+        num_classes = port.shape[0] if len(port.shape) == 1 else 0
+        if port.dtype.startswith("float") and isinstance(num_classes, int) and num_classes > 1:
             pairs = zip(seen, champion.test, strict=True)
             same = torch.cat(
                 [found[index].argmax(1) == ref.eager[index].argmax(1) for found, ref in pairs]

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from holdfast.training.averages.averaging import write_weights
 from holdfast.training.configuration.schema import ExportConfig
-from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.errors import ExportError
 from holdfast.training.exactness.seeding import preserved_generators
 from holdfast.training.experiment.error_places import users_place
-from holdfast.training.experiment.protocol import Batch, Experiment, model_inputs
 from holdfast.training.export.artifacts import open_champion
 from holdfast.training.export.capturing import unused_tensors
 from holdfast.training.export.formats import formats
@@ -59,7 +57,6 @@ class Exporting:
     def open(self) -> None:
         """Inputs and outputs, and whether a comparison of outputs could fail at all."""
         self._experiment = of_few_rows(self._trial.stage.experiment)
-        require_tensors(self._experiment)
         weights = self._trial.saved.tensors["model"]
         self._load(weights)
         report = check_comparison(self._champion)
@@ -144,39 +141,6 @@ def way_out(name: str, config: ExportConfig) -> str:
     if name not in config.formats:
         return "; change the model: every bundle holds this format"
     return f"; change the model, or leave it out: export.formats={others}"
-
-
-def require_tensors(experiment: Experiment) -> None:
-    """Raise ExportError where inputs are not tensors of one shape for each sample."""
-    dataset = experiment.dataset("validation")
-    shapes: set[tuple[tuple[int, ...], ...]] = set()
-    for batch in evaluation_batches(dataset, BATCH_SIZE):
-        inputs = _inputs(batch)
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
-        if len(tensors) < len(inputs) or not inputs:
-            kinds = sorted({type(value).__name__ for value in inputs})
-            raise ExportError(
-                f"the inputs of a batch must be a tensor or a tuple of tensors, which are the "
-                f"arguments of the model's forward(); found {', '.join(kinds) or 'none'}"
-            )
-        shapes.add(tuple(tuple(tensor.shape[1:]) for tensor in tensors))
-    if len(shapes) > 1:
-        one, other = sorted(shapes)[:2]
-        raise ExportError(
-            f"the samples of two validation batches have different shapes, {list(one)} and "
-            f"{list(other)}: in an exported model only the number of samples may vary; pad them to "
-            "one length that doesn't depend on the batch"
-        )
-
-
-def _inputs(batch: Batch) -> tuple[object, ...]:
-    """The arguments of ``forward``, whatever they are."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ExportError(
-            f"a batch must be a pair (inputs, targets); found {type(batch).__name__}"
-            f"{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}"
-        )
-    return tuple(model_inputs((batch[0], batch[1])))
 
 
 def _noisy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -58,11 +58,18 @@ class FewRows:
 
 
 def of_few_rows(experiment: Experiment, num: int = NUM_ROWS) -> Experiment:
-    """The experiment with a few rows in each split; those of ``test`` are of ``validation``."""
+    """The experiment with a few rows in each split; those of ``test`` are of ``validation``.
+
+    They are the first ones; where sizes may vary, some that are spread over all.
+    """
+    is_spread = bool(getattr(experiment, "dynamic_dimensions", {}))
 
     def dataset(split: Split) -> FewRows:
         whole = experiment.dataset("validation" if split == "test" else split)
-        return FewRows(whole, range(min(num, len(whole))))
+        num_rows = min(num, len(whole))
+        if not is_spread:
+            return FewRows(whole, range(num_rows))
+        return FewRows(whole, [row * len(whole) // num_rows for row in range(num_rows)])
 
     few = copy.copy(experiment)
     object.__setattr__(few, "dataset", dataset)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from holdfast.training.data.loader import Microbatch
+from holdfast.training.experiment.nests import children
 from holdfast.training.rehearsal.captured import differing, shown
 from holdfast.training.rehearsal.findings import Severity
 from holdfast.training.rehearsal.hidden import Fingerprints, array_digest, tensor_digest
@@ -74,12 +75,8 @@ def tensors_in(value: Any, path: str = "batch") -> dict[str, str]:
         return {path: tensor_digest(value)}
     if isinstance(value, np.ndarray):
         return {path: array_digest(value)}
-    pairs: Sequence[tuple[Any, Any]]
-    if isinstance(value, Mapping):
-        pairs = list(value.items())
-    elif isinstance(value, (list, tuple)):
-        pairs = list(enumerate(value))
-    else:
+    pairs = children(value)
+    if pairs is None:
         return {path: repr(value)[:200]}
     parts = (tensors_in(item, f"{path}[{key!r}]") for key, item in pairs)
     return {name: digest for part in parts for name, digest in part.items()}

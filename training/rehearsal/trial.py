@@ -78,7 +78,7 @@ class Trial:
                 )
         self.trainer = build_trainer(self.stage, Costs())
         schedule, trainer = self.trainer.state.schedule, self.trainer
-        schedule.require_length(trainer.num_steps(), trainer.plan.num_steps(0))
+        schedule.require_length(trainer.num_steps(), trainer.epoch_ends())
         self._globals = self._module_state()
         if asked.data.num_workers:
             require_picklable(trainer.loader.dataset)

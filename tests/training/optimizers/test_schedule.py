@@ -43,6 +43,9 @@ def optimizer_of(model: nn.Module, name: str = "AdamW", **args: Any) -> torch.op
     return build_optimizer(OptimizerConfig(name=name, args={"lr": 0.1, **args}), model)
 
 
+EPOCH_ENDS = (10, 20, 30, 40, 45)
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int) -> None:
     generator = torch.Generator().manual_seed(num_steps)
     for _ in range(num_steps):
@@ -172,11 +175,11 @@ def test_a_scheduler_that_ends_before_training_does_is_refused(
                 schedule.after_epoch({})
 
     schedule, optimizer = one_cycle(num_taken)
-    schedule.require_length(45, 10)
+    schedule.require_length(45, EPOCH_ENDS)
     train_45_steps(schedule, optimizer)
     short, optimizer = one_cycle(num_taken - 1)
     with pytest.raises(ConfigError, match=rf"write scheduler\.args\.total_steps={num_taken}$"):
-        short.require_length(45, 10)
+        short.require_length(45, EPOCH_ENDS)
     with pytest.raises(ConfigError, match="cannot take its next step"):
         train_45_steps(short, optimizer)
 
