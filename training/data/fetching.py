@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,9 @@ from holdfast.training.exactness.seeding import IsolatedGenerators, derive_seed,
 from holdfast.training.experiment.error_places import described
 from holdfast.training.experiment.nests import mapped
 from holdfast.training.experiment.protocol import Dataset, collate
+
+SOURCE_DEPTH = 3
+NUM_LOOKED_INTO = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +185,22 @@ class ModuleSource:
 
 
 def _sources(dataset: Dataset) -> tuple[ModuleSource, ...]:
-    """The modules of the data set's class and of its attributes' classes."""
-    objects = [dataset, *getattr(dataset, "__dict__", {}).values()]
-    names = {cls.__module__ for value in objects for cls in type(value).__mro__}
+    """The modules of the data set's class, of its attributes' classes, and of what these hold."""
+    names = {
+        cls.__module__ for value in _held(dataset, SOURCE_DEPTH) for cls in type(value).__mro__
+    }
     modules = [(name, getattr(sys.modules.get(name), "__file__", None)) for name in sorted(names)]
     return tuple(ModuleSource(name, file) for name, file in modules if file and name != "__main__")
+
+
+def _held(value: Any, depth: int) -> Iterator[Any]:
+    """A value and what it holds; of a long container, what comes first."""
+    yield value
+    if depth:
+        items = value.values() if isinstance(value, dict) else value
+        first = islice(items, NUM_LOOKED_INTO) if isinstance(value, (dict, list, tuple)) else ()
+        for inner in (*first, *getattr(value, "__dict__", {}).values()):
+            yield from _held(inner, depth - 1)
 
 
 def _ensure_module(name: str, file: str) -> ModuleSource:

@@ -115,7 +115,7 @@ def build_trainer(stage: Stage, costs: Costs) -> Trainer:
     dataset = experiment.dataset("train")
     plan = batch_plan(dataset, config, stage.seed("order"))
     state = build_state(stage, plan, device)
-    train_step = TrainStep(experiment, config.train, state, device, stage.seed("training"))
+    train_step = TrainStep(experiment, config.train, state, device, config.seed)
     loader = Loader(
         dataset,
         plan,

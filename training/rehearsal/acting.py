@@ -101,6 +101,7 @@ def planned(trial: Trial, config: RunConfig, request: RehearsalRequest) -> Seque
         Act("batch norm", trial.recompute_batch_norm),
         Act(WEIGHTS, trial.load_weights, needs=(RESUME,)),
         Act("last batch", trial.train_last),
+        Act("later epoch", trial.fetch_later),
         Act("cost", trial.estimate),
     ]
     if depth == "step":

@@ -18,7 +18,7 @@ from holdfast.training.champion.batch_norm import recompute_batch_norm, training
 from holdfast.training.champion.bootstrap import units_of
 from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.configuration.schema import RunConfig
-from holdfast.training.data.loader import Microbatch
+from holdfast.training.data.loader import Loader, Microbatch
 from holdfast.training.errors import CheckpointMismatchError, ExperimentError, InputError
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.experiment.building import build_experiment
@@ -123,6 +123,8 @@ class Trial:
                 "load_state_dict() must give and take all that they hold",
             )
             return
+        if _is_told_epochs(trainer.loader.dataset):
+            _step(trainer, 0)  # as the first one was told before it was looked at
         hidden = self._hidden(trainer, stage)
         fetched = _step(trainer, 1)
         trainer.train_step(copy.deepcopy(self._repeated.batches))
@@ -186,6 +188,27 @@ class Trial:
             size = f"; the last batch of an epoch has {sizes[1]} samples, the others {sizes[0]}"
             self.telling.fail(error, size + LAST_BATCH)
 
+    def fetch_later(self) -> None:
+        """A later epoch's first batch, told after other epochs and alone, where it is told them."""
+        trainer, last = self.trainer, min(2, self.stage.config.train.num_epochs - 1)
+        if last < 1 or not _is_told_epochs(trainer.loader.dataset):
+            return
+        told = [_step(trainer, 0, epoch) for epoch in range(last + 1)]
+        fresh = Loader(
+            self._fresh_experiment().dataset("train"),
+            trainer.plan,
+            num_microbatches=self.stage.config.train.num_microbatches,
+            seed=self.stage.seed("order"),
+        )
+        alone = _first_step(fresh, last, 0)
+        if wrong := differing(tensors_in(told[-1]), tensors_in(alone)):
+            self.telling.find(
+                "warning",
+                f"the first batch of epoch {last} is another one where the data set was told "
+                f"set_epoch({last}) alone, as after a resume: {shown(wrong)} differ; what it gives "
+                f"must depend on the last call of set_epoch alone",
+            )
+
     def estimate(self) -> None:
         """What saving will cost."""
         cost = checkpoint_cost(
@@ -247,10 +270,18 @@ def _plain(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"train": train, "data": data})
 
 
-def _step(trainer: Trainer, number: int) -> Step:
-    """The microbatches of a step of the first epoch; of the next one's start after its last."""
+def _step(trainer: Trainer, number: int, epoch: int = 0) -> Step:
+    """The microbatches of a step of an epoch; of the next one's start after its last."""
+    return _first_step(trainer.loader, epoch, number)
+
+
+def _is_told_epochs(dataset: object) -> bool:
+    return callable(getattr(dataset, "set_epoch", None))
+
+
+def _first_step(loader: Loader, epoch: int, number: int) -> Step:
     microbatches: Step = []
-    for microbatch in trainer.loader.steps(0, number):
+    for microbatch in loader.steps(epoch, number):
         microbatches.append(microbatch)
         if microbatch.is_last_in_step:
             break

@@ -487,3 +487,108 @@ class Twice(Plain):
             {"name": "all", "params": [*model.parameters()]},
             {"name": "first", "params": [next(model.parameters())]},
         ]
+
+
+# Epochs.
+
+
+class Epochs(TensorDataset):
+    """Told each epoch; which samples it gives depends on it alone."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.draws = np.random.default_rng(epoch)
+        self.first = int(self.draws.integers(100))
+
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__((index + self.first) % len(self))
+
+
+class ToldEpochs(Plain):
+    kind: ClassVar[type[Epochs]] = Epochs
+    defaults: ClassVar[dict[str, Any]] = {**Plain.defaults, "train": {"num_epochs": 3}}
+
+    def dataset(self, split: Split) -> Any:
+        data = super().dataset(split)
+        return self.kind(*data.tensors) if split == "train" else data
+
+
+class Adding(Epochs):
+    first = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.first += epoch
+
+
+class AddsEpochs(ToldEpochs):
+    kind = Adding
+
+
+class Growing(Epochs):
+    first, num = 0, 40
+
+    def set_epoch(self, epoch: int) -> None:
+        self.num = 40 - 8 * epoch
+
+    def __len__(self) -> int:
+        return self.num
+
+
+class GrowsByEpoch(ToldEpochs):
+    kind = Growing
+
+
+class Sorted(TensorDataset):
+    def order(self, epoch: int) -> Any:
+        return range(8 * (epoch + 1))
+
+
+class OwnOrder(ToldEpochs):
+    kind = Sorted  # type: ignore[assignment]
+
+
+class OutsideOrder(ToldEpochs):
+    class kind(TensorDataset):  # type: ignore[assignment]
+        def order(self, epoch: int) -> Any:
+            return [3, 40] if epoch else [3]
+
+
+class ToldPlace(Plain):
+    def loss(self, model: nn.Module, batch: Batch, at: Any) -> Tensor:
+        return super().loss(model, batch) * (1 + at.step + at.seed)
+
+
+class Images(Plain):
+    """Images alone."""
+
+    def dataset(self, split: Split) -> Any:
+        return [row[0] for row in super().dataset(split)]
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 6))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.score(model, batch)["loss"].mean()
+
+    def score(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        return {"loss": (model(batch) - batch).square().mean(1)}
+
+
+class Keyed(Plain):
+    """Items are dicts; which of their entries are inputs nobody says."""
+
+    def dataset(self, split: Split) -> Any:
+        return [{"input": row[0], "label": row[1]} for row in super().dataset(split)]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return super().loss(model, (batch["input"], batch["label"]))
+
+    def score(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        return super().score(model, (batch["input"], batch["label"]))
+
+
+class KeyedAndNamed(Keyed):
+    input_names = ("input",)
+
+
+class RaggedAndDeclared(Ragged):
+    dynamic_dimensions: ClassVar[dict[str, dict[int, str]]] = {"input": {1: "length"}}

@@ -43,6 +43,9 @@ def found(name: str, folder: Path, *overrides: str, depth: Depth = "step") -> li
 
 RESTORED = (
     "Plain",
+    "ToldEpochs",
+    "OwnOrder",
+    "ToldPlace",
     "Caches",
     "Remembers",
     "SetsItself",
@@ -104,6 +107,7 @@ def test_optimizers_that_cannot_be_are_an_error_before_the_first_step(
         ("LateGenerator", "experiment.draws changed while training and is in no checkpoint"),
         ("NewWeights", "the model was another one when it was built again: "),
         ("DataDraws", "(data set.draws changed); a data set must not keep state"),
+        ("AddsEpochs", "told set_epoch(2) alone, as after a resume: "),
         ("DataCounts", "(data set.num_fetched changed); a data set must not keep state"),
     ],
 )
@@ -136,6 +140,8 @@ def test_nothing_is_promised_of_speed(tmp_path: Path) -> None:
             "of one sample, and batch norm has no statistics of one",
         ),
         ("Unit", "validation", "resampling_unit = 'engine' must name a record"),
+        ("GrowsByEpoch", "later epoch", "set_epoch(1) of Growing changed its length from 40 to 32"),
+        ("OutsideOrder", "data and model", "order(1) must give at least one index of a sample"),
     ],
 )
 def test_what_would_fail_later_is_an_error_with_the_way_out(
@@ -187,7 +193,15 @@ def test_the_configuration_is_held_against_the_experiment(
         ("ZeroAtFirst", "", ""),
         ("ConstantOutput", "", ""),
         ("Orthogonal", "export onnx", "No ONNX function found for <OpOverload(op='aten.linalg_m"),
-        ("Ragged", "signature", "different shapes, [(1,)] and [(2,)]: in an exported model only"),
+        ("RaggedAndDeclared", "", ""),
+        ("Images", "", ""),
+        ("KeyedAndNamed", "", ""),
+        ("Keyed", "batch norm", "found a dict with the keys input, label: return the model's"),
+        (
+            "Ragged",
+            "signature",
+            "dynamic_dimensions of the experiment names: pad them to one length",
+        ),
     ],
 )
 def test_exports_are_tried_from_weights_that_are_hardly_trained(
