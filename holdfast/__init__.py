@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         NoSettings,
         Records,
         Step,
+        TrainingPlace,
         WeightedBatch,
         collate,
     )
@@ -67,6 +68,7 @@ __all__ = [
     "Step",
     "StorageError",
     "TrainingError",
+    "TrainingPlace",
     "WeightedBatch",
     "__version__",
     "collate",
@@ -83,6 +85,7 @@ _ROOMS = {
         "Experiment",
         "NoSettings",
         "Records",
+        "TrainingPlace",
         "Step",
         "WeightedBatch",
         "collate",

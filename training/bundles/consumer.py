@@ -692,8 +692,8 @@ def _shapes(ports: list[dict[str, Any]], num_columns: int) -> list[list[int]]:
     size, rest = divmod(num_columns - fixed, max(1, sum(products) - fixed))
     if size < 1 or rest:
         raise ValueError(
-            f"found {num_columns} columns, the model takes {fixed} and a multiple of "
-            f"{sum(products) - fixed}"
+            f"found {num_columns} columns, the model takes {f'{fixed} and ' if fixed else ''}a "
+            f"multiple of {sum(products) - fixed}"
         )
     return [[size if isinstance(n, str) else n for n in port["shape"]] for port in ports]
 

@@ -24,7 +24,8 @@ def own_order(dataset: Dataset, seed: int) -> Order | None:
     """The order of the data set's own ``order`` or ``weights``; None where it has neither.
 
     An attribute of that name that is no function of one argument is something else, and stays so.
-    Raises InputError where the data set has both, or does not give the same twice.
+    Raises InputError where the data set has both, or gives no order of the first epoch, or another
+    one when it is asked again.
     """
     found = [name for name in METHODS if _is_of_epoch(getattr(dataset, name, None))]
     if len(found) == 2:
@@ -35,8 +36,14 @@ def own_order(dataset: Dataset, seed: int) -> Order | None:
     if not found:
         return None
     own = _Own(dataset, found[0], seed)
-    own.require_same_twice()
-    return own.order if found == ["order"] else own.drawn
+    order = own.order if found == ["order"] else own.drawn
+    if not np.array_equal(order(0), order(0)):
+        raise InputError(
+            f"{type(dataset).__name__}.{found[0]}(0) gave something else when it was asked again; "
+            f"it must be a function of the epoch alone: draw from random, NumPy's global generator "
+            f"or torch, which are seeded by the epoch"
+        )
+    return order
 
 
 def _is_of_epoch(value: object) -> bool:
@@ -82,15 +89,6 @@ class _Own:
         last = np.searchsorted(ends, ends[-1], side="left")
         drawn: Int64Array = np.minimum(found, last).astype(np.int64)
         return drawn
-
-    def require_same_twice(self) -> None:
-        """Raise InputError where the first epoch is another one when it is asked for again."""
-        if not np.array_equal(self._asked(0), self._asked(0)):
-            raise InputError(
-                f"{self._name}(0) gave something else when it was asked again; it must be a "
-                f"function of the epoch alone: draw from random, NumPy's global generator or "
-                f"torch, which are seeded by the epoch"
-            )
 
     def _weights(self, epoch: int) -> npt.NDArray[np.float64]:
         found = self._asked(epoch)

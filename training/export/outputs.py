@@ -52,7 +52,7 @@ def flatten(returned: Any, wanted: tuple[str, ...]) -> tuple[OutputStructure, li
             )
     if not found:
         raise ExportError(
-            f"the model returns a {type(returned).__name__} without a tensor; an exported model "
+            f"the model returns {type(returned).__name__} without a tensor; an exported model "
             f"returns a tensor, or a tuple, dictionary, named tuple or dataclass of tensors"
         )
     names = _names([path for path, _ in found])

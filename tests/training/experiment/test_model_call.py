@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +14,8 @@ from holdfast.training.errors import ExperimentError
 from holdfast.training.experiment.model_call import CallForm, call_form
 from holdfast.training.experiment.protocol import (
     collate,
+    input_names,
+    inputs_of,
     model_inputs,
     require_map_style,
     require_pair,
@@ -80,6 +83,12 @@ def test_a_score_that_leaves_an_input_out_is_told() -> None:
         CallForm(("a", "b")).flat(({"a": A},), {})
 
 
+class Encoded(NamedTuple):
+    ids: Any
+    mask: Any
+    label: Any
+
+
 class Target(NamedTuple):
     label: Any
     weight: Any
@@ -131,6 +140,78 @@ def test_the_inputs_of_a_batch(batch: Any, inputs: tuple[Tensor, ...]) -> None:
 def test_what_has_no_inputs_is_told_in_one_line(batch: Any, told: str) -> None:
     with pytest.raises(ExperimentError, match=told):
         model_inputs(batch)
+
+
+@dataclass
+class Example:
+    ids: Any
+    label: Any
+    mask: Any = None
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"ids": A, "label": B, "mask": None},
+        Example(A, B),
+        Encoded(A, None, B),
+        ({"ids": A, "mask": None, "more": B}, B),
+        (Example(A, B), B),
+    ],
+)
+def test_inputs_are_those_that_are_named(batch: Any) -> None:
+    assert inputs_of(batch, ("ids", "mask")) == {"ids": A}
+    assert model_inputs(batch, ("ids",)) == (A,)
+
+
+@pytest.mark.parametrize("batch", [A, (A, B), {"id": A}, Example(A, B), ({"id": A}, B), ()])
+def test_a_batch_without_what_is_named_is_told(batch: Any) -> None:
+    told = "input_names names ids, text; a batch must be"
+    with pytest.raises(ExperimentError, match=told) as e:
+        inputs_of(batch, ("ids", "text"))
+    assert "\n" not in str(e.value)
+
+
+class Named(Pairs):
+    """Batches are dicts, whose inputs are named."""
+
+    def __init__(self, *names: str, **entries: Any) -> None:
+        self.input_names, self.entries = names, entries
+
+    def __getitem__(self, index: int) -> Any:
+        return self.entries
+
+
+class Anything(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return kwargs["a"] - kwargs["b"]
+
+
+@pytest.mark.parametrize("model", [Keywords(), Positions(), Anything()])
+def test_what_is_named_comes_by_keyword(model: nn.Module) -> None:
+    experiment: Any = Named("a", "b", b=B, label=1, a=A)
+    form = call_form(experiment, model)
+    assert form.call(model, (A, B)).tolist() == [2.0]
+    assert form.flat((), {"b": B, "labels": A, "a": A}) == (A, B)
+
+
+def test_a_call_by_position_follows_the_arguments_of_forward() -> None:
+    experiment: Any = Named("a", "b", a=A, b=B)
+    assert call_form(experiment, Keywords()).flat((B, A), {}) == (A, B)
+
+
+def test_names_that_forward_does_not_take_are_told() -> None:
+    experiment: Any = Named("a", "c", a=A, c=B)
+    with pytest.raises(ExperimentError, match=r"names c, and forward\(\) of Positions"):
+        call_form(experiment, Positions())
+
+
+@pytest.mark.parametrize("names", ["ids", [1], {"ids"}])
+def test_names_that_are_none_are_told(names: Any) -> None:
+    experiment: Any = Named(a=A)
+    experiment.input_names = names
+    with pytest.raises(ExperimentError, match="input_names of Named must be a tuple of names"):
+        input_names(experiment)
 
 
 def test_a_dict_is_refused_where_it_is_a_whole_batch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.errors import ExportError
+from holdfast.training.experiment.nests import leaves
 from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.specification import ExportSpec, derive_interface, export_spec
 
@@ -23,8 +25,8 @@ class Returning(nn.Module):
 
 
 class Pair(NamedTuple):
-    rul: Tensor
-    health: Tensor
+    rul: Any
+    health: Any
 
 
 EXAMPLES = (torch.rand(3, 4),)
@@ -50,6 +52,26 @@ def test_names_and_shapes_follow_from_what_the_model_returns(
     assert [port.shape for port in interface.outputs] == shapes
 
 
+@dataclass
+class Told:
+    logits: Tensor
+    loss: Tensor | None = None
+    aside: Any = None
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (lambda x: {"a": (x, None, [x]), "b": None, "c": x}, ("a_0", "a_2_0", "c")),
+        (lambda x: Told(x, aside=Pair(x, None)), ("logits", "aside_rul")),
+        (lambda x: (x, (x, x)), ("output_0", "output_1_0", "output_1_1")),
+    ],
+)
+def test_outputs_are_named_by_the_way_to_them(function: Any, names: tuple[str, ...]) -> None:
+    interface = derive_interface(Returning(function), EXAMPLES, ExportSpec())
+    assert tuple(port.name for port in interface.outputs) == names
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -57,13 +79,19 @@ def test_names_and_shapes_follow_from_what_the_model_returns(
         lambda x: x[:, 0],
         lambda x: (x, x[:, 0]),
         lambda x: {"a": x, "b": x[:, 0]},
+        lambda x: {"a": (x, None, [x[:, 0]]), "b": None},
+        lambda x: Told(x, aside=Pair(x, None)),
+        lambda x: Pair(Told(x), {"deep": x}),
     ],
 )
 def test_flat_outputs_become_what_the_model_returned(function: Any) -> None:
     model = Returning(function)
     interface = derive_interface(model, EXAMPLES, ExportSpec())
     rebuilt = interface.structure.rebuild(list(GuardedModel(model)(*EXAMPLES)))
-    torch.testing.assert_close(rebuilt, model(*EXAMPLES), rtol=0, atol=0)
+    wanted = model(*EXAMPLES)
+    assert type(rebuilt) is type(wanted)
+    for (path, mine), (_, its) in zip(leaves(rebuilt), leaves(wanted), strict=True):
+        assert torch.equal(mine, its) if isinstance(its, Tensor) else mine is its, path
 
 
 @pytest.mark.parametrize(
@@ -72,6 +100,7 @@ def test_flat_outputs_become_what_the_model_returned(function: Any) -> None:
         (lambda x: x.mean(), ExportSpec(), "must count samples"),
         (lambda _: "text", ExportSpec(), "the model returns str"),
         (lambda _: [], ExportSpec(), "the model returns list"),
+        (lambda x: {"a": (x, 3)}, ExportSpec(), "returns int as a.1; an exported model"),
         (lambda x: x, ExportSpec(input_names=("a", "b")), "one for each of 1 inputs"),
         (lambda x: x, ExportSpec(input_names=("output",)), "must be distinct"),
         (lambda x: x, ExportSpec(class_names={"output": ("a",)}), "1 names for 'output'"),
