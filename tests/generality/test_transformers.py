@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from tests.faults.campaign import Training
+from holdfast.training.configuration.schema import ExportConfig
+from holdfast.training.export.artifacts import open_champion, write_artifacts
+from holdfast.training.export.formats import formats
+from holdfast.training.loop.segment import run_segment
+from holdfast.training.parity.champion import Champion
+from holdfast.training.parity.parity import Int8Limits, check_artifact
+from holdfast.training.runs.paths import RunDirectory
+from holdfast.training.stage import StageArguments, prepared_stage
+from tests.faults.campaign import Training, differences, final_state
 from tests.generality.harness import QUICK_EXPORT, assert_exact, assert_published
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is loaded from there
 NUM_TOKENS = 40
+NUM_STEPS = 5 * 8
+OVERRIDES = (
+    "checkpoint.every_steps=7",
+    "checkpoint.is_auto=false",
+    "checkpoint.keep_last=3",
+    "preemption.sources=[]",
+)
 
 
 class Texts:
@@ -89,6 +105,42 @@ class Bert:
         return {"loss": float(records["loss"].mean())}
 
 
+@pytest.mark.filterwarnings("ignore")  # the library's own
+def test_bert_goes_on_as_it_stood_to_exports_of_any_length(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    runs = [train(tmp_path / name, should_resume=name == "resumed") for name in ("calm", "resumed")]
+    assert differences(*map(final_state, runs)) == []
+    champion_file = runs[0].checkpoint(NUM_STEPS) / "model.safetensors"
+    names = ("weights", "onnx", "exported_program", "torchscript")
+    experiment: Any = Bert(None)
+    source, place = open_champion(
+        experiment, champion_file, ExportConfig(), tmp_path / "bundle", tmp_path / "scratch"
+    )
+    write_artifacts(source, place, names)
+    champion = Champion.load(experiment, champion_file, 16)
+    assert {"length-4", "length-11"} <= set(champion.references)
+    for name in names:
+        report = check_artifact(champion, name, formats()[name], place, Int8Limits())
+        assert report.findings == []
+    assert [port.shape for port in champion.interface.inputs] == [("length",), ("length",)]
+    assert [port.name for port in champion.interface.outputs] == ["logits"]
+
+
+def train(store: Path, *, should_resume: bool) -> RunDirectory:
+    """A whole run in this process, where the library is loaded once; or one that is resumed."""
+    for number in range(1 + should_resume):
+        asked = StageArguments(
+            f"{__file__}:Bert", store, "one", 1, overrides=OVERRIDES, progress_format="none"
+        )
+        with prepared_stage(asked) as stage:
+            assert run_segment(stage).outcome == "completed"
+            run = stage.run
+        if should_resume and number == 0:
+            shutil.rmtree(run.checkpoint(NUM_STEPS))
+    return run
+
+
+@pytest.mark.slow
 def test_bert_is_exact_to_a_bundle_of_any_length(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     experiment = f"{__file__}:Bert"
