@@ -19,7 +19,7 @@ from holdfast.training.data.permutation import Int64Array
 from holdfast.training.errors import HoldfastError, InputError, LoaderError
 from holdfast.training.exactness.seeding import IsolatedGenerators, derive_seed, seed_fetch
 from holdfast.training.experiment.error_places import described
-from holdfast.training.experiment.nests import mapped
+from holdfast.training.experiment.nests import with_each
 from holdfast.training.experiment.protocol import Dataset, collate
 
 SOURCE_DEPTH = 3
@@ -166,11 +166,9 @@ def _failure(what: str, place: Place, error: Exception) -> str:
 
 def pinned(batch: Any) -> Any:
     """The batch with every tensor in page-locked memory, for copies that don't block."""
-
-    def can_pin(nest: Any) -> bool:
-        return hasattr(nest, "pin_memory")
-
-    return mapped(lambda leaf: leaf.pin_memory() if can_pin(leaf) else leaf, batch, can_pin)
+    if hasattr(batch, "pin_memory"):
+        return batch.pin_memory()
+    return with_each(pinned, batch)
 
 
 @dataclass(frozen=True)

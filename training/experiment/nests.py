@@ -33,17 +33,19 @@ def children(nest: Any) -> Sequence[tuple[Key, Any]] | None:
     return None
 
 
-def mapped(
-    function: Callable[[Any], Any], nest: Any, is_leaf: Callable[[Any], bool] = lambda _: False
-) -> Any:
-    """The nest with ``function`` of each leaf in its place; each container keeps its kind.
+def with_each(function: Callable[[Any], Any], nest: Any) -> Any:
+    """A container of the same kind with ``function`` of each thing in it; all else as it is."""
+    if type(nest) in (tuple, list):  # a step's way, hence short
+        return type(nest)([function(value) for value in nest])
+    held = children(nest)
+    return nest if held is None else _filled(nest, [(key, function(v)) for key, v in held])
 
-    A leaf is what is no container, and what ``is_leaf`` says.
-    """
-    held = None if is_leaf(nest) else children(nest)
-    if held is None:
+
+def mapped(function: Callable[[Any], Any], nest: Any) -> Any:
+    """The nest with ``function`` of each leaf in its place; each container keeps its kind."""
+    if children(nest) is None:
         return function(nest)
-    return _filled(nest, [(key, mapped(function, value, is_leaf)) for key, value in held])
+    return with_each(lambda value: mapped(function, value), nest)
 
 
 def leaves(nest: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.errors import ExperimentError
 from holdfast.training.exactness.seeding import preserved_generators, seed_scoring
-from holdfast.training.experiment.nests import mapped
+from holdfast.training.experiment.nests import with_each
 from holdfast.training.experiment.protocol import (
     Dataset,
     Experiment,
@@ -200,11 +200,8 @@ def model_device(model: nn.Module) -> torch.device:
 
 def move(batch: Any, device: torch.device) -> Any:
     """A nest of tensors on a device."""
-
-    def moved(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.to(device, non_blocking=True)
-        return leaf.to(device) if hasattr(leaf, "to") else leaf
-
-    # What libraries collate to, such as packed sequences, encodings and graphs, moves itself.
-    return mapped(moved, batch, lambda nest: hasattr(nest, "to"))
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if hasattr(batch, "to"):  # what libraries collate to: packed sequences, encodings, graphs
+        return batch.to(device)
+    return with_each(lambda value: move(value, device), batch)

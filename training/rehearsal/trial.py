@@ -23,6 +23,7 @@ from holdfast.training.errors import CheckpointMismatchError, ExperimentError, I
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.experiment.building import build_experiment
 from holdfast.training.experiment.loading import load_experiment
+from holdfast.training.experiment.model_call import call_form
 from holdfast.training.loop.evaluation import evaluate, metrics_of
 from holdfast.training.loop.segment import build_trainer
 from holdfast.training.loop.trainer import Trainer
@@ -155,7 +156,8 @@ class Trial:
             return
         selection = config.selection.model_copy(update={"batch_norm_steps": 2})
         stage = replace(self.stage, config=config.model_copy(update={"selection": selection}))
-        recompute_batch_norm(copy.deepcopy(self.trainer.state.model), training_batches(stage))
+        model = copy.deepcopy(self.trainer.state.model)
+        recompute_batch_norm(model, training_batches(stage), call_form(stage.experiment, model))
 
     def load_weights(self) -> None:
         """A fresh model takes weights alone, as candidates and exports have them."""

@@ -592,3 +592,47 @@ class KeyedAndNamed(Keyed):
 
 class RaggedAndDeclared(Ragged):
     dynamic_dimensions: ClassVar[dict[str, dict[int, str]]] = {"input": {1: "length"}}
+
+
+class OneDictNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.layer(torch.cat((inputs["left"], inputs["right"]), 1))  # type: ignore[no-any-return]
+
+
+class OneDict(Plain):
+    """A model that takes all of its inputs in one dict."""
+
+    def dataset(self, split: Split) -> Any:
+        data = super().dataset(split)
+        return [({"left": x[:2], "right": x[2:]}, y) for x, y in data]
+
+    def model(self) -> nn.Module:
+        return OneDictNet()
+
+
+class NamedNet(OneDictNet):
+    def forward(self, right: Tensor, left: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward({"left": left, "right": right})
+
+
+class NamedInputs(OneDict):
+    """Batches are dicts, whose inputs a model takes by keyword."""
+
+    input_names = ("left", "right")
+
+    def dataset(self, split: Split) -> Any:
+        return [{**x, "label": y} for x, y in super().dataset(split)]
+
+    def model(self) -> nn.Module:
+        return NamedNet()
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.score(model, batch)["loss"].mean()
+
+    def score(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        logits = model(left=batch["left"], right=batch["right"])
+        return {"loss": cross_entropy(logits, batch["label"], reduction="none")}

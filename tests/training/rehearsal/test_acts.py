@@ -196,6 +196,8 @@ def test_the_configuration_is_held_against_the_experiment(
         ("RaggedAndDeclared", "", ""),
         ("Images", "", ""),
         ("KeyedAndNamed", "", ""),
+        ("OneDict", "", ""),
+        ("NamedInputs", "", ""),
         ("Keyed", "batch norm", "found a dict with the keys input, label: return the model's"),
         (
             "Ragged",
