@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     )
     from holdfast.training.export.parts import InParts, Part
     from holdfast.training.export.specification import ExportSpec
+    from holdfast.training.own_loop.run import Run, run
 
     __version__: str = holdfast_version()
 
@@ -62,6 +63,7 @@ __all__ = [
     "NoSettings",
     "Part",
     "Records",
+    "Run",
     "Section",
     "SelectionError",
     "Split",
@@ -73,6 +75,7 @@ __all__ = [
     "__version__",
     "collate",
     "load_weights",
+    "run",
 ]
 
 _ROOMS = {
@@ -92,6 +95,7 @@ _ROOMS = {
     ),
     "export.parts": ("InParts", "Part"),
     "export.specification": ("ExportSpec",),
+    "own_loop.run": ("Run", "run"),
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -31,11 +32,16 @@ class WarmProcess:
     """What ``subprocess.Popen`` is, as far as tests of segments need it."""
 
     def __init__(
-        self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path | None = None
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path | None = None,
+        script: Path | None = None,
     ) -> None:
-        """Start ``python -m holdfast.training`` with these arguments, in a session of its own."""
+        """Start ``python -m holdfast.training``, or a script, in a session of its own."""
         outputs = [os.pipe() for _ in range(3)]
-        asked = {"arguments": [*arguments], "environment": {**environment}}
+        asked: dict[str, object] = {"arguments": [*arguments], "environment": {**environment}}
+        asked["script"] = None if script is None else os.fspath(script)
         asked["folder"] = os.fspath(folder or Path.cwd())
         writing = [end for _, end in outputs]
         socket.send_fds(_server(), [json.dumps(asked).encode()], writing)
@@ -140,6 +146,11 @@ def _run(asked: Mapping[str, object]) -> None:
     os.environ.update(environment)
     os.chdir(str(asked["folder"]))
     sys.argv[1:] = arguments
+    if (script := asked["script"]) is not None:
+        sys.argv[0] = str(script)
+        sys.path.insert(0, str(Path(str(script)).parent))
+        runpy.run_path(str(script), run_name="__main__")
+        sys.exit()
     hold_signals()
     main(prog_name="python -m holdfast.training")
 

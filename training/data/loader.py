@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
@@ -78,8 +78,9 @@ class Loader:
 
     ``num_microbatches`` cuts a step's samples into nearly equal parts, or fewer where there are
     not enough. ``num_workers``, ``has_persistent_workers`` and ``prefetch_factor`` never change a
-    byte. ``worker_init_fn`` is called in each loader process, with its number, before the first
-    fetch; SIGINT, SIGTERM and SIGUSR1 are ignored there anyway.
+    byte. With ``fork`` the data set need not be picklable, and a program's main module is not
+    imported again. ``worker_init_fn`` is called in each loader process, with its number, before
+    the first fetch; SIGINT, SIGTERM and SIGUSR1 are ignored there anyway.
     """
 
     def __init__(  # noqa: PLR0913  # one per configured key
@@ -94,6 +95,7 @@ class Loader:
         seed: int,
         should_pin: bool = False,
         worker_init_fn: WorkerInit | None = None,
+        start_method: Literal["forkserver", "fork"] = "forkserver",
     ) -> None:
         self._dataset = dataset
         self._fetcher = Fetcher(dataset, seed, should_tell_epoch=True)
@@ -105,8 +107,9 @@ class Loader:
         self._seed = seed
         self._should_pin = should_pin
         self._worker_init_fn = worker_init_fn
+        self._start_method = start_method
         self._pool: _WorkerPool | None = None
-        if num_workers:
+        if num_workers and start_method == "forkserver":
             start_fork_server()
 
     @property
@@ -169,7 +172,7 @@ class Loader:
                 prefetch_factor=self._prefetch_factor,
                 collate_fn=_unchanged,
                 worker_init_fn=WorkerSetup.here(self._worker_init_fn),
-                multiprocessing_context="forkserver",
+                multiprocessing_context=self._start_method,
                 generator=torch.Generator().manual_seed(derive_seed(self._seed, "workers")),
                 pin_memory=self._should_pin,
             )

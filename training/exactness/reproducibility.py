@@ -54,6 +54,11 @@ def is_environment_ready(num_threads: int) -> bool:
     """Whether this process was started as ``python_command`` and with the environment it needs."""
     if not sys.flags.safe_path or os.environ.items() >= SAFE_PATH.items():
         return False
+    return is_environment_set(num_threads)
+
+
+def is_environment_set(num_threads: int) -> bool:
+    """Whether this process was started with the environment that a training needs."""
     return all(
         os.environ.get(name) == value for name, value in child_environment(num_threads, {}).items()
     )

@@ -24,6 +24,11 @@ def strictness(is_strict: bool) -> Iterator[None]:
         _is_strict.reset(before)
 
 
+def be_strict() -> None:
+    """Warnings about exactness are errors from now on, in this thread."""
+    _is_strict.set(True)
+
+
 def warn_of_inexactness(message: str) -> None:
     """Tell that the result will, or may, not be that of an uninterrupted run on this machine.
 

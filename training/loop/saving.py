@@ -83,6 +83,12 @@ class Saver:
         if is_last or self._due(is_epoch_end=True) == "epoch":
             self._save("epoch", metrics)
 
+    def last(self) -> None:
+        """Save the state that training ends with, unless it is saved; durable after return."""
+        if self._state.counters.step != self._last_save_step:
+            self._save("end", {})
+        self.finish()
+
     def finish(self) -> None:
         """Wait until the last save is durable."""
         with self._costs.measured("saving"):
@@ -97,13 +103,17 @@ class Saver:
         try:
             yield
         except BaseException:
-            try:
-                if self._has_failed and not self._manager.is_in_flight:
-                    self._manager.retry()
-                self._manager.wait()
-            except HoldfastError as error:
-                logger.warning("the last save failed, too: %s", error)
+            self.settle()
             raise
+
+    def settle(self) -> None:
+        """Let the save in flight end; one that failed is tried again, once. Raises nothing."""
+        try:
+            if self._has_failed and not self._manager.is_in_flight:
+                self._manager.retry()
+            self._manager.wait()
+        except HoldfastError as error:
+            logger.warning("the last save failed, too: %s", error)
 
     def stop(self, notice: Notice) -> None:
         """Save before the machine goes away, if there is time for it."""

@@ -28,6 +28,7 @@ from holdfast.training.data.own_order import own_order
 from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.exactness.reproducibility import compile_statically
 from holdfast.training.exactness.seeding import seed_generators
+from holdfast.training.exactness.trial import asked_trial
 from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.experiment.protocol import Dataset
 from holdfast.training.loop.loss_record import LossRecord
@@ -81,7 +82,7 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
         return StageOutcome("completed", 0, step=start_step)
     keeper.begin(start_step)
     stage.progress.emit("started", step=start_step, segment=keeper.number)
-    saver = build_saver(stage, trainer, manager)
+    saver, trial = build_saver(stage, trainer, manager), asked_trial()
     with (
         saver.settled_on_error(),
         _event_log(stage, keeper.number, start_step),
@@ -93,6 +94,7 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
         def after_step(step: int) -> None:
             losses.add(trainer.train_step.last_loss)
             keeper.advance(step)
+            trial.after_step(step)
 
         ended = trainer.fit(saver, on_step=after_step)
     keeper.end(ended.outcome, ended.step, ended.notice, manager.save_s())

@@ -89,11 +89,15 @@ class RecordKeeper:
         except LeaseLostError:
             raise
         except BaseException as error:
-            outcome = failed_outcome(error)
-            assert outcome.error is not None
-            described: Any = {**outcome.error, "exit_code": outcome.exit_code}
-            self._rewrite(outcome="failed", error=SegmentError(**described), ended_at=utc_now())
+            self.fail(error)
             raise
+
+    def fail(self, error: BaseException) -> None:
+        """Write the record for the last time, with the error that ended the segment."""
+        outcome = failed_outcome(error)
+        assert outcome.error is not None
+        described: Any = {**outcome.error, "exit_code": outcome.exit_code}
+        self._rewrite(outcome="failed", error=SegmentError(**described), ended_at=utc_now())
 
     def _rewrite(self, **changes: Any) -> None:
         self._change(**changes)

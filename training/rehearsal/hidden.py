@@ -9,9 +9,11 @@ from __future__ import annotations
 import collections
 import hashlib
 import random
+import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from holdfast.training.experiment.building import SeededMethod
 
-Kind = Literal["generator", "network", "optimizer", "tensor", "value"]
+Kind = Literal["generator", "iterator", "network", "optimizer", "tensor", "value"]
 Fingerprints = dict[str, tuple[Kind, str]]
 
 MAX_DEPTH = 8
@@ -37,6 +39,7 @@ GENERATORS: dict[type, Callable[[Any], Any]] = {
     ],
     random.Random: lambda generator: generator.getstate(),
 }
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 CODE = (
     type,
     types.ModuleType,
@@ -69,6 +72,14 @@ def module_state(source: types.ModuleType) -> Fingerprints:
     for name, value in vars(source).items():
         if not name.startswith("__"):
             walk.look(value, f"global {name}", "value", 1)
+    return walk.found
+
+
+def state_of(names: Mapping[str, Any]) -> Fingerprints:
+    """What lies in variables, by the path that leads there."""
+    walk = _Walk(set())
+    for name, value in names.items():
+        walk.look(value, name, "value", 1)
     return walk.found
 
 
@@ -122,7 +133,11 @@ def _fingerprint(value: Any) -> tuple[Kind, str] | None:
     for kind, read in GENERATORS.items():
         if isinstance(value, kind):
             return "generator", hashlib.blake2b(repr(read(value)).encode()).hexdigest()
-    return ("value", repr(value)) if type(value).__module__ == "itertools" else None
+    if isinstance(value, types.GeneratorType):
+        return "iterator", f"{value.__qualname__} at {value.gi_frame and value.gi_frame.f_lasti}"
+    if isinstance(value, Iterator) and type(value).__module__ == "builtins":
+        return "iterator", f"{length_hint(value, -1)} items left"
+    return ("value", _told(value)) if type(value).__module__ == "itertools" else None
 
 
 def _kind(value: Any) -> Kind | None:
@@ -146,10 +161,20 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{str(key)[:40]!r}]", item) for key, item in items)
     elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         yield "'s length", len(value)
-        ordered = sorted(map(repr, value)) if isinstance(value, (set, frozenset)) else value
+        ordered = _ordered(value) if isinstance(value, (set, frozenset)) else value
         yield from ((f"[{i}]", item) for i, item in enumerate(list(ordered)[:MAX_ITEMS]))
     elif hasattr(value, "__dict__"):
         yield from ((f".{name}", item) for name, item in vars(value).items())
+
+
+def _ordered(items: Set[Any]) -> list[Any]:
+    """A set's items by what they are called; by their place where that is an address."""
+    told = [repr(item) for item in items]
+    return list(items) if any(ADDRESS.search(text) for text in told) else sorted(told)
+
+
+def _told(value: object) -> str:
+    return ADDRESS.sub("", repr(value))
 
 
 def tensor_digest(tensor: Tensor) -> str:

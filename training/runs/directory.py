@@ -31,6 +31,7 @@ __all__ = [
     "LedgerOutcome",
     "RunDirectory",
     "RunRecord",
+    "Script",
     "SegmentError",
     "SegmentRecord",
     "ledger_outcome",
@@ -81,6 +82,14 @@ Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 Step = Annotated[int, Field(ge=0, le=MAX_STEP)]
 
 
+class Script(Record):
+    """The program whose own loop a run is."""
+
+    path: str
+    """Absolute."""
+    arguments: list[str]
+
+
 class RunRecord(Record):
     """What a run is; the content of ``run.json``."""
 
@@ -101,6 +110,13 @@ class RunRecord(Record):
     created_at: Moment
     folder: str | None = None
     """Where the program was started; what is relative in the record was relative to it."""
+    script: Script | None = None
+    """Of an own loop; absent for an experiment."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``run.json`` holds."""
+        values = self.model_dump(mode="json")
+        return {name: value for name, value in values.items() if (name, value) != ("script", None)}
 
 
 class SegmentError(Record):
@@ -150,7 +166,7 @@ def write_run_record_once(run: RunDirectory, record: RunRecord) -> RunRecord:
         StorageError: it can neither be written nor read.
     """
     _make_folder(run)
-    if create_json_durably(run.run_json, record.model_dump(mode="json")):
+    if create_json_durably(run.run_json, record.as_json()):
         return record
     existing = read_run_record(run)
     differing = list(_conflicts(existing, record))

@@ -1,0 +1,149 @@
+"""Scripts with their own loop: killed and stopped, and the same bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from holdfast.training.exactness.reproducibility import child_environment
+from holdfast.training.runs.directory import read_run_record, read_segments
+from holdfast.training.runs.losses import compare_losses
+from holdfast.training.runs.paths import RunDirectory
+from tests.faults.campaign import differences, final_state
+from tests.warm_start import WarmProcess
+
+SCRIPT = Path(__file__).with_name("points_script.py")
+TIMEOUT_S = 240.0
+
+
+def script(*arguments: str, folder: Path) -> tuple[int, str, str]:
+    """Run the script with a store in ``folder``. Exit code, output and errors."""
+    form, *others = arguments
+    process = WarmProcess([form, "store", *others], child_environment(1), folder, SCRIPT)
+    out, errors = process.communicate(TIMEOUT_S)
+    assert process.returncode is not None
+    return process.returncode, out, errors
+
+
+def run_in(folder: Path) -> RunDirectory:
+    return RunDirectory(folder / "store" / "points" / "one")
+
+
+@pytest.mark.parametrize(
+    ("form", "stops"),
+    [
+        ("steps", ("7:SIGKILL", "16:SIGTERM", "25:SIGKILL", "38:SIGTERM")),
+        ("epochs", ("4:SIGKILL", "15:SIGTERM", "31:SIGKILL")),
+        ("accumulated", ("3:SIGTERM", "11:SIGKILL", "19:SIGKILL")),
+    ],
+)
+def test_a_script_that_is_stopped_ends_with_the_bytes_of_a_calm_one(
+    tmp_path: Path, form: str, stops: tuple[str, ...]
+) -> None:
+    folders = calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    for folder in folders:
+        folder.mkdir()
+    code, told, errors = script(form, folder=calm)
+    assert (code, told.split()[0]) == (0, "done"), errors
+    for number, stop in enumerate(stops):
+        workers = f"--workers={2 * (number % 2)}"
+        code, _, errors = script(form, stop, workers, folder=stopped)
+        assert code == (-9 if "KILL" in stop else 75), errors
+    code, told_again, errors = script(form, "--workers=2", folder=stopped)
+    assert (code, told_again) == (0, told), errors
+    assert differences(final_state(run_in(calm)), final_state(run_in(stopped))) == []
+    compared = compare_losses(run_in(stopped))
+    assert (compared.num_compared > 0, compared.num_different) == (True, 0)
+    outcomes = [record.outcome for record in read_segments(run_in(stopped))]
+    assert outcomes[-1] == "completed"
+    assert set(outcomes[:-1]) == {"running", "preempted"}
+    assert (run_in(stopped).logs / "segment-0001.log").read_text().count("progress") > 1
+
+
+def test_a_finished_script_does_nothing_when_it_is_started_again(tmp_path: Path) -> None:
+    code, told, _ = script("steps", folder=tmp_path)
+    before = final_state(run_in(tmp_path))
+    code, told_again, errors = script("steps", folder=tmp_path)
+    assert (code, told_again) == (0, told), errors
+    assert differences(before, final_state(run_in(tmp_path))) == []
+    assert len(read_segments(run_in(tmp_path))) == 1
+
+
+def test_the_record_names_the_script_and_its_configuration(tmp_path: Path) -> None:
+    script("steps", "--fault=finishes early", folder=tmp_path)
+    record = read_run_record(run_in(tmp_path))
+    assert record.script is not None
+    assert record.script.path == str(SCRIPT)
+    assert record.config["experiment"] == {"rate": 0.01}
+    [segment] = read_segments(run_in(tmp_path))
+    assert (segment.outcome, segment.end_step) == ("completed", 10 + 1 - 1)
+
+
+REFUSED = {
+    "config": "config/rate is a builtins.object; expected numbers, text, lists, dicts",
+    "own setting": "'optimizer.name' is the script's own matter; leave it out",
+    "unknown setting": "'checkpoints.every_steps' is no key of Holdfast's; did you mean",
+    "name": "'../one' cannot be a run id",
+    "parallel": "no DataParallel: use one process for each device",
+    "stateless": "a object has no state_dict and load_state_dict",
+    "data loader": "no DataLoader: it cannot be told where it stands",
+    "unkeepable": "run.keep(average=…): average/tensors is a builtins.set",
+    "no model": "the script keeps no model",
+    "nothing": "the script keeps no model",
+    "two runs": "holdfast.run was called twice in one process",
+    "batch outside": "next(loader) stands outside of a step",
+    "late keep": "run.keep(late) came after training had begun",
+    "value": "run.values/best is a builtins.set; a checkpoint holds tensors and JSON only",
+    "thread": "holdfast.run was called outside of the main thread",
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_what_cannot_be_kept_is_refused_in_one_line(tmp_path: Path, fault: str) -> None:
+    code, out, errors = script("steps", f"--fault={fault}", folder=tmp_path)
+    told = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert (code, out, len(told)) == (2, "", 1), errors
+    assert REFUSED[fault] in told[0]
+    assert f"({SCRIPT}:" in told[0]
+    assert "Traceback" not in errors
+
+
+def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
+    script("steps", "7:SIGTERM", folder=tmp_path)
+    code, _, errors = script("steps", "--rate=0.02", folder=tmp_path)
+    assert code == 2
+    assert "experiment.rate: 0.01 there, 0.02 here" in errors
+
+
+def test_a_step_that_raises_is_recorded_and_the_next_start_goes_on(tmp_path: Path) -> None:
+    code, _, errors = script("steps", "8:SIGKILL", "--fault=raises", folder=tmp_path)
+    assert code == 1
+    assert errors.rstrip().endswith("ValueError: the fan has stopped")
+    [segment] = read_segments(run_in(tmp_path))
+    assert segment.outcome == "failed"
+    assert segment.error is not None
+    assert segment.error.message == "the fan has stopped"
+    code, told, _ = script("steps", folder=tmp_path)
+    assert (code, told.split()[:2]) == (0, ["done", "40"])
+
+
+def test_a_loop_that_ends_before_its_steps_says_so(tmp_path: Path) -> None:
+    code, _, errors = script("steps", "--fault=ends early", folder=tmp_path)
+    assert code == 1
+    assert "the script ended after step 10, and its loop had not: call run.finish()" in errors
+    assert read_segments(run_in(tmp_path))[-1].outcome == "failed"
+
+
+def test_a_fork_of_the_script_does_not_touch_the_run(tmp_path: Path) -> None:
+    code, _, _ = script("steps", "8:SIGTERM", "--fault=fork", folder=tmp_path)
+    assert code == 75
+    assert [s.outcome for s in read_segments(run_in(tmp_path))] == ["preempted"]
+
+
+def test_metrics_are_where_selection_looks(tmp_path: Path) -> None:
+    script("epochs", folder=tmp_path)
+    state = json.loads((run_in(tmp_path).checkpoint(40) / "state.json").read_text())
+    assert [record["step"] for record in state["history"]] == [8, 16, 24, 32, 40]
+    assert all(record["metrics"]["loss"] > 0 for record in state["history"])

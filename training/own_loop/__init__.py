@@ -1,0 +1,1 @@
+"""Training scripts that keep their own loop: what they hand over, and when their state is whole."""

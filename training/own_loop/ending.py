@@ -1,0 +1,65 @@
+"""What happens at the end of a script's process, however it ends."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import NoReturn
+
+from holdfast.training.errors import HoldfastError
+from holdfast.training.experiment.error_places import users_place
+
+End = Callable[[BaseException | None], int]
+
+
+class Ending:
+    """Tells a script's error in one line where it is one of ours, and lets the run go.
+
+    Made before anything can fail. ``watch`` names what is called once, when the script has raised
+    or the interpreter leaves: it is given the error, or None, and returns the exit code that the
+    process deserves where the script itself ended well. A process that the script has forked is
+    not concerned.
+    """
+
+    def __init__(self) -> None:
+        self._end: End = lambda _: 0
+        self._pid = os.getpid()
+        self._theirs = sys.excepthook
+        self._has_raised = False
+        sys.excepthook = self._on_error
+        atexit.register(self._on_exit)
+
+    def watch(self, end: End) -> None:
+        """Call this at the end."""
+        self._end = end
+
+    def _on_error(
+        self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        is_ours = isinstance(error, HoldfastError)
+        if not is_ours:
+            self._theirs(kind, error, traceback)
+        if os.getpid() != self._pid:
+            return
+        self._has_raised = True
+        self._end(error)
+        if is_ours:
+            assert isinstance(error, HoldfastError)
+            place = users_place(error)
+            told = " ".join(str(error).splitlines())
+            print(f"error: {told}{place and f' ({place})'}", file=sys.stderr)
+            _leave(error.exit_code)
+
+    def _on_exit(self) -> None:
+        if os.getpid() == self._pid and not self._has_raised and (code := self._end(None)):
+            _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """An exit code cannot be changed in any other way by now."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

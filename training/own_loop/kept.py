@@ -1,0 +1,176 @@
+"""What a script keeps: models, optimizers, and all else that changes from step to step."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from holdfast.training.checkpointing.json_state import encode
+from holdfast.training.errors import InputError, UnsupportedStateError
+from holdfast.training.loop.experiment_state import Stateful
+from holdfast.training.optimizers.building import CONFIGURED, parameters_of
+
+SEVERAL_PROCESSES = "it trains in several processes: keep the module that it wraps"
+REFUSED = {
+    "DataParallel": "use one process for each device; keep the module that it wraps",
+    "DistributedDataParallel": SEVERAL_PROCESSES,
+    "FullyShardedDataParallel": SEVERAL_PROCESSES,
+    "DeepSpeedEngine": "its checkpoints are pickles, and it steps by itself: use torch's own",
+    "ZeroRedundancyOptimizer": "its state lies in several processes: keep the optimizer itself",
+    "DataLoader": "it cannot be told where it stands: take batches from run.loader(dataset, …)",
+}
+
+
+class Kept:
+    """Everything that a script has handed over, by name.
+
+    As ``Stateful`` it is what is neither a module, an optimizer nor a scaler: schedulers,
+    generators, whatever has a ``state_dict``, and the script's plain values.
+    """
+
+    def __init__(self) -> None:
+        self.modules: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, Optimizer] = {}
+        self.scaler: torch.amp.GradScaler | None = None
+        self.others: dict[str, Stateful] = {}
+        self.values: dict[str, Any] = {}
+
+    def add(self, name: str, kept: Any) -> None:
+        """Take an object. Raises InputError, which names it, where it cannot be kept."""
+        if name in self.names:
+            raise InputError(f"run.keep({name}=…): something is kept under that name already")
+        kept = getattr(kept, "_orig_mod", kept)  # a compiled module has the names of its own
+        for kind in type(kept).__mro__:
+            if kind.__name__ in REFUSED:
+                raise InputError(
+                    f"run.keep({name}=…): no {kind.__name__}: {REFUSED[kind.__name__]}"
+                )
+        if isinstance(kept, nn.Module):
+            self.modules[name] = kept
+        elif isinstance(kept, Optimizer):
+            self.optimizers[name] = kept
+        elif isinstance(kept, torch.amp.GradScaler):
+            if self.scaler is not None:
+                raise InputError(f"run.keep({name}=…): one gradient scaler is kept already")
+            self.scaler = kept
+        else:
+            self.others[name] = _stateful(name, kept)
+
+    @property
+    def names(self) -> Iterator[str]:
+        """All names that are taken."""
+        yield from (*self.modules, *self.optimizers, *self.others)
+
+    def model(self) -> nn.Module:
+        """All modules as one: that of a script which keeps one is itself.
+
+        Raises InputError where there is none, or an optimizer trains what none has.
+        """
+        if not self.modules:
+            raise InputError(
+                "the script keeps no model: call run.keep(model=model, optimizer=optimizer, …) "
+                "before run.steps or run.epochs"
+            )
+        lone = next(iter(self.modules.values()))
+        whole = lone if len(self.modules) == 1 else nn.ModuleDict(self.modules)
+        known = {id(parameter) for parameter in whole.parameters()}
+        for name, optimizer in self.optimizers.items():
+            if any(id(parameter) not in known for parameter in parameters_of(optimizer)):
+                raise InputError(
+                    f"the optimizer {name} trains parameters of a model that is not kept, or that "
+                    f"was replaced since: keep every model, as it is when training begins"
+                )
+        return whole
+
+    def named_optimizers(self) -> dict[str, Optimizer]:
+        """As a state has them: a lone one goes without a name."""
+        if len(self.optimizers) == 1:
+            return {CONFIGURED: next(iter(self.optimizers.values()))}
+        return dict(self.optimizers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The others and the values."""
+        others = {name: dict(kept.state_dict()) for name, kept in self.others.items()}
+        return {"others": others, "values": dict(self.values)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned. Raises InputError where the names differ."""
+        if differing := sorted(state["others"].keys() ^ self.others.keys()):
+            raise InputError(
+                f"the checkpoint keeps {sorted(state['others'])}, the script keeps "
+                f"{sorted(self.others)}: {', '.join(differing)} is in one of them only"
+            )
+        for name, kept in self.others.items():
+            kept.load_state_dict(state["others"][name])
+        self.values.clear()
+        self.values.update(state["values"])
+
+
+class _TorchGenerator:
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._generator.set_state(state["state"].cpu())
+
+
+class _NumpyGenerator:
+    def __init__(self, generator: np.random.Generator) -> None:
+        self._bits = generator.bit_generator
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": _plain(self._bits.state)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._bits.state = {**self._bits.state, **state["state"]}
+
+
+class _PythonGenerator:
+    def __init__(self, generator: random.Random) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self._generator.getstate()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._generator.setstate(state["state"])
+
+
+def _plain(value: Any) -> Any:
+    """A generator's state with NumPy's arrays as lists, which ``encode`` takes."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+GENERATORS: dict[type, Any] = {
+    torch.Generator: _TorchGenerator,
+    np.random.Generator: _NumpyGenerator,
+    random.Random: _PythonGenerator,
+}
+
+
+def _stateful(name: str, kept: Any) -> Stateful:
+    for kind, wrapper in GENERATORS.items():
+        if isinstance(kept, kind):
+            wrapped: Stateful = wrapper(kept)
+            return wrapped
+    if not isinstance(kept, Stateful):
+        raise InputError(
+            f"run.keep({name}=…): a {type(kept).__name__} has no state_dict and load_state_dict: "
+            f"give it these, or put plain numbers, text and tensors into run.values"
+        )
+    try:
+        encode(dict(kept.state_dict()), name, {})
+    except UnsupportedStateError as error:
+        raise InputError(f"run.keep({name}=…): {error}") from error
+    return kept

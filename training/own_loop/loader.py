@@ -1,0 +1,118 @@
+"""Batches for a script's own loop, in the place of torch's DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from holdfast.training.data.loader import FixedSizePlan, Loader, Microbatch, WorkerInit
+from holdfast.training.errors import InputError
+from holdfast.training.experiment.protocol import require_map_style
+
+Collate = Callable[[list[Any]], Any]
+
+
+class Steps(Protocol):
+    """What a loader knows of its run."""
+
+    def require_step(self, what: str) -> None:
+        """Raise InputError outside of a step."""
+        ...
+
+    def steps_of_epoch(self, num_steps: int) -> Iterator[int]:
+        """What is left of an epoch."""
+        ...
+
+
+class _Collated:
+    """A data set with a ``collate`` of the script's; everything else is the data set's own."""
+
+    def __init__(self, dataset: Any, collate: Collate) -> None:
+        self._dataset = dataset
+        self.collate = collate
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[index]
+
+
+class RunLoader:
+    """Batches of a data set, from where the run stands, over all epochs without an end.
+
+    ``next(loader)`` gives the next batch, within ``run.steps``. Within ``run.epochs``,
+    ``for batch in loader`` gives the rest of the epoch, one step for each batch. The order of an
+    epoch and what items draw come from (seed, epoch, position): nothing depends on how a process
+    got there, on ``num_workers``, or on prefetching.
+    """
+
+    def __init__(self, run: Steps, plan: FixedSizePlan, loader: Loader) -> None:
+        self._run = run
+        self._plan = plan
+        self._loader = loader
+        self._epoch = self._step_in_epoch = 0
+        self._batches: Iterator[Microbatch] | None = None
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self._plan.num_steps(self._epoch)
+
+    def __next__(self) -> Any:
+        """The next batch. Raises InputError outside of a step; LoaderError names a sample."""
+        self._run.require_step("next(loader)")
+        if self._batches is None:
+            self._batches = self._loader.steps(self._epoch, self._step_in_epoch)
+        taken = next(self._batches)
+        self._epoch, self._step_in_epoch = taken.epoch, taken.step_in_epoch + 1
+        return taken.batch
+
+    def __iter__(self) -> Iterator[Any]:
+        """What is left of this epoch, each batch a step of the run."""
+        for _ in self._run.steps_of_epoch(len(self)):
+            yield next(self)
+
+    def close(self) -> None:
+        """End the loader's processes."""
+        self._batches = None
+        self._loader.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place of the next batch, by what was taken; what was prefetched does not count."""
+        return {"epoch": self._epoch, "step_in_epoch": self._step_in_epoch}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a place."""
+        self.close()
+        self._epoch, self._step_in_epoch = state["epoch"], state["step_in_epoch"]
+
+
+def build_loader(  # noqa: PLR0913  # the names of torch's DataLoader
+    run: Steps,
+    dataset: Any,
+    *,
+    batch_size: int,
+    drop_last: bool,
+    num_workers: int,
+    prefetch_factor: int,
+    collate_fn: Collate | None,
+    worker_init_fn: WorkerInit | None,
+    pin_memory: bool,
+    seed: int,
+) -> RunLoader:
+    """A loader that is part of the run. Raises InputError where the data set has no items."""
+    require_map_style(dataset, "train")
+    if batch_size < 1:
+        raise InputError(f"run.loader(batch_size={batch_size}): expected at least 1")
+    plan = FixedSizePlan(len(dataset), batch_size, drop_last, seed)
+    loader = Loader(
+        dataset if collate_fn is None else _Collated(dataset, collate_fn),
+        plan,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+        seed=seed,
+        should_pin=pin_memory,
+        worker_init_fn=worker_init_fn,
+        start_method="fork",  # as DataLoader: a script rarely guards its main module
+    )
+    return RunLoader(run, plan, loader)

@@ -1,0 +1,196 @@
+"""What a script's run has before it begins: configuration, seeds, notices, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.training.checkpointing.json_state import encode
+from holdfast.training.configuration.loading import config_digest, nearest, validated
+from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.errors import InputError, UnsupportedStateError
+from holdfast.training.exactness.reproducibility import (
+    default_num_threads,
+    is_environment_set,
+    set_up_torch,
+)
+from holdfast.training.exactness.seeding import seed_generators
+from holdfast.training.exactness.strictness import be_strict, warn_of_inexactness
+from holdfast.training.exactness.surroundings import surroundings
+from holdfast.training.exactness.trial import Trial, asked_trial
+from holdfast.training.exactness.versions import library_versions
+from holdfast.training.preemption.notices import PreemptionMonitor
+from holdfast.training.preemption.sources import build_sources
+from holdfast.training.runs.directory import (
+    RunDirectory,
+    RunRecord,
+    Script,
+    read_run_record,
+    utc_now,
+    validate_run_id,
+)
+from holdfast.training.runs.paths import checked_store
+from holdfast.training.runs.progress import Progress
+
+STORE, RUN_ID = "HOLDFAST_STORE", "HOLDFAST_RUN_ID"
+IS_STRICT, ALLOW_MISMATCH = "HOLDFAST_STRICT", "HOLDFAST_ALLOW_MISMATCH"
+"""Set by ``holdfast exec``; what a script itself says is its default."""
+DEFAULTS: dict[str, Any] = {"ema": {"decays": []}}
+OWN = ("data", "optimizer", "scheduler", "warmup", "early_stopping", "rehearsal")
+"""Sections that say what a script does by itself."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run that a script has named. Nothing is written yet.
+
+    Attributes:
+        seed: the root of every random number.
+        is_mismatch_allowed: checkpoints of another configuration are gone on from.
+        trial: what ``holdfast verify-resume`` asks of this process.
+    """
+
+    run: RunDirectory
+    record: RunRecord
+    config: RunConfig
+    monitor: PreemptionMonitor
+    progress: Progress
+    is_mismatch_allowed: bool
+    trial: Trial
+
+    @property
+    def seed(self) -> int:
+        """The root of every random number."""
+        return self.config.seed
+
+
+def open_run(
+    experiment: str,
+    run_id: str,
+    store: str | os.PathLike[str],
+    seed: int,
+    config: object,
+    settings: Mapping[str, Any] | None,
+) -> Opened:
+    """Make ready what ``holdfast.run`` names: generators are seeded, notices are listened for.
+
+    Raises InputError for what cannot be.
+    """
+    _require_one_process()
+    if os.environ.get(IS_STRICT) == "1":
+        be_strict()
+    folder = checked_store(Path(os.environ.get(STORE) or store).absolute())
+    run_id = validate_run_id(os.environ.get(RUN_ID) or run_id)
+    run = RunDirectory(folder / validate_run_id(experiment) / run_id)
+    resolved = run_config(seed, config, settings)
+    num_threads = _num_threads(run, resolved)
+    set_up_torch(resolved.train.mode, num_threads)
+    if not is_environment_set(num_threads):
+        warn_of_inexactness(
+            "the script was not started by holdfast exec: the order of sets of text may differ "
+            f"from one start to the next. Write: holdfast exec {Path(sys.argv[0]).name}"
+        )
+    monitor = PreemptionMonitor(build_sources(resolved.preemption))
+    monitor.start()
+    seed_generators(seed)
+    record = RunRecord(
+        run_id=run_id,
+        experiment=experiment,
+        config=resolved.model_dump(mode="json"),
+        config_digest=config_digest(resolved),
+        seeds={"script": seed},
+        versions=library_versions(),
+        num_threads=num_threads,
+        surroundings={} if run.run_json.exists() else surroundings(_script()),
+        created_at=utc_now(),
+        folder=str(Path.cwd()),
+        script=Script(path=str(_script() or ""), arguments=sys.argv[1:]),
+    )
+    return Opened(
+        run=run,
+        record=record,
+        config=resolved,
+        monitor=monitor,
+        progress=Progress("text", resolved.logging.every_s),
+        is_mismatch_allowed=os.environ.get(ALLOW_MISMATCH) == "1",
+        trial=asked_trial(),
+    )
+
+
+def run_config(seed: int, config: object, settings: Mapping[str, Any] | None) -> RunConfig:
+    """A script's configuration as the ``experiment`` table, and Holdfast's own settings.
+
+    ``settings`` has dotted keys: ``{"ema.decays": [0.999], "checkpoint.every_steps": 500}``.
+    Raises InputError.
+    """
+    table: dict[str, Any] = {name: dict(section) for name, section in DEFAULTS.items()}
+    for key, value in {**(settings or {}), **asked_trial().settings()}.items():
+        section, _, name = key.partition(".")
+        allowed = [
+            name for name in RunConfig.model_fields if name not in (*OWN, "experiment", "seed")
+        ]
+        if section in OWN:
+            raise InputError(f"settings: {key!r} is the script's own matter; leave it out")
+        if section not in allowed or not name:
+            raise InputError(
+                f"settings: {key!r} is no key of Holdfast's; {nearest(section, allowed)}, such as "
+                f"'checkpoint.every_steps'"
+            )
+        table.setdefault(section, {})[name] = value
+    table = {**table, "seed": seed, "experiment": _plain(config)}
+    return validated(RunConfig, table, prefix="settings: ")
+
+
+def _plain(config: object) -> dict[str, Any]:
+    """A script's configuration as JSON: a dict, a dataclass, or what argparse parsed."""
+    if config is None:
+        return {}
+    if isinstance(config, argparse.Namespace):
+        config = vars(config)
+    elif dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    if not isinstance(config, Mapping):
+        raise InputError(
+            f"config is a {type(config).__name__}; expected a dict, a dataclass or argparse's "
+            f"Namespace of everything that changes the result"
+        )
+    plain = {str(k): str(v) if isinstance(v, Path) else v for k, v in config.items()}
+    tensors: dict[str, Any] = {}
+    try:
+        encode(plain, "config", tensors)
+    except UnsupportedStateError as error:
+        found = str(error).partition(";")[0]
+        raise InputError(f"{found}; expected numbers, text, lists, dicts") from error
+    if tensors:
+        raise InputError(f"{next(iter(tensors))} is a tensor; expected numbers, text, lists, dicts")
+    return plain
+
+
+def _num_threads(run: RunDirectory, config: RunConfig) -> int:
+    try:
+        known = read_run_record(run).num_threads
+    except FileNotFoundError:
+        known = None
+    return known or config.train.num_threads or default_num_threads()
+
+
+def _script() -> Path | None:
+    path = Path(sys.argv[0]).absolute() if sys.argv and sys.argv[0] else None
+    return path if path is not None and path.is_file() else None
+
+
+def _require_one_process() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        raise InputError("holdfast.run was called outside of the main thread, which hears signals")
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size != "1":
+        raise InputError(
+            f"WORLD_SIZE={world_size}: own loops train in one process so far; start one"
+        )

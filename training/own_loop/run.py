@@ -1,0 +1,270 @@
+"""``holdfast.run``: a training script keeps its loop, and the run is exact."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from holdfast.training.data.loader import WorkerInit
+from holdfast.training.errors import InputError
+from holdfast.training.exactness.seeding import derive_seed
+from holdfast.training.own_loop.ending import Ending
+from holdfast.training.own_loop.kept import Kept
+from holdfast.training.own_loop.loader import Collate, RunLoader, build_loader
+from holdfast.training.own_loop.opening import Opened, open_run
+from holdfast.training.own_loop.segment import Place, ScriptSegment
+from holdfast.training.stage import EXIT_PREEMPTED
+
+
+class Run:
+    """One training whose loop is a script's own. Made by ``holdfast.run``.
+
+    Between two steps the state is whole: what was kept, the generators, the places of the loaders
+    and ``values`` are then saved as the configuration says, and at a notice, upon which the
+    process exits with 75. Started again, the script comes to the same loop, which goes on where
+    the newest good checkpoint stands.
+
+    Attributes:
+        values: plain numbers, text, tensors and nests of them that change from step to step. What
+            a checkpoint has replaces what the script put there before the first step.
+    """
+
+    def __init__(self, opened: Opened) -> None:
+        self._opened = opened
+        self._kept = Kept()
+        self._loaders: dict[str, RunLoader] = {}
+        self._place = Place()
+        self._is_in_epochs = self._is_in_step = self._is_finished = False
+        self._segment: ScriptSegment | None = None
+        self._logged: dict[str, Any] = {}
+        self._metrics: dict[str, float] = {}
+        self.values = self._kept.values
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return 0 if self._segment is None else self._segment.step
+
+    @property
+    def directory(self) -> Path:
+        """Where the run lies."""
+        return self._opened.run.path
+
+    def keep(self, **objects: Any) -> None:
+        """Hand over what changes while training, each under a name of its own.
+
+        Modules, optimizers, schedulers, a gradient scaler, generators (torch's, NumPy's, Python's),
+        and whatever has ``state_dict`` and ``load_state_dict`` of JSON and tensors. Plain values
+        belong into ``values``. To be called before the first step.
+
+        Raises InputError, which names the object and the way out, where one cannot be kept.
+        """
+        if self._segment is not None:
+            raise InputError(
+                f"run.keep({', '.join(objects)}) came after training had begun: hand over "
+                f"everything before run.steps or run.epochs"
+            )
+        for name, kept in objects.items():
+            self._kept.add(name, kept)
+
+    def loader(  # noqa: PLR0913  # the names of torch's DataLoader
+        self,
+        dataset: Any,
+        batch_size: int = 1,
+        *,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        collate_fn: Collate | None = None,
+        worker_init_fn: WorkerInit | None = None,
+        pin_memory: bool = False,
+    ) -> RunLoader:
+        """Shuffled batches of a data set with ``__len__`` and ``__getitem__``; see ``RunLoader``.
+
+        The arguments are those of ``torch.utils.data.DataLoader``. A batch of tuples is a tuple.
+        """
+        name, trial = f"loader-{len(self._loaders) + 1}", self._opened.trial
+        loader = build_loader(
+            self,
+            dataset,
+            batch_size=batch_size,
+            drop_last=drop_last,
+            num_workers=num_workers if trial.num_workers is None else trial.num_workers,
+            prefetch_factor=prefetch_factor,
+            collate_fn=collate_fn,
+            worker_init_fn=worker_init_fn,
+            pin_memory=pin_memory,
+            seed=derive_seed(self._opened.seed, name),
+        )
+        if self._segment is not None:
+            raise InputError("run.loader(…) came after training had begun: make it before")
+        self._loaders[name] = loader
+        return loader
+
+    def steps(self, num_steps: int) -> Iterator[int]:
+        """The numbers of the steps that are left of ``num_steps``, from 0.
+
+        Within ``run.epochs`` they are the steps of this epoch. After the last one everything is
+        saved, unless epochs go on.
+        """
+        segment = self._begin()
+        while self._place.step < num_steps and not self._is_finished:
+            self._answer_notice(segment)
+            self._is_in_step = True
+            yield self._place.step
+            self._is_in_step = False
+            self._place.step += 1
+            logged, self._logged = self._logged, {}
+            segment.after_step(logged, None if self._is_in_epochs else num_steps)
+            if not self._save_validated(segment):
+                segment.save_if_due()
+        if not self._is_in_epochs:
+            self.finish()
+
+    def epochs(self, num_epochs: int) -> Iterator[int]:
+        """The numbers of the epochs that are left of ``num_epochs``, from 0.
+
+        Each holds a loop over ``run.steps(n)`` or ``for batch in loader``. An epoch that was
+        interrupted begins again with the steps that are left of it.
+        """
+        segment = self._begin()
+        while self._place.epoch < num_epochs and not self._is_finished:
+            self._is_in_epochs = True
+            yield self._place.epoch
+            self._is_in_epochs = False
+            self._place.epoch, self._place.step = self._place.epoch + 1, 0
+            self._save_validated(segment)
+        self.finish()
+
+    def steps_of_epoch(self, num_steps: int) -> Iterator[int]:
+        """What ``for batch in loader`` counts."""
+        if not self._is_in_epochs:
+            raise InputError(
+                "for batch in loader: stands outside of run.epochs(…): loop over its epochs, or "
+                "over run.steps(…) with next(loader)"
+            )
+        return self.steps(num_steps)
+
+    def require_step(self, what: str) -> None:
+        """Raise InputError outside of a step."""
+        if not self._is_in_step:
+            raise InputError(
+                f"{what} stands outside of a step: take batches within for step in run.steps(…)"
+            )
+
+    def log(self, **values: float | Tensor) -> None:
+        """Tell of this step, as scalars: ``loss`` in the progress, its bits in the run's folder.
+
+        Does not wait for a device.
+        """
+        self.require_step("run.log(…)")
+        self._logged.update(values)
+
+    def validated(self, **metrics: float | Tensor) -> None:
+        """Validation metrics of the weights as they are now, where selection may choose.
+
+        They are saved with the next state, and go into the history. To be called at places that
+        depend on the step alone.
+        """
+        if not (self._is_in_step or self._is_in_epochs):
+            raise InputError("run.validated(…) stands outside of run.steps(…) and run.epochs(…)")
+        for name, value in metrics.items():
+            number: object = value.item() if isinstance(value, Tensor) else value
+            if not isinstance(number, (int, float)):
+                raise InputError(
+                    f"run.validated({name}=…): expected a number, found a {type(value).__name__}"
+                )
+            self._metrics[name] = float(number)
+
+    @contextmanager
+    def averaged(self, decay: float) -> Iterator[None]:
+        """The models hold the moving average of this decay within the block, as to validate it."""
+        state = self._begin().state
+        with state.averages.applied(state.model, f"decay-{decay!r}"):
+            yield
+
+    def finish(self) -> None:
+        """Training ends here, also before the loop's own end. Saves, and lets the run go."""
+        if self._segment is not None and not self._is_finished:
+            self._is_finished = True
+            self._segment.finish()
+
+    def _begin(self) -> ScriptSegment:
+        if self._segment is None:
+            self._segment = ScriptSegment(self._opened, self._kept, self._loaders, self._place)
+        return self._segment
+
+    def _answer_notice(self, segment: ScriptSegment) -> None:
+        notice = segment.before_step()
+        if notice is not None:
+            self._is_finished = True
+            segment.stop(notice)
+            sys.exit(EXIT_PREEMPTED)
+        if self.step == self._opened.trial.end_at:
+            self.finish()
+            sys.exit(0)
+
+    def _save_validated(self, segment: ScriptSegment) -> bool:
+        metrics, self._metrics = self._metrics, {}
+        if metrics:
+            segment.validated(metrics)
+        return bool(metrics)
+
+    def end(self, error: BaseException | None) -> int:
+        """What is left to do at the end of the process. Returns the exit code that it deserves."""
+        if self._is_finished or self._segment is None:
+            return 0
+        self._is_finished = True
+        if error is None:
+            error = InputError(
+                f"the script ended after step {self.step}, and its loop had not: call run.finish() "
+                f"where training is to end before"
+            )
+            print(f"error: {error}", file=sys.stderr)
+        self._segment.fail(error)
+        return 1
+
+
+_current: Run | None = None
+
+
+def run(
+    experiment: str,
+    run_id: str,
+    *,
+    store: str | os.PathLike[str] = "runs",
+    seed: int = 0,
+    config: object = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """Begin, or go on with, a run whose loop is the script's own.
+
+    Seeds ``random``, NumPy and torch; to be called before models and data are made.
+
+    Args:
+        experiment: name of what is trained; runs of one experiment lie in one folder.
+        run_id: name of the run. Called again with the same, the script goes on with it.
+        store: folder that holds all runs. ``holdfast exec`` may name another, and another run id.
+        seed: root of every random number.
+        config: everything else that changes the result: a dict, a dataclass or argparse's
+            Namespace, of JSON. Another one under the same run id is refused.
+        settings: Holdfast's own settings by dotted keys, such as ``checkpoint.every_steps``,
+            ``ema.decays`` or ``selection.metric``; see docs/configuration.md.
+
+    Raises InputError, which says what was expected, also for a second run in one process.
+    """
+    global _current  # a process has one lease, and its signals one reader
+    if _current is not None:
+        raise InputError(
+            "holdfast.run was called twice in one process: train one run in each process"
+        )
+    ending = Ending()
+    _current = Run(open_run(experiment, run_id, store, seed, config, settings))
+    ending.watch(_current.end)
+    return _current

@@ -1,0 +1,325 @@
+"""One process life of a script's training: what stands behind its steps."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.training.averages.ema import MovingAverages
+from holdfast.training.checkpointing.json_state import encode
+from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
+from holdfast.training.checkpointing.policy import (
+    build_retention,
+    build_schedule,
+    mean_time_between_preemptions_s,
+)
+from holdfast.training.configuration.loading import digested_values
+from holdfast.training.errors import InputError, UnsupportedStateError
+from holdfast.training.exactness.versions import device_name, library_versions
+from holdfast.training.loop.evaluation import model_device
+from holdfast.training.loop.experiment_state import Stateful
+from holdfast.training.loop.loss_guard import LossGuard
+from holdfast.training.loop.loss_record import LossRecord
+from holdfast.training.loop.saving import Saver
+from holdfast.training.loop.segment_record import RecordKeeper
+from holdfast.training.loop.state import Counters, EpochRecord, TrainState
+from holdfast.training.loop.state_validation import validate_state
+from holdfast.training.own_loop.kept import Kept
+from holdfast.training.own_loop.looking import Traced, seen_variables
+from holdfast.training.own_loop.opening import Opened
+from holdfast.training.own_loop.rates import KeptRates
+from holdfast.training.preemption.notices import Notice, reclaim_signals
+from holdfast.training.preemption.signals import current_signal_flag
+from holdfast.training.runs.costs import Costs
+from holdfast.training.runs.directory import (
+    read_segments,
+    run_identity,
+    write_run_record_once,
+)
+from holdfast.training.runs.lease import Lease
+from holdfast.training.runs.segment_log import SegmentLog, log_path
+
+logger = logging.getLogger(__name__)
+
+OUTCOME = "HOLDFAST_OUTCOME"
+
+
+@dataclass
+class Place:
+    """Where a script's loop stands.
+
+    Attributes:
+        epoch: of ``run.epochs``.
+        step: within that epoch, or of ``run.steps`` where there are no epochs.
+        num_losses: how many losses the sum since the last validation has.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    num_losses: int = 0
+
+
+class _Whole:
+    """All that a checkpoint holds beside models, optimizers and averages."""
+
+    def __init__(self, kept: Kept, loaders: Mapping[str, Stateful], place: Place) -> None:
+        self._kept = kept
+        self._loaders = loaders
+        self._place = place
+
+    def state_dict(self) -> dict[str, Any]:
+        loaders = {name: loader.state_dict() for name, loader in self._loaders.items()}
+        return {"kept": self._kept.state_dict(), "loaders": loaders, "place": vars(self._place)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._kept.load_state_dict(state["kept"])
+        for name, loader in self._loaders.items():
+            loader.load_state_dict(state["loaders"][name])
+        vars(self._place).update(state["place"])
+
+
+class ScriptSegment:
+    """Restores the newest good checkpoint, saves after steps, and leaves a record."""
+
+    def __init__(
+        self, opened: Opened, kept: Kept, loaders: Mapping[str, Stateful], place: Place
+    ) -> None:
+        """Take the run over, and put back what it had. Raises what those raise."""
+        self._opened, self._place = opened, place
+        self._config = opened.config
+        self._costs = Costs()
+        self._closing = ExitStack()
+        self._pace: tuple[float, int] | None = None
+        self._losses: LossRecord | None = None
+        self._start_step = 0
+        self._tracing = ExitStack()
+        whole = _Whole(kept, loaders, place)
+        _require_plain(kept)
+        self.state = _state(kept, opened, whole)
+        record = write_run_record_once(opened.run, opened.record)
+        self._lease = self._closing.enter_context(
+            Lease.acquire(opened.run, self._config.preemption.lease_ttl_s)
+        )
+        self._keeper = RecordKeeper(
+            opened.run, self._lease, self._costs.seconds, self._config.logging.every_s
+        )
+        log = SegmentLog()
+        log.open(log_path(opened.run.logs, self._keeper.number))
+        self._closing.callback(log.close)
+        identity = CheckpointIdentity(
+            config_digest=record.config_digest,
+            versions=library_versions(),
+            device=device_name(self.state.loss_sum.device.type),
+            segment=self._keeper.number,
+            config=digested_values(self._config),
+            run=run_identity(record),
+        )
+        retention = build_retention(
+            self._config.checkpoint, self._config.selection, self._config.ema
+        )
+        self._manager = CheckpointManager(opened.run, self._lease, identity, retention)
+        with self._costs.measured("restore"):
+            self._restore()
+        self._saver = self._build_saver()
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.state.counters.step
+
+    def before_step(self) -> Notice | None:
+        """Begin the segment's record at its first step. The notice that there is."""
+        if self._pace is None:
+            reclaim_signals("before the first step")
+            self._keeper.begin(self.step)
+            leave_word(run=str(self._opened.run.path), start_step=self.step)
+            self._opened.progress.emit("started", step=self.step, segment=self._keeper.number)
+            self._pace, self._start_step = (time.monotonic(), self.step), self.step
+            self._losses = LossRecord(
+                self._opened.run, self._keeper.number, self.step, self._config.logging.every_s
+            )
+        self._look()
+        return self._opened.monitor.notice
+
+    def after_step(self, logged: Mapping[str, Any], num_steps: int | None) -> None:
+        """The state is whole: count the step, tell of it, and save where that is due."""
+        state, counters = self.state, self.state.counters
+        state.counters = replace(
+            counters, step=counters.step + 1, step_in_epoch=counters.step_in_epoch + 1
+        )
+        state.averages.update(state.model, self.step)
+        state.schedule.after_step()
+        self._take_loss(logged.get("loss"))
+        if self._opened.progress.is_due():
+            self._tell(logged, num_steps)
+        self._keeper.advance(self.step)
+        self._tracing.close()
+        self._opened.trial.after_step(self.step)
+
+    def save_if_due(self) -> None:
+        """Save where the schedule says so."""
+        self._saver.after_step()
+
+    def validated(self, metrics: Mapping[str, float]) -> None:
+        """Put metrics into the history, and save what selection may choose."""
+        state, counters = self.state, self.state.counters
+        num_losses = self._place.num_losses
+        record = EpochRecord(
+            epoch=counters.epoch,
+            step=counters.step,
+            train_loss=state.loss_sum.item() / num_losses if num_losses else math.nan,
+            learning_rate=state.schedule.rate,
+            metrics=dict(metrics),
+        )
+        state.history.append(record)
+        state.loss_sum.zero_()
+        self._place.num_losses = 0
+        state.counters = Counters(step=counters.step, epoch=counters.epoch + 1, step_in_epoch=0)
+        self._opened.progress.emit(
+            "validation",
+            epoch=record.epoch,
+            step=record.step,
+            train_loss=record.train_loss,
+            learning_rate=record.learning_rate,
+            metrics={**metrics},
+        )
+        self._saver.after_epoch(metrics, is_last=False)
+
+    def stop(self, notice: Notice) -> None:
+        """Save before the machine goes away, and let the run go."""
+        self._opened.progress.emit("notice", source=notice.source, reason=notice.reason)
+        leave_word(
+            run=str(self._opened.run.path), start_step=self._start_step, source=notice.source
+        )
+        self._saver.stop(notice)
+        self._end("preempted", notice)
+
+    def finish(self) -> None:
+        """Save what is not saved yet, and let the run go."""
+        if self._pace is not None:
+            self._saver.last()
+            self._end("completed", None)
+        self.close()
+        current_signal_flag().uninstall()  # what the script does now, signals may end
+
+    def fail(self, error: BaseException) -> None:
+        """Let the save in flight end, record the error, and let the run go."""
+        try:
+            self._saver.settle()
+        except RuntimeError:  # the interpreter is leaving, and starts no thread any more
+            logger.warning("the save in flight could not end; the checkpoint before it counts")
+        if self._pace is not None:
+            self._keeper.fail(error)
+        self.close()
+
+    def close(self) -> None:
+        """Let the run go."""
+        if self._losses is not None:
+            self._losses.close()
+            self._losses = None
+        self._closing.close()
+        self._opened.monitor.stop()
+
+    def _look(self) -> None:
+        trial = self._opened.trial
+        if trial.should_look(self.step, is_first=self.step == self._start_step):
+            trial.write_look(self.step, seen_variables())
+        if trial.trace_file is not None and self.step + 1 == trial.trace_step:
+            self._tracing.enter_context(Traced(Path(trial.trace_file)))
+
+    def _end(self, outcome: str, notice: Notice | None) -> None:
+        if self._losses is not None:
+            self._losses.flush()
+        self._keeper.end(outcome, self.step, notice, self._manager.save_s())
+        self._opened.progress.emit("outcome", outcome=outcome, step=self.step)
+        self.close()
+
+    def _take_loss(self, loss: float | Tensor | None) -> None:
+        if loss is None:
+            if self._losses is not None:  # its file has one for each step, or ends
+                self._losses.close()
+                self._losses = None
+            return
+        taken = torch.as_tensor(loss, dtype=None if isinstance(loss, Tensor) else torch.float64)
+        taken = taken.detach().reshape(())
+        self.state.loss_sum += taken.to(self.state.loss_sum)
+        self._place.num_losses += 1
+        if self._losses is not None:
+            self._losses.add(taken.clone())
+
+    def _tell(self, logged: Mapping[str, Any], num_steps: int | None) -> None:
+        assert self._pace is not None
+        start_s, start_step = self._pace
+        pace = (self.step - start_step) / max(time.monotonic() - start_s, 1e-9)
+        scalars = {
+            name: value.item() if isinstance(value, Tensor) else value
+            for name, value in logged.items()
+        }
+        self._opened.progress.emit(
+            "progress", step=self.step, num_steps=num_steps, **scalars, steps_per_s=pace
+        )
+
+    def _restore(self) -> None:
+        restored = self._manager.restore(
+            should_allow_mismatch=self._opened.is_mismatch_allowed, validate=validate_state
+        )
+        if restored is not None:
+            self.state.restore(restored.tensors, restored.state)
+            self._opened.progress.emit("restored", step=self.step, path=str(restored.path))
+
+    def _build_saver(self) -> Saver:
+        config = self._config
+        return Saver(
+            manager=self._manager,
+            schedule=build_schedule(config.checkpoint),
+            mtbp_s=mean_time_between_preemptions_s(
+                read_segments(self._opened.run)[:-1],
+                config.checkpoint.mean_time_between_preemptions_s,
+            ),
+            state=self.state,
+            guard=LossGuard(self.state.loss_sum.device),
+            monitor=self._opened.monitor,
+            preemption=config.preemption,
+            progress=self._opened.progress,
+            costs=self._costs,
+        )
+
+
+def leave_word(**values: str | int) -> None:
+    """Tell ``holdfast exec``, which started this process, what came of it so far."""
+    if path := os.environ.get(OUTCOME):
+        Path(path).write_text(json.dumps(values))
+
+
+def _require_plain(kept: Kept) -> None:
+    try:
+        encode(kept.values, "run.values", {})
+    except UnsupportedStateError as error:
+        raise InputError(str(error).partition(":")[0]) from error
+
+
+def _state(kept: Kept, opened: Opened, whole: _Whole) -> TrainState:
+    model: nn.Module = kept.model()
+    device = model_device(model)
+    optimizers = kept.named_optimizers()
+    scaler = kept.scaler or torch.amp.GradScaler(device.type, enabled=False)
+    return TrainState(
+        model=model,
+        optimizers=optimizers,
+        schedule=KeptRates(optimizers),  # type: ignore[arg-type]  # all of it that a state uses
+        averages=MovingAverages(model, opened.config.ema),
+        gradient_scaler=scaler,
+        loss_sum=torch.zeros((), dtype=torch.float64, device=device),
+        experiment=whole,
+    )
