@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from holdfast.training.certificate.command import verify_resume
 from holdfast.training.checkpointing.commands import checkpoints
 from holdfast.training.configuration.loading import asked_num_threads
 from holdfast.training.configuration.option import CONFIG_OPTION
@@ -137,6 +138,7 @@ click.option(
 )(STAGE_COMMANDS["promote"])
 main.add_command(checkpoints)
 main.add_command(configuration)
+main.add_command(verify_resume)
 
 
 def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, Any]) -> int:

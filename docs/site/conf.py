@@ -14,7 +14,7 @@ from sphinx.application import Sphinx
 project = "Holdfast"
 release = version = installed_version("holdfast")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["site"]
+exclude_patterns = ["site", "own_loop"]
 
 # Pages are plain Markdown: a link to a heading is written as repository hosts write it.
 myst_heading_anchors = 3

@@ -1,8 +1,8 @@
 """The command line ``holdfast``.
 
-Each command is the attribute ``command`` of a module of its name in ``commands/``, which is
-imported only when it is used, so that ``holdfast --help`` answers at once. To add a command, write
-such a module and add a row to ``COMMANDS``.
+Each command is the attribute ``command`` of a module of its name in ``commands/`` or in another of
+the ``PACKAGES``, which is imported only when it is used, so that ``holdfast --help`` answers at
+once. To add a command, write such a module and add a row to ``COMMANDS``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import click
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.runs.shown_text import shown, shown_lines
 
-COMMANDS_PACKAGE = "holdfast.flows.command_line.commands"
+PACKAGES = {"examination_commands": ("check", "verify-resume", "doctor")}
+"""Of commands that are not in ``commands/``."""
 COMMANDS = {
     "run": "Train an experiment, from seed to verified bundle.",
+    "verify-resume": "Try whether a resume is exact.",
     "check": "Find what would go wrong, before training.",
+    "exec": "Start a training script, again and again.",
     "resume": "Go on with a run that was stopped or failed.",
     "status": "Show the runs of a store, or one run.",
     "logs": "Show what a run's segments said.",
@@ -58,7 +61,9 @@ Exit codes:
 
 def load_command(name: str) -> click.Command:
     """A command of the table, imported now."""
-    command: click.Command = importlib.import_module(f"{COMMANDS_PACKAGE}.{name}").command
+    package = next((room for room, names in PACKAGES.items() if name in names), "commands")
+    module = f"holdfast.flows.command_line.{package}.{name.replace('-', '_')}"
+    command: click.Command = importlib.import_module(module).command
     return command
 
 

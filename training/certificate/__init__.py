@@ -1,0 +1,1 @@
+"""Is a resume exact? Tried on somebody's own training, compared, and written down."""

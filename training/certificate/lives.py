@@ -1,0 +1,147 @@
+"""Process lives of a training on trial: how each is started, and how long it may take."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from holdfast.training.errors import ExperimentError
+from holdfast.training.exactness.reproducibility import child_environment, python_command
+from holdfast.training.exactness.trial import Trial
+from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.runs.paths import RunDirectory
+
+
+class BudgetOverError(Exception):
+    """The seconds that were given are over."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is tried: an experiment, or a script with its arguments.
+
+    Attributes:
+        options: of the experiment: ``--config`` and ``--set``.
+    """
+
+    experiment: str | None = None
+    options: tuple[str, ...] = ()
+    script: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.experiment or " ".join(self.script)
+
+    def command(self, store: Path, run_id: str, trial: Trial) -> list[str]:
+        """The command line of one life."""
+        if self.experiment is None:
+            python = sys.executable  # as users start it: what lies beside a script is found
+            return [python, *self.script]
+        asked = ["--experiment", self.experiment, "--store", str(store), "--run-id", run_id]
+        given = {**trial.settings(), "rehearsal.depth": "none"}
+        if trial.end_at is not None:
+            given["train.max_steps"] = trial.end_at
+        if trial.num_workers is not None:
+            given["data.num_workers"] = trial.num_workers
+        for key, value in given.items():
+            asked += [] if value is None else ["--set", f"{key}={str(value).lower()}"]
+        return python_command(
+            "holdfast.training", "segment", *asked, *self.options, "--progress", "none"
+        )
+
+
+@dataclass
+class Lives:
+    """Starts lives in a store of their own, within a budget.
+
+    Attributes:
+        num_threads: CPU threads of each.
+    """
+
+    target: Target
+    store: Path
+    num_threads: int
+    budget_s: float
+    _begun_s: float = field(default_factory=time.monotonic)
+
+    def live(self, run_id: str, trial: Trial) -> int:
+        """One process life; its exit code. Raises BudgetOverError, or ExperimentError if it fails.
+
+        A life that stops itself ends by SIGKILL, or with 75.
+        """
+        left_s = self.budget_s - (time.monotonic() - self._begun_s)
+        if left_s <= 0:
+            raise BudgetOverError
+        environment = {
+            **child_environment(self.num_threads),
+            **trial.environment(),
+            "HOLDFAST_STORE": str(self.store),
+            "HOLDFAST_RUN_ID": run_id,
+        }
+        log_path = self.store / f"{run_id}.log"
+        with log_path.open("ab") as log:
+            code = _wait(self.target.command(self.store, run_id, trial), environment, log, left_s)
+        expected = (0, 75) if trial.stop_at is None else (0, 75, -signal.SIGKILL)
+        if code not in expected:
+            raise ExperimentError(
+                f"{self.target.name} does not train by itself: it ended with exit code {code}: "
+                f"{_last_words(log_path)}"
+            )
+        return code
+
+    def run(self, run_id: str) -> RunDirectory:
+        """The run that lives of this id have written."""
+        if self.target.experiment is not None:
+            return RunDirectory(self.store / experiment_name(self.target.experiment) / run_id)
+        found = sorted(self.store.glob(f"*/{run_id}"))
+        if len(found) != 1:
+            raise ExperimentError(
+                f"{self.target.name} wrote no run: it has to call holdfast.run, and to take steps "
+                f"from run.steps or run.epochs"
+            )
+        return RunDirectory(found[0])
+
+
+def chosen_stops(num_steps: int, num_stops: int, seed: int) -> list[tuple[int, str]]:
+    """Steps to stop after, ascending, with signals by turns; several lie within one epoch."""
+    rng = random.Random(seed)
+    places = range(1, num_steps)
+    steps = sorted(rng.sample(places, min(num_stops, len(places))))
+    return [(step, ("SIGKILL", "SIGTERM")[number % 2]) for number, step in enumerate(steps)]
+
+
+def _wait(
+    command: Sequence[str], environment: Mapping[str, str], log: IO[bytes], left_s: float
+) -> int:
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    try:
+        code: int = process.wait(timeout=left_s)
+    except subprocess.TimeoutExpired:
+        raise BudgetOverError from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return code
+
+
+def _last_words(path: Path) -> str:
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ") or "Error: " in line]
+    return (errors or lines or ["it said nothing"])[-1]
