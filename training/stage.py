@@ -50,6 +50,7 @@ from holdfast.training.runs.directory import (
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.progress import Progress, ProgressFormat, as_text
 from holdfast.training.runs.segment_log import SegmentLog
+from holdfast.training.weights.identity import weight_files
 
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
@@ -190,6 +191,8 @@ def prepared_stage(
         experiment = build_experiment(experiment_class, located, seeds)
         reclaim_signals("after it was built")
         record = _run_record(arguments, config, experiment, seeds)
+        begun_with = weight_files(experiment, located.train)
+        record = record.model_copy(update={"weight_files": begun_with})
         if run.run_json.exists():
             record, here = write_run_record_once(run, record), record
             _warn_of_other_code(record, here, experiment_class)
@@ -239,17 +242,24 @@ def with_absolute_paths(config: RunConfig, folder: Path, begun_in: str | None) -
     They are below ``folder``, where this program was started. Data that is not there may be below
     ``begun_in``, where the run was begun: its record was moved, or is read from elsewhere.
     """
-    data, preemption = config.data, config.preemption
+    data, train, preemption = config.data, config.train, config.preemption
     if data.folder is not None:
-        located = folder / data.folder
-        if begun_in is not None and not located.exists():
-            begun = Path(begun_in) / data.folder
-            located = begun if begun.exists() else located
-        data = data.model_copy(update={"folder": located})
+        data = data.model_copy(update={"folder": _located(data.folder, folder, begun_in)})
+    if train.initial_weights is not None:
+        weights = _located(train.initial_weights, folder, begun_in)
+        train = train.model_copy(update={"initial_weights": weights})
     if preemption.sentinel_file is not None:
         file = folder / preemption.sentinel_file
         preemption = preemption.model_copy(update={"sentinel_file": file})
-    return config.model_copy(update={"data": data, "preemption": preemption})
+    return config.model_copy(update={"data": data, "train": train, "preemption": preemption})
+
+
+def _located(path: Path, folder: Path, begun_in: str | None) -> Path:
+    located = folder / path
+    if begun_in is None or located.exists():
+        return located
+    begun = Path(begun_in) / path
+    return begun if begun.exists() else located
 
 
 def _begun_in(run: RunDirectory) -> str | None:

@@ -25,7 +25,7 @@ from holdfast.training.loop.segment import run_segment
 from holdfast.training.loop.state import Counters, EpochRecord
 from holdfast.training.parity.parity import ArtifactReport
 from holdfast.training.preemption.notices import Notice
-from holdfast.training.runs.directory import RunRecord, SegmentError, SegmentRecord
+from holdfast.training.runs.directory import Lineage, RunRecord, SegmentError, SegmentRecord
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.stage import StageArguments, prepared_stage
@@ -52,6 +52,7 @@ MEASURED = Measured(Candidate("best", "best", ()), "sha256:0", (1,), {"loss": 0.
 CHOICE = choice_json([MEASURED], "loss", "min")
 WRITTEN: dict[str, Iterable[str]] = {
     "RunRecord": RunRecord.model_fields,
+    "Lineage": Lineage.model_fields,
     "SegmentRecord": SegmentRecord.model_fields,
     "SegmentError": SegmentError.model_fields,
     "Notice.as_record": Notice("signal", "SIGTERM", None).as_record(0.0),

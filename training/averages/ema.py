@@ -14,7 +14,7 @@ Whether statistics recomputed for the averaged weights are better still, selecti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -64,11 +64,14 @@ def tracks_of(config: EmaConfig) -> tuple[Track, ...]:
 
 
 class MovingAverages:
-    """The averages of one model's weights. Starts at the weights as they are, on their device."""
+    """The averages of one model's weights. Starts at the weights as they are, on their device.
 
-    def __init__(self, model: nn.Module, config: EmaConfig) -> None:
+    Names in ``left_out`` are not averaged: frozen parameters that no checkpoint holds either.
+    """
+
+    def __init__(self, model: nn.Module, config: EmaConfig, left_out: Collection[str] = ()) -> None:
         self._tracks = tracks_of(config)
-        self._sources = _Sources(model) if self._tracks else None
+        self._sources = _Sources(model, left_out) if self._tracks else None
         live = self._live(model)
         self._averages: dict[str, list[Tensor]] = {
             track.name: [_average_of(tensor) for tensor in live] for track in self._tracks
@@ -204,7 +207,7 @@ class MovingAverages:
             return
         before = self._sources
         own = self.tensors()
-        self._sources = _Sources(before.model)
+        self._sources = _Sources(before.model, before.left_out)
         live = self._sources.tensors(before.model)
         self._changed |= {
             name
@@ -253,8 +256,9 @@ class _Sources:
         kinds: shape and type of each buffer; None for what is a parameter, or not there.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, left_out: Collection[str] = ()) -> None:
         self.model = model
+        self.left_out = left_out
         self.names: dict[str, int] = {}
         self.first_names: list[str] = []
         self.types: list[torch.dtype] = []
@@ -263,7 +267,7 @@ class _Sources:
         state = model.state_dict(keep_vars=True)
         first_names: dict[tuple[Any, ...], int] = {}
         for name, tensor in state.items():
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, Tensor) or name in left_out:
                 continue
             if name not in slots:
                 raise ExperimentError(

@@ -29,10 +29,13 @@ from holdfast.training.errors import (
     StorageFullError,
 )
 from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.export.artifacts import chosen_formats, open_champion, write_artifacts
 from holdfast.training.export.formats import formats
+from holdfast.training.export.merging import is_as_trained, merged_experiment, write_exported
 from holdfast.training.export.parts import part_artifacts, write_parts
 from holdfast.training.export.specification import Interface, export_spec
+from holdfast.training.export.weights import read_tensors
 from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.parity.assembly import check_names
 from holdfast.training.parity.checking import Action, CheckRequest, check_in_fresh_process
@@ -114,9 +117,10 @@ class Export:
     def _write(self) -> tuple[Interface, Mapping[str, Interface]] | None:
         for folder in (self.staging, self.scratch):
             shutil.rmtree(folder, ignore_errors=True)
+        experiment, champion = self._exported()
         source, place = open_champion(
-            self.stage.experiment,
-            self.champion.path,
+            experiment,
+            champion,
             self.stage.config.export,
             self.staging,
             self.scratch,
@@ -124,14 +128,27 @@ class Export:
         if not write_artifacts(source, place, self.formats, self._before_each):
             return None
         parts = write_parts(
-            self.stage.experiment,
-            self.champion.path,
+            experiment,
+            champion,
             self.stage.config.export,
             (self.staging, self.scratch),
             self.formats,
             self._before_each,
         )
         return None if parts is None else (source.interface, parts)
+
+    def _exported(self) -> tuple[Experiment, Path]:
+        """The experiment and the weights of the model that is exported."""
+        experiment, config = self.stage.experiment, self.stage.config.checkpoint
+        if is_as_trained(experiment, config):
+            return experiment, self.champion.path
+        self.scratch.mkdir()
+        weights, checkpoint = (
+            read_tensors(self.champion.path),
+            experiment_checkpoint(self.stage.run),
+        )
+        path = write_exported(experiment, weights, config, checkpoint, self.scratch)
+        return merged_experiment(experiment), path
 
     def _before_each(self, name: str) -> bool:
         self.lease.check()

@@ -27,7 +27,6 @@ from holdfast.training.champion.candidate_plan import (
 from holdfast.training.checkpointing.loading import MODEL_NAME
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.manifest import read_manifest
-from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.errors import CheckpointCorruptError, DataFormatError, StorageError
 from holdfast.training.exactness.seeding import seed_generators
@@ -48,6 +47,7 @@ from holdfast.training.runs.stored_json import (
     shape_expected,
 )
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
+from holdfast.training.weights.frozen import load_saved
 
 __all__ = [
     "DIGEST",
@@ -293,7 +293,8 @@ class _Maker:
     def _model(self, path: Path) -> nn.Module:
         seed_generators(self.stage.seed("model"))
         model = self.stage.experiment.model()
-        load_model(model, self._read(path)[0])
+        weights, config = self._read(path)[0], self.stage.config.checkpoint
+        load_saved(model, weights, config, experiment_checkpoint(self.stage.run))
         return model.to(resolve_device(self.stage.config.train.device))
 
     def _read(self, path: Path) -> tuple[dict[str, Tensor], str]:

@@ -34,7 +34,6 @@ from holdfast.training.champion.candidates import (
     preempted,
 )
 from holdfast.training.checkpointing.local_files import read_file
-from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.configuration.schema import Json, Split
 from holdfast.training.errors import DataFormatError, SelectionError
@@ -54,6 +53,7 @@ from holdfast.training.runs.stored_json import (
     shape_expected,
 )
 from holdfast.training.stage import Stage, StageOutcome
+from holdfast.training.weights.frozen import load_saved
 
 CHOICE_NAME = "choice.json"
 CHOICE: Kinds = {
@@ -321,7 +321,8 @@ def _model(stage: Stage, one: Made) -> nn.Module:
         )
     seed_generators(stage.seed("model"))
     model = stage.experiment.model()
-    load_model(model, parse_tensors(content, str(path)))
+    weights, config = parse_tensors(content, str(path)), stage.config.checkpoint
+    load_saved(model, weights, config, experiment_checkpoint(stage.run))
     return model.to(resolve_device(stage.config.train.device))
 
 

@@ -7,7 +7,7 @@ comes back as it was saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,20 +19,23 @@ MAX_DIFFERENCES_SHOWN = 3
 Slot = tuple[dict[str, Any], str]
 
 
-def load_model(model: nn.Module, weights: Mapping[str, Any]) -> None:
+def load_model(model: nn.Module, weights: Mapping[str, Any], absent: Collection[str] = ()) -> None:
     """Load a model's state dict. Raises CheckpointMismatchError where names or shapes differ.
 
     Parameters must have the model's own type. Buffers take the shape and type of what is loaded.
+    Names in ``absent`` may be left out: those tensors stay as they are.
     """
     cast = [name for name, there, here in _parameters(model, weights) if there.dtype != here.dtype]
     if cast:
         raise _mismatch(model, list(_differences(weights, model.state_dict())))
     _take_buffers(model, weights)
     try:
-        model.load_state_dict(dict(weights))
+        keys = model.load_state_dict(dict(weights), strict=not absent)
     except RuntimeError as error:
-        found = list(_differences(weights, model.state_dict()))
+        found = list(_differences(weights, _needed(model, weights, absent)))
         raise _mismatch(model, found or [" ".join(str(error).split())]) from error
+    if set(keys.missing_keys) - set(absent) or keys.unexpected_keys:
+        raise _mismatch(model, list(_differences(weights, _needed(model, weights, absent))))
 
 
 def lay_out_model(model: nn.Module, strides: Mapping[str, Strides]) -> None:
@@ -70,6 +73,14 @@ def _take_buffers(model: nn.Module, weights: Mapping[str, Any]) -> None:
         if own is None or own.shape != there.shape or own.dtype != there.dtype:
             device = own.device if own is not None else next(iter(devices), there.device)
             where[key] = there.to(device, copy=True)
+
+
+def _needed(
+    model: nn.Module, weights: Mapping[str, Any], absent: Collection[str]
+) -> dict[str, Any]:
+    """The model's state dict, without what may be absent and is."""
+    state = model.state_dict()
+    return {name: state[name] for name in state if name in weights or name not in absent}
 
 
 def _mismatch(model: nn.Module, found: list[str]) -> CheckpointMismatchError:

@@ -85,6 +85,16 @@ class TrainConfig(Section):
     """Where to train; `auto` takes a GPU where there is one."""
     num_threads: int | None = Field(None, ge=1)
     """CPU threads of torch. Unset: OMP_NUM_THREADS, or all cores, of the first segment."""
+    initial_weights: Path | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
+    """What `model()` begins with: a safetensors file, a checkpoint or bundle of ours, or a torch
+    file. Its content is part of the run's identity, wherever the file lies."""
+    initial_weights_names: dict[str, str] = Field(
+        default_factory=dict, json_schema_extra=UNLESS_DEFAULT
+    )
+    """Beginnings of names in that file, and what to put in their place."""
+    should_take_all_weights: bool = Field(True, json_schema_extra=UNLESS_DEFAULT)
+    """Refuse `initial_weights` that lack a tensor of the model, or hold one that it has not;
+    `false` takes what fits."""
 
 
 class OptimizerConfig(Section):
@@ -208,6 +218,9 @@ class CheckpointConfig(Section):
     """Keep the first checkpoint whose metric reached this value from below."""
     keep_below: dict[str, float] = Field(default_factory=dict, json_schema_extra=OUTSIDE_DIGEST)
     """Keep the first checkpoint whose metric reached this value from above."""
+    frozen: Literal["kept", "left_out"] = Field("kept", json_schema_extra=UNLESS_DEFAULT)
+    """Parameters that `model()` returns frozen: kept in checkpoints and averages, or left out of
+    them and held to a digest."""
     max_metric_change: float = Field(0.02, ge=0, json_schema_extra=OUTSIDE_DIGEST)
     """Where another machine or other libraries go on, the last validation is repeated: largest
     relative change of `selection.metric` that is accepted."""

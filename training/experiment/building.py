@@ -17,6 +17,7 @@ from holdfast.training.errors import ExperimentError
 from holdfast.training.exactness.seeding import derive_seed, preserved_generators, seed_generators
 from holdfast.training.experiment.loading import settings_class
 from holdfast.training.experiment.protocol import Context, Experiment
+from holdfast.training.weights.initial import InitialWeights
 
 SEEDED_METHODS = ("dataset", "model")
 
@@ -42,7 +43,7 @@ def build_experiment(
 
     Args:
         experiment_class: is called with its context, the one argument of its constructor.
-        config: of the run.
+        config: of the run; models have its ``train.initial_weights``, where it names some.
         seeds: those that ``run.json`` keeps, by purpose. Runs that were begun before there was a
             seed for ``dataset`` have none, and go on as they began: nothing is seeded.
     """
@@ -58,7 +59,10 @@ def build_experiment(
     experiment: Experiment = SeededMethod(build, seeds["experiment"])(context)
     try:
         for name in SEEDED_METHODS:
-            method = SeededMethod(getattr(experiment, name), seeds[name])
+            own = getattr(experiment, name)
+            if name == "model" and config.train.initial_weights is not None:
+                own = InitialWeights(own, config)
+            method = SeededMethod(own, seeds[name])
             object.__setattr__(experiment, name, method)
     except AttributeError as error:
         raise ExperimentError(

@@ -126,6 +126,11 @@ class Experiment(Protocol):
     experiment prefers to the general defaults; and ``resampling_unit``, the name of a record, such
     as an engine's number, whose equal values mark samples that are not independent of each other:
     intervals are then found by drawing engines, not samples.
+
+    Two optional methods for a model on a frozen base (``checkpoint.frozen = "left_out"``):
+    ``base_files()`` names what the base is read from, so that another base is refused, see
+    ``holdfast.training.weights.identity``; ``merged(model)`` returns the model that is exported in
+    the place of the trained one, see ``holdfast.training.export.merging``.
     """
 
     def dataset(self, split: Split) -> Dataset:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,8 @@ def _go_back(state: TrainState, checkpoint: Path) -> None:
     """Put the weights, and the experiment's own state, of the last end of an epoch back."""
     weights = load_weights(checkpoint)
     restore_experiment(state.experiment, checkpoint)
-    load_model(state.model, {**state.model.state_dict(), **weights})
+    absent = () if state.frozen is None else state.frozen.names
+    load_model(state.model, {**_unfrozen(state), **weights}, absent)
 
 
 @contextmanager
@@ -81,16 +83,22 @@ def _left_as_it_was(state: TrainState) -> Iterator[None]:
     """Model and experiment are put back: observers look on, and scores may count."""
     own = {
         name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-        for name, value in state.model.state_dict().items()
+        for name, value in _unfrozen(state).items()
     }
     kept = state.experiment.state_dict() if isinstance(state.experiment, Stateful) else None
     try:
         yield
     finally:
         with torch.no_grad():
-            load_model(state.model, own)
+            load_model(state.model, own, () if state.frozen is None else state.frozen.names)
         if isinstance(state.experiment, Stateful) and kept is not None:
             state.experiment.load_state_dict(kept)
+
+
+def _unfrozen(state: TrainState) -> dict[str, Any]:
+    """The model's state dict, without what checkpoints leave out."""
+    weights = state.model.state_dict()
+    return weights if state.frozen is None else state.frozen.others(weights)
 
 
 def _compare(

@@ -25,7 +25,7 @@ from holdfast.training.configuration.loading import (
 from holdfast.training.configuration.schema import RunConfig, WarmupConfig
 from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, OwnOrderPlan, TokenPlan
 from holdfast.training.data.own_order import own_order
-from holdfast.training.errors import ConfigError, ExperimentError
+from holdfast.training.errors import CheckpointNotFoundError, ConfigError, ExperimentError
 from holdfast.training.exactness.reproducibility import compile_statically
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.exactness.trial import asked_trial
@@ -47,6 +47,7 @@ from holdfast.training.runs.event_log import check_event_log, event_file, told_t
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.segment_log import log_path
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
+from holdfast.training.weights.frozen import frozen_of
 
 
 def run_segment(stage: Stage) -> StageOutcome:
@@ -153,6 +154,7 @@ def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainSta
     if config.train.should_compile:
         compile_statically(model)
     optimizers = build_optimizers(stage.experiment, config.optimizer, model)
+    frozen = frozen_of(model, config.checkpoint)
     state = TrainState(
         model=model,
         optimizers=optimizers,
@@ -163,10 +165,11 @@ def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainSta
             plan.num_steps(0),
             stage.experiment,
         ),
-        averages=MovingAverages(model, config.ema),
+        averages=MovingAverages(model, config.ema, () if frozen is None else frozen.names),
         gradient_scaler=gradient_scaler(config.train, device),
         loss_sum=torch.zeros((), dtype=torch.float64, device=device),
         experiment=stage.experiment,
+        frozen=frozen,
     )
     seed_generators(stage.seed("training"))
     return state
@@ -253,11 +256,19 @@ def batch_plan(dataset: Dataset, config: RunConfig, seed: int) -> BatchPlan:
 
 
 def restore(stage: Stage, manager: CheckpointManager, state: TrainState) -> int:
-    """Put back the newest good checkpoint, if there is one. Returns the step."""
+    """Put back the newest good checkpoint, if there is one. Returns the step.
+
+    Raises CheckpointNotFoundError where a fork has lost the one that it began with.
+    """
     restored = manager.restore(
         should_allow_mismatch=stage.arguments.should_allow_mismatch, validate=validate_state
     )
     if restored is not None:
         state.restore(restored.tensors, restored.state)
         stage.progress.emit("restored", step=state.counters.step, path=str(restored.path))
+    elif (lineage := stage.record.lineage) is not None:
+        raise CheckpointNotFoundError(
+            f"{stage.run.path} is a fork that began with step {lineage.step} of {lineage.run_id}, "
+            f"and has no checkpoint any more: fork again under another run id"
+        )
     return state.counters.step

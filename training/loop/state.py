@@ -30,6 +30,7 @@ from holdfast.training.optimizers.optimizer_state import (
     restore_optimizers,
 )
 from holdfast.training.optimizers.schedule import Schedule
+from holdfast.training.weights.frozen import FrozenParameters, digest_in
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class TrainState:
     """Everything that changes while training, in one place.
 
     ``loss_sum`` is the sum of the losses of this epoch's steps, fp64 on the training device.
+    ``frozen`` are the parameters that checkpoints leave out, where any are.
     """
 
     model: nn.Module
@@ -70,6 +72,7 @@ class TrainState:
     gradient_scaler: torch.amp.GradScaler
     loss_sum: Tensor
     experiment: object = None
+    frozen: FrozenParameters | None = None
     counters: Counters = field(default_factory=Counters)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     history: list[EpochRecord] = field(default_factory=list)
@@ -87,9 +90,12 @@ class TrainState:
 
         Raises:
             UnsupportedStateError: a component's state is neither tensors nor JSON.
+            ExperimentError: a frozen parameter that is left out was changed.
         """
         state_tensors: Tensors = dict(capture_generators())
         model_tensors, model_extra = _split_tensors(self.model.state_dict())
+        if self.frozen is not None:
+            model_tensors = self._without_frozen(model_tensors, self.frozen)
         optimizer = capture_optimizers(self.optimizers, self.model)
         components = {
             "scheduler": self.schedule.state_dict(),
@@ -121,6 +127,7 @@ class TrainState:
                 for name, flag in _gradient_flags(self.model).items()
                 if flag != self._first_flags.get(name)
             },
+            "frozen": None if self.frozen is None else self.frozen.as_json(),
         }
         named = {name: value for name, value in seldom.items() if value}
         return tensors, {**state, **named, "optimizer": optimizer.values}
@@ -147,9 +154,12 @@ class TrainState:
         """Put back what ``capture`` took; generators last, as loading may draw from them.
 
         Raises:
-            CheckpointMismatchError: the tensors belong to another model.
+            CheckpointMismatchError: the tensors belong to another model, or were trained on
+                other frozen parameters.
         """
         assert isinstance(state, dict)
+        if self.frozen is not None:
+            self.frozen.require(digest_in(state))
         layouts: Any = state.get("layouts", {})
         state_tensors = all_laid_out(tensors["state"], layouts.get("state", {}))
         parts: Any = {
@@ -157,7 +167,8 @@ class TrainState:
             for name, value in state.items()
             if name not in ("optimizer", "layouts")
         }
-        load_model(self.model, {**tensors["model"], **parts["model"]})
+        absent = () if self.frozen is None else self.frozen.names
+        load_model(self.model, {**tensors["model"], **parts["model"]}, absent)
         lay_out_model(self.model, layouts.get("model", {}))
         _set_gradient_flags(self.model, {**self._first_flags, **parts.get("requires_grad", {})})
         restore_optimizers(
@@ -175,7 +186,15 @@ class TrainState:
         self.averages.restore(tensors.get("ema", {}), parts["ema"])
         if isinstance(self.experiment, Stateful):
             self.experiment.load_state_dict(parts["experiment"])
+        if self.frozen is not None and not self.frozen.names.isdisjoint(tensors["model"]):
+            self.frozen.begin()  # the checkpoint is of a run that kept them
         restore_generators(tensors["state"])
+
+    def _without_frozen(self, tensors: Tensors, frozen: FrozenParameters) -> Tensors:
+        """The model's tensors that are saved; of the others it is made sure that none changed."""
+        if self.counters.step_in_epoch == 0 and self.counters.step > 0:
+            frozen.require_same_bits(self.counters.step)
+        return frozen.others(tensors)
 
     def _experiment_state(self) -> Mapping[str, Any]:
         return self.experiment.state_dict() if isinstance(self.experiment, Stateful) else {}

@@ -75,6 +75,7 @@ class TrainStep:
 
         Raises:
             NonFiniteLossError: before the weights were changed (CPU), or at the next ``check``.
+            ExperimentError: a frozen parameter that checkpoints leave out was changed.
         """
         state, counters = self._state, self._state.counters
         parts = self._config.num_microbatches
@@ -84,6 +85,8 @@ class TrainStep:
             f"step's samples are then computed in more parts",
         ):
             self._update(microbatches)
+        if state.frozen is not None:
+            state.frozen.watch(counters.step + 1)
         state.loss_sum += self.last_loss
         state.counters = replace(
             counters, step=counters.step + 1, step_in_epoch=counters.step_in_epoch + 1

@@ -15,6 +15,7 @@ from holdfast.training.exactness.seeding import preserved_generators, seed_scori
 from holdfast.training.experiment.protocol import Experiment, Records, concatenate
 from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.interfaces import open_interface
+from holdfast.training.export.merging import model_apart
 from holdfast.training.export.protocol import Runner
 from holdfast.training.export.specification import Inputs, Interface, export_spec
 from holdfast.training.export.weights import load_champion, read_tensors, tied_names
@@ -77,8 +78,9 @@ class Champion:
         report: Callable[[str], None] = lambda _: None,
     ) -> Champion:
         """Rebuild the champion and let it answer. Raises ExportError if the file doesn't fit."""
-        model = load_champion(path, experiment.model())
-        names = tied_names(model)
+        exported = load_champion(path, experiment.model())
+        names = tied_names(exported)
+        model = model_apart(experiment, path) or exported  # what is exported answers as it does
         opened = open_interface(experiment, model, max(BATCH_SIZES))
         interface = opened.interface
         eager = GuardedModel(model, opened.form).eval()

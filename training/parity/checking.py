@@ -23,6 +23,7 @@ from holdfast.training.exactness.reproducibility import child_environment, pytho
 from holdfast.training.experiment.building import build_experiment
 from holdfast.training.experiment.loading import load_experiment
 from holdfast.training.experiment.protocol import Experiment
+from holdfast.training.export.merging import merged_experiment
 from holdfast.training.loop.experiment_state import restore_experiment
 from holdfast.training.parity.parity import ArtifactReport, Finding
 
@@ -67,12 +68,12 @@ class CheckRequest:
         return config_from_record(self.config)
 
     def build_experiment(self) -> Experiment:
-        """The experiment, built and restored as the run's own stages do it."""
+        """The experiment, built and restored as the run's own stages do it, merged if it merges."""
         experiment = build_experiment(
             load_experiment(self.experiment), self.build_config(), self.seeds
         )
         restore_experiment(experiment, Path(self.state) if self.state else None)
-        return experiment
+        return merged_experiment(experiment)
 
     def report_path(self, action: Action, name: str) -> Path:
         """Where the child writes what it found about an artifact."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from holdfast.training.averages.averaging import write_weights
 from holdfast.training.configuration.schema import ExportConfig
 from holdfast.training.errors import ExportError
 from holdfast.training.exactness.seeding import preserved_generators
@@ -21,6 +20,7 @@ from holdfast.training.experiment.error_places import users_place
 from holdfast.training.export.artifacts import open_champion
 from holdfast.training.export.capturing import unused_tensors
 from holdfast.training.export.formats import formats
+from holdfast.training.export.merging import merged_experiment, write_exported
 from holdfast.training.export.parts import part_names, write_parts
 from holdfast.training.parity.assembly import PartChecks, check_names
 from holdfast.training.parity.champion import Champion
@@ -56,7 +56,8 @@ class Exporting:
 
     def open(self) -> None:
         """Inputs and outputs, and whether a comparison of outputs could fail at all."""
-        self._experiment = of_few_rows(self._trial.stage.experiment)
+        self._trained = of_few_rows(self._trial.stage.experiment)
+        self._experiment = merged_experiment(self._trained)
         weights = self._trial.saved.tensors["model"]
         self._load(weights)
         report = check_comparison(self._champion)
@@ -79,8 +80,10 @@ class Exporting:
             self._tell(name, checks.check(name))
 
     def _load(self, weights: Mapping[str, Tensor]) -> None:
-        self._champion_path.unlink(missing_ok=True)
-        write_weights(self._champion_path, weights)
+        config = self._trial.stage.config.checkpoint
+        self._champion_path = write_exported(
+            self._trained, weights, config, None, self._champion_path.parent
+        )
         self._source, self._place = open_champion(
             self._experiment, self._champion_path, self._config, *self._folders
         )

@@ -16,7 +16,6 @@ import torch
 
 from holdfast.training.champion.batch_norm import recompute_batch_norm, training_batches
 from holdfast.training.champion.bootstrap import units_of
-from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.data.loader import Loader, Microbatch
 from holdfast.training.errors import CheckpointMismatchError, ExperimentError, InputError
@@ -43,6 +42,7 @@ from holdfast.training.rehearsal.request import RehearsalRequest, tell
 from holdfast.training.rehearsal.telling import Telling
 from holdfast.training.runs.costs import Costs
 from holdfast.training.stage import Stage, StageArguments, prepared_stage
+from holdfast.training.weights.frozen import load_saved
 
 Step = list[Microbatch]
 LAST_BATCH = "; leave the last batch of an epoch out with data.should_drop_last=true"
@@ -164,7 +164,7 @@ class Trial:
         seed_generators(self.stage.seed("model"))
         model = self.stage.experiment.model()
         try:
-            load_model(model, self.saved.tensors["model"])
+            load_saved(model, self.saved.tensors["model"], self.stage.config.checkpoint, None)
         except CheckpointMismatchError as error:
             way_out = (
                 "; candidates and bundles hold tensors alone: keep the state in a buffer, not in "

@@ -14,7 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from holdfast.training.configuration.loading import (
     config_from_record,
@@ -29,6 +37,7 @@ from holdfast.training.runs.stored_json import read_json
 __all__ = [
     "FORMAT_VERSION",
     "LedgerOutcome",
+    "Lineage",
     "RunDirectory",
     "RunRecord",
     "Script",
@@ -56,6 +65,7 @@ MAX_DIFFERENCES_SHOWN = 10
 Outcome = Literal["running", "completed", "preempted", "failed"]
 LedgerOutcome = Literal["running", "completed", "preempted", "failed", "killed"]
 ABSENT = "(absent)"
+SELDOM = ("weight_files", "lineage", "script")
 
 
 class Record(BaseModel):
@@ -90,6 +100,20 @@ class Script(Record):
     arguments: list[str]
 
 
+class Lineage(Record):
+    """Where a forked run comes from."""
+
+    run: str
+    """The run that it was forked from, as ``run_identity`` names it."""
+    run_id: str
+    step: Step
+    """Of the checkpoint that it begins with."""
+    manifest_digest: str
+    """Of that checkpoint's manifest, as it was in the other run."""
+    changed: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the configuration that differ from the other run's, with their values here."""
+
+
 class RunRecord(Record):
     """What a run is; the content of ``run.json``."""
 
@@ -113,10 +137,16 @@ class RunRecord(Record):
     script: Script | None = None
     """Of an own loop; absent for an experiment."""
 
-    def as_json(self) -> dict[str, Any]:
-        """What ``run.json`` holds."""
-        values = self.model_dump(mode="json")
-        return {name: value for name, value in values.items() if (name, value) != ("script", None)}
+    weight_files: dict[str, str] = Field(default_factory=dict)
+    """Digests of what the weights begin with: `initial_weights`, and the experiment's `base`."""
+    lineage: Lineage | None = None
+    """Of a fork."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Runs that begin as usual have the records that they always had."""
+        fields: dict[str, Any] = write(self)
+        return {name: value for name, value in fields.items() if value or name not in SELDOM}
 
 
 class SegmentError(Record):
@@ -166,7 +196,7 @@ def write_run_record_once(run: RunDirectory, record: RunRecord) -> RunRecord:
         StorageError: it can neither be written nor read.
     """
     _make_folder(run)
-    if create_json_durably(run.run_json, record.as_json()):
+    if create_json_durably(run.run_json, record.model_dump(mode="json")):
         return record
     existing = read_run_record(run)
     differing = list(_conflicts(existing, record))
@@ -304,6 +334,7 @@ def _conflicts(existing: RunRecord, record: RunRecord) -> Iterator[tuple[str, An
     prints = (existing.data_fingerprint, record.data_fingerprint)
     if None not in prints and prints[0] != prints[1]:
         yield "data_fingerprint", *prints
+    yield from _differences(existing.weight_files, record.weight_files, "weight_files")
     if existing.config_digest != record.config_digest:
         # Where every key agrees, another version made the digest: it is the same run.
         keys = _differences(_result_keys(existing.config), _result_keys(record.config))

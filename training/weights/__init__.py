@@ -1,0 +1,1 @@
+"""Weights that training does not make: given ones, and frozen ones."""
