@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from holdfast.training.beginnings.commands import convert_command, fork_command, score_command
 from holdfast.training.certificate.command import verify_resume
 from holdfast.training.checkpointing.commands import checkpoints
 from holdfast.training.configuration.loading import asked_num_threads
@@ -136,7 +137,10 @@ click.option(
     is_flag=True,
     help="Decide again where this run has decided before.",
 )(STAGE_COMMANDS["promote"])
+checkpoints.add_command(convert_command)
 main.add_command(checkpoints)
+main.add_command(fork_command)
+main.add_command(score_command)
 main.add_command(configuration)
 main.add_command(verify_resume)
 

@@ -17,7 +17,10 @@ import click
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.runs.shown_text import shown, shown_lines
 
-PACKAGES = {"examination_commands": ("check", "verify-resume", "doctor")}
+PACKAGES = {
+    "checkpoint_commands": ("checkpoints", "evaluate", "fork"),
+    "examination_commands": ("check", "verify-resume", "doctor"),
+}
 """Of commands that are not in ``commands/``."""
 COMMANDS = {
     "run": "Train an experiment, from seed to verified bundle.",
@@ -28,7 +31,9 @@ COMMANDS = {
     "status": "Show the runs of a store, or one run.",
     "logs": "Show what a run's segments said.",
     "report": "Write a run's report again, and say where.",
-    "checkpoints": "List, verify or compare the checkpoints of a run.",
+    "checkpoints": "List, verify, compare or convert checkpoints.",
+    "evaluate": "Score one checkpoint on validation data.",
+    "fork": "Begin a new run with a checkpoint of another.",
     "bundles": "List bundles, with versions and metrics.",
     "promote": "Publish a run's bundle, and let it win or not.",
     "alias": "Let an alias stand for a version of a bundle.",

@@ -27,6 +27,7 @@ def find_runs(store: Path) -> list[RunDirectory]:
         (changed_s, folder)
         for experiment in _folders(store)
         for folder in _folders(experiment, is_told=False)
+        if not folder.name.startswith(".")  # a fork that is not whole yet
         if (changed_s := _changed_s(folder / "run.json")) is not None
     ]
     return [RunDirectory(folder) for _, folder in sorted(found, reverse=True)]

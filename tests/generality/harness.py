@@ -44,9 +44,11 @@ def assert_exact(
     return calm.run
 
 
-def stop_after(training: Training, number: signal.Signals, step: int) -> Segment:
+def stop_after(
+    training: Training, number: signal.Signals, step: int, arguments: Sequence[str] = ()
+) -> Segment:
     """Run a segment, and send it a signal once it has told a step from ``step`` on."""
-    segment = training.start()
+    segment = training.start(arguments=arguments)
     while (event := segment.wait_for("progress")) is not None and int(str(event["step"])) < step:
         pass
     segment.kill(number)

@@ -10,6 +10,7 @@ from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
 from holdfast.flows.command_line.stores import find_run
 from holdfast.flows.command_line.training_commands import call_training
 from holdfast.tasks.preflight import store_path
+from holdfast.training.beginnings.commands import CONVERT_EXIT_CODES
 from holdfast.training.checkpointing.commands import (
     DIFF_EXIT_CODES,
     LIST_EXIT_CODES,
@@ -17,7 +18,7 @@ from holdfast.training.checkpointing.commands import (
 )
 from holdfast.training.errors import InputError
 
-HELP = """List, verify or compare the checkpoints of a run.
+HELP = """List, verify or compare the checkpoints of a run, or convert a file of other tools.
 
 \b
 A run is named by its id, as EXPERIMENT/ID or by its directory; its checkpoints folder or one
@@ -27,14 +28,13 @@ Examples:
   holdfast checkpoints list digits-20260131-030000
   holdfast checkpoints verify turbofan/fd001 --store /mnt/runs
   holdfast checkpoints diff calm killed && echo exact
+  holdfast checkpoints convert old.pt
   holdfast checkpoints diff runs/digits/a/checkpoints/step-00000420 \\
                             runs/digits/b/checkpoints/step-00000420
 """
 
 
-@click.group(
-    "checkpoints", help=HELP, short_help="List, verify or compare the checkpoints of a run."
-)
+@click.group("checkpoints", help=HELP, short_help="List, verify, compare or convert checkpoints.")
 def command() -> None:
     """What the manifests say, and whether the bytes are what they say."""
 
@@ -69,6 +69,29 @@ def diff(a: str, b: str, store: str, is_json: bool) -> int:
     how much. Of a run, the latest one is taken.
     """
     return _call("diff", [a, b], store, is_json)
+
+
+@command.command(
+    "convert", epilog=CONVERT_EXIT_CODES, short_help="Weights of a torch file, as safetensors."
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Default: beside it, as .safetensors.",
+)
+@click.option("--entry", help="What the weights are called in it. Default: the usual names.")
+@JSON_OPTION
+def convert(file: Path, to: Path | None, entry: str | None, is_json: bool) -> int:
+    """Write the weights of FILE, a file of torch.save, as safetensors, and say what becomes of all
+    else in it. A run begins with them by --set train.initial_weights=FILE.safetensors.
+    Nothing in FILE is run: one that holds more than tensors and plain values is refused.
+    """
+    named = {"--to": to, "--entry": entry}
+    options = [word for name, value in named.items() if value for word in (name, str(value))]
+    options += ["--json"] if is_json else []
+    return call_training(["checkpoints", "convert", *options, "--", str(file)])
 
 
 def _call(name: str, references: list[str], store: str, is_json: bool) -> int:

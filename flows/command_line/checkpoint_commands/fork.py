@@ -1,0 +1,58 @@
+"""``holdfast fork``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from holdfast.flows.command_line.options import JSON_OPTION, SET_OPTION, STORE_OPTION
+from holdfast.flows.command_line.stores import find_run
+from holdfast.flows.command_line.training_commands import call_training, run_arguments
+from holdfast.tasks.preflight import store_path
+from holdfast.training.beginnings.commands import AT_HELP, FORK_EXIT_CODES
+from holdfast.training.configuration.option import CONFIG_OPTION
+
+HELP = """Begin a new run, NEW_ID, with the full state of a checkpoint of RUN.
+
+Weights, optimizer, scheduler, averages, generators and history are the checkpoint's, and run.json
+of the new run says where it comes from. Without --set it goes on as RUN did, to the same bytes:
+holdfast resume NEW_ID. With --set it is another training from there on; what lies in that state
+(optimizer, scheduler, warmup, ema.decays) cannot change. Every checkpoint that is kept in full can
+be forked: the last ones, and those of checkpoint.keep_every_steps.
+
+\b
+Examples:
+  holdfast fork first longer --at latest --set train.num_epochs=40
+  holdfast fork turbofan/fd001 other-order --at 4200 --set seed=7 --store /mnt/runs
+  holdfast resume longer
+"""
+
+
+@click.command(
+    "fork",
+    help=HELP,
+    epilog=FORK_EXIT_CODES,
+    short_help="Begin a new run with a checkpoint of another.",
+)
+@click.argument("run")
+@click.argument("new_id")
+@click.option("--at", required=True, metavar="STEP|best|latest", help=AT_HELP)
+@SET_OPTION
+@CONFIG_OPTION
+@STORE_OPTION
+@JSON_OPTION
+def command(
+    run: str,
+    new_id: str,
+    at: str,
+    overrides: tuple[str, ...],
+    config_file: Path | None,
+    store: str,
+    is_json: bool,
+) -> int:
+    """Fork."""
+    arguments = run_arguments(find_run(store_path(store), run), overrides, is_json=is_json)
+    if config_file is not None:
+        arguments += ["--config", str(config_file)]
+    return call_training(["fork", *arguments, "--at", at, "--new-run-id", new_id])
