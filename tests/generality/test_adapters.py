@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from holdfast.training.checkpointing.manifest import verify
+from holdfast.training.checkpointing.manifest import MANIFEST_NAME, read_manifest, verify
 from holdfast.training.runs.paths import RunDirectory
-from tests.faults.campaign import Training, complete
+from tests.faults.campaign import Training, complete, differences, final_state
 from tests.generality.adapters import network
 from tests.generality.harness import OFTEN, QUICK_EXPORT, assert_exact, assert_published
 
@@ -71,7 +71,11 @@ def test_adapters_alone_are_saved_and_a_bundle_holds_the_whole_model(tmp_path: P
 
 def test_a_merged_model_is_exported_with_the_answers_of_the_trained_one(tmp_path: Path) -> None:
     training = Training(tmp_path, "one", reference("MergedLora"), SHORT)
-    complete(training)
+    segment = training.start({"HOLDFAST_REHEARSAL_DEPTH": "export"})
+    assert segment.finish() == 0, "".join(segment.errors)
+    assert [event["num_findings"] for event in segment.events if event["event"] == "rehearsal"] == [
+        0
+    ]
     bundle = assert_published(training).bundle
     assert names_in(bundle / "model.safetensors") == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
@@ -127,6 +131,20 @@ def test_what_cannot_be_left_out_is_refused_in_one_line(
     message = refusal(Training(tmp_path, "one", reference(name), overrides))
     assert told in message
     assert "checkpoint.frozen" in message
+
+
+def test_the_last_validation_is_repeated_with_the_base(tmp_path: Path) -> None:
+    often = ("train.num_epochs=3", "checkpoint.every_steps=4", "checkpoint.keep_last=3")
+    training = Training(tmp_path, "one", reference("Lora"), (*often, "checkpoint.is_auto=false"))
+    complete(training)
+    wanted = final_state(training.run)
+    training.run.checkpoint(18).rename(tmp_path / "gone")
+    manifest = read_manifest(training.run.checkpoint(16))
+    other = manifest.model_copy(update={"versions": {**manifest.versions, "torch": "1.0"}})
+    (training.run.checkpoint(16) / MANIFEST_NAME).write_bytes(other.to_bytes())
+    told = "".join(complete(training).errors)
+    assert "the validation of step 12 was repeated on this machine" in told
+    assert differences(final_state(training.run), wanted) == []
 
 
 def test_a_layer_may_be_unfrozen_where_it_is_kept(tmp_path: Path) -> None:

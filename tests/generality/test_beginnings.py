@@ -90,8 +90,9 @@ def test_a_fork_goes_on_to_the_bytes_of_its_parent_also_when_it_is_killed(
     stop_after(child, signal.SIGTERM, 42, RESUME)
     go_on(child)
     assert differences(final_tensors(parent.run), final_tensors(child.run)) == []
-    for stage in ("candidates", "evaluate"):
+    for stage in ("candidates", "evaluate", "report"):
         assert child.start(stage=stage, arguments=RESUME).finish() == 0
+    assert f"step {FORKED_AT} of parent" in child.run.report_html.read_text()
 
 
 def test_a_fork_with_other_keys_is_exact_too(parent: Training) -> None:

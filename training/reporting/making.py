@@ -36,6 +36,10 @@ def provenance_section(facts: RunFacts) -> Html:
         ("data", short_digest(record.data_fingerprint or "unknown")),
         ("configuration", short_digest(record.config_digest)),
     ]
+    pairs += [(name.replace("_", " "), short_digest(one)) for name, one in
+              sorted(record.weight_files.items())]  # fmt: skip
+    if (lineage := record.lineage) is not None:
+        pairs.append(("forked from", f"step {lineage.step} of {lineage.run_id}"))
     champion = facts.candidate(facts.champion)
     if champion is not None:
         pairs.append(("champion", short_digest(champion.digest)))
