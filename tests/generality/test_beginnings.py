@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,6 +141,20 @@ def test_what_cannot_be_forked_is_refused_in_one_line(
     assert (code, output, errors.count("\n")) == (2, "", 1)
     assert told in errors
     assert not (parent.run.path.parent / "refused").exists()
+
+
+def test_a_damaged_checkpoint_is_not_forked(parent: Training) -> None:
+    copied = parent.run.path.with_name("damaged")
+    shutil.copytree(parent.run.path, copied)
+    file = RunDirectory(copied).checkpoint(FORKED_AT) / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    damaged = resumed(parent, "damaged")
+    code, _, errors = fork(damaged, FORKED_AT, "refused")
+    assert (code, errors.count("\n")) == (1, 1)
+    assert "optimizer.safetensors was changed: the manifest says" in errors
+    assert not copied.with_name("refused").exists()
 
 
 def test_a_fork_replaces_no_run(parent: Training) -> None:
