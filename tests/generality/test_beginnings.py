@@ -114,6 +114,42 @@ def test_a_fork_with_other_keys_is_exact_too(parent: Training) -> None:
     assert record.seeds != read_run_record(parent.run).seeds
 
 
+def test_new_rates_begin_with_the_fork_and_the_moments_are_kept(parent: Training) -> None:
+    cosine = ("scheduler.name=CosineAnnealingLR", "scheduler.args={T_max=10}",
+              "scheduler.interval=step", "optimizer.args.lr=0.5", "warmup.num_steps=2",
+              "optimizer.args.weight_decay=0.25")  # fmt: skip
+    ends = []
+    for run_id, stops in (("rates", ()), ("rates-killed", (29, 33))):
+        code, _, errors = fork(
+            parent, FORKED_AT, run_id, *(w for c in cosine for w in ("--set", c))
+        )
+        assert code == 0, errors
+        child = resumed(parent, run_id)
+        for step in stops:
+            stop_after(child, signal.SIGKILL, step, RESUME)
+        go_on(child)
+        ends.append(final_tensors(child.run))
+    assert differences(*ends) == []
+    state = json.loads(ends[0]["state.json"])
+    [group] = state["optimizer"]["groups"]
+    assert group["options"]["weight_decay"] == 0.25
+    points = state["scheduler"]["trace"]["points"]
+    assert points[:3] == [[0, pytest.approx(0.05)], [1, pytest.approx(0.275)], [2, 0.5]]
+    assert state["scheduler"]["num_steps"] == 72 - FORKED_AT
+    moments = load_file(child.run.checkpoint(72) / "optimizer.safetensors")
+    assert moments["0.up/step"].item() == 72
+
+
+def test_one_option_changes_alone(parent: Training) -> None:
+    code, _, errors = fork(parent, 63, "decayed", "--set", "optimizer.args.weight_decay=0.25")
+    assert code == 0, errors
+    child = resumed(parent, "decayed")
+    go_on(child)
+    state = json.loads(final_tensors(child.run)["state.json"])
+    assert state["optimizer"]["groups"][0]["options"]["weight_decay"] == 0.25
+    assert state["scheduler"]["num_steps"] == 72
+
+
 def test_the_best_checkpoint_is_forked_where_it_is_full(parent: Training) -> None:
     best = min(
         (read_manifest(path) for path in parent.run.checkpoints.glob("step-*")),
@@ -129,7 +165,7 @@ def test_the_best_checkpoint_is_forked_where_it_is_full(parent: Training) -> Non
     [
         (10, (), "has no checkpoint of step 10; there are those of 27 (full), 36 (full), 45"),
         ("newest", (), "'newest' is no checkpoint: name a step, as 420, or 'best'"),
-        (27, ("--set", "optimizer.args.lr=0.5"), "optimizer.args.lr cannot change in a fork"),
+        (27, ("--set", "optimizer.name=SGD"), "optimizer.name cannot change in a fork"),
         (27, ("--set", "ema.decays=[]"), "ema.decays cannot change in a fork"),
         (27, ("--set", "train.epochs=5"), "train.epochs"),
     ],

@@ -35,12 +35,13 @@ FORK_HELP = """Begin a new run with the full state of a checkpoint of another ru
 
 Weights, optimizer, scheduler, averages, generators and history are the checkpoint's; run.json of
 the new run says where it comes from. Without --set it goes on as the other run did, to the same
-bytes. Keys whose values lie in that state (optimizer, scheduler, warmup, ema.decays) cannot change.
+bytes. With another learning rate, scheduler or warm-up, the schedule begins anew there.
+optimizer.name, ema.decays and ema.posthoc_gammas cannot change.
 
 \b
 Examples:
   python -m holdfast.training fork --experiment digits --store runs --run-id first \\
-      --at 420 --new-run-id longer --set train.num_epochs=40
+      --at 420 --new-run-id longer --set train.num_epochs=40 --set optimizer.args.lr=0.0001
   python -m holdfast.training segment --experiment digits --store runs --run-id longer --resume
 """
 SCORE_HELP = """Score one checkpoint of a run on validation data. Nothing of the run is changed.

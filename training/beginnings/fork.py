@@ -3,7 +3,9 @@
 The new run's folder is made beside the others under a hidden name, and renamed once all of it is
 durable and verified: it is wholly there or not at all. The checkpoint's tensors and state are
 copied byte for byte; its manifest says that it is the new run's. Seeds are the other run's, so a
-fork without changed keys ends with the bytes that the other run ends with.
+fork without changed keys ends with the bytes that the other run ends with. Of changed keys,
+arguments of the optimizer take effect where the fork begins; with another rate, scheduler or
+warm-up, the schedule begins anew there.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ from holdfast.training.stage import (
 )
 from holdfast.training.weights.identity import weight_files
 
-STATE_OF = ("optimizer", "scheduler", "warmup", "ema.decays", "ema.posthoc_gammas")
-"""What lies in the state that a fork takes over, and would not follow another configuration."""
+STATE_OF = ("optimizer.name", "ema.decays", "ema.posthoc_gammas")
+"""Whose state a fork takes over, which fits nothing else."""
 HIDDEN = ".fork-"
 
 
@@ -149,9 +151,8 @@ def _require_state_fits(changed: Mapping[str, Any]) -> None:
     for key in changed:
         if any(key == name or key.startswith(f"{name}.") for name in STATE_OF):
             raise ConfigError(
-                f"{key} cannot change in a fork: it goes on with the state of the checkpoint, "
-                f"rates and averages included. Begin a new run with another one and with the "
-                f"checkpoint as train.initial_weights"
+                f"{key} cannot change in a fork, which goes on with the state of the checkpoint: "
+                f"begin a new run with that, and with the checkpoint as train.initial_weights"
             )
 
 

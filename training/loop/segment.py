@@ -264,7 +264,9 @@ def restore(stage: Stage, manager: CheckpointManager, state: TrainState) -> int:
         should_allow_mismatch=stage.arguments.should_allow_mismatch, validate=validate_state
     )
     if restored is not None:
-        state.restore(restored.tensors, restored.state)
+        forked = stage.record.lineage
+        is_its_begin = forked is not None and restored.manifest.step == forked.step
+        state.restore(restored.tensors, restored.state, forked if is_its_begin else None)
         stage.progress.emit("restored", step=state.counters.step, path=str(restored.path))
     elif (lineage := stage.record.lineage) is not None:
         raise CheckpointNotFoundError(

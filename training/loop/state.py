@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from holdfast.training.configuration.schema import Json
 from holdfast.training.exactness.seeding import capture_generators, restore_generators
 from holdfast.training.loop.early_stopping import EarlyStopping
 from holdfast.training.loop.experiment_state import Stateful
+from holdfast.training.optimizers.building import CONFIGURED
 from holdfast.training.optimizers.optimizer_state import (
     CapturedOptimizer,
     capture_optimizers,
     restore_optimizers,
 )
 from holdfast.training.optimizers.schedule import Schedule
+from holdfast.training.runs.directory import Lineage
 from holdfast.training.weights.frozen import FrozenParameters, digest_in
 
 
@@ -150,8 +152,16 @@ class TrainState:
         ]
         return {"optimizer": list(tensors["optimizer"]), "ema": averages}
 
-    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Json) -> None:
+    def restore(
+        self,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Json,
+        lineage: Lineage | None = None,
+    ) -> None:
         """Put back what ``capture`` took; generators last, as loading may draw from them.
+
+        With ``lineage`` it is what a fork begins with: arguments of the optimizer that it changed
+        are those of the configuration, and with new rates the schedule begins anew.
 
         Raises:
             CheckpointMismatchError: the tensors belong to another model, or were trained on
@@ -171,13 +181,12 @@ class TrainState:
         load_model(self.model, {**tensors["model"], **parts["model"]}, absent)
         lay_out_model(self.model, layouts.get("model", {}))
         _set_gradient_flags(self.model, {**self._first_flags, **parts.get("requires_grad", {})})
-        restore_optimizers(
-            self.optimizers,
-            self.model,
-            CapturedOptimizer(dict(tensors.get("optimizer", {})), state["optimizer"]),
-            layouts.get("optimizer", {}),
-        )
-        self.schedule.load_state_dict(parts["scheduler"])
+        captured = CapturedOptimizer(dict(tensors.get("optimizer", {})), state["optimizer"])
+        if lineage is not None:
+            captured = _with_changed_options(captured, self.optimizers, lineage)
+        restore_optimizers(self.optimizers, self.model, captured, layouts.get("optimizer", {}))
+        if lineage is None or not lineage.has_new_rates:
+            self.schedule.load_state_dict(parts["scheduler"])
         self.gradient_scaler.load_state_dict(parts["gradient_scaler"])
         self.early_stopping = EarlyStopping(**parts["early_stopping"])
         self.counters = Counters(**parts["counters"])
@@ -198,6 +207,40 @@ class TrainState:
 
     def _experiment_state(self) -> Mapping[str, Any]:
         return self.experiment.state_dict() if isinstance(self.experiment, Stateful) else {}
+
+
+def _with_changed_options(
+    captured: CapturedOptimizer, optimizers: Mapping[str, Optimizer], lineage: Lineage
+) -> CapturedOptimizer:
+    """Optimizers' state, in which options that a fork has otherwise are those of ``optimizers``.
+
+    With new rates these are all of them, as schedulers move more than the rate.
+    """
+    saved: Any = captured.values
+    if "optimizers" not in saved:
+        own = optimizers.get(CONFIGURED)
+        values = _with_options(saved, own, captured.tensors, lineage)
+        return replace(captured, values=values)
+    parts: dict[str, Json] = {
+        name: _with_options(part, optimizers.get(name), captured.tensors, lineage)
+        for name, part in saved["optimizers"].items()
+    }
+    return replace(captured, values={**saved, "optimizers": parts})
+
+
+def _with_options(
+    saved: Any, optimizer: Optimizer | None, tensors: Tensors, lineage: Lineage
+) -> Any:
+    if optimizer is None or len(saved["groups"]) != len(optimizer.param_groups):
+        return saved  # of another optimizer, which is told where it is restored
+    groups: list[Json] = []
+    for group, own in zip(saved["groups"], optimizer.param_groups, strict=True):
+        options = {} if lineage.has_new_rates else group["options"]
+        kept = {name: v for name, v in options.items() if name not in lineage.changed_options}
+        mine = {name: own[name] for name in own if name not in kept and name != "params"}
+        encoded: Any = encode(mine, "of the fork", tensors)
+        groups.append({**group, "options": {**encoded, **kept}})
+    return {**saved, "groups": groups}
 
 
 def _gradient_flags(model: nn.Module) -> dict[str, bool]:

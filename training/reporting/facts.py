@@ -18,6 +18,7 @@ from holdfast.training.optimizers.rate_trace import RateTrace
 from holdfast.training.reporting.figures import Figure
 from holdfast.training.runs.directory import (
     LedgerOutcome,
+    Lineage,
     RunDirectory,
     RunRecord,
     SegmentRecord,
@@ -144,7 +145,7 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
     evaluation = _mapping(_optional(run.evaluation_json))
     promotion = _optional(run.promotion_json)
     with shape_expected(run.checkpoints):
-        history, rates = tuple(map(_epoch, state.get("history", ()))), _rates(state)
+        history, rates = tuple(map(_epoch, state.get("history", ()))), _rates(state, record.lineage)
     with shape_expected(run.evaluation_json):
         candidates, test = _candidates(run, evaluation), _test(evaluation)
     return RunFacts(
@@ -208,15 +209,21 @@ def _epoch(entry: Mapping[str, Any]) -> Epoch:
     )
 
 
-def _rates(state: Mapping[str, Any]) -> dict[str, tuple[tuple[int, float], ...]]:
-    """The rates of each parameter group by its name; of one that has none alone."""
+def _rates(
+    state: Mapping[str, Any], lineage: Lineage | None
+) -> dict[str, tuple[tuple[int, float], ...]]:
+    """The rates of each parameter group by its name; of one that has none alone.
+
+    A schedule that began anew with a fork counts from there.
+    """
+    first = lineage.step if lineage is not None and lineage.has_new_rates else 0
     scheduler = _mapping(state.get("scheduler"))
     traces = _mapping(scheduler.get("traces")) or {"": scheduler.get("trace")}
-    return {label: _points(RateTrace.restored(trace)) for label, trace in traces.items()}
+    return {label: _points(RateTrace.restored(trace), first) for label, trace in traces.items()}
 
 
-def _points(trace: RateTrace) -> tuple[tuple[int, float], ...]:
-    known = ((step, _number(rate)) for step, rate in trace.points)
+def _points(trace: RateTrace, first: int) -> tuple[tuple[int, float], ...]:
+    known = ((first + step, _number(rate)) for step, rate in trace.points)
     return tuple((step, rate) for step, rate in known if rate is not None)
 
 

@@ -65,6 +65,7 @@ MAX_DIFFERENCES_SHOWN = 10
 Outcome = Literal["running", "completed", "preempted", "failed"]
 LedgerOutcome = Literal["running", "completed", "preempted", "failed", "killed"]
 ABSENT = "(absent)"
+OPTIMIZER_ARGS = "optimizer.args."
 SELDOM = ("weight_files", "lineage", "script")
 
 
@@ -112,6 +113,18 @@ class Lineage(Record):
     """Of that checkpoint's manifest, as it was in the other run."""
     changed: dict[str, Any] = Field(default_factory=dict)
     """Keys of the configuration that differ from the other run's, with their values here."""
+
+    @property
+    def changed_options(self) -> frozenset[str]:
+        """Arguments of the optimizer that differ from the other run's."""
+        keys = (key for key in self.changed if key.startswith(OPTIMIZER_ARGS))
+        return frozenset(key.removeprefix(OPTIMIZER_ARGS) for key in keys)
+
+    @property
+    def has_new_rates(self) -> bool:
+        """Whether warm-up and scheduler begin anew with the fork."""
+        is_new = any(key.startswith(("scheduler.", "warmup.")) for key in self.changed)
+        return is_new or "lr" in self.changed_options
 
 
 class RunRecord(Record):

@@ -17,13 +17,15 @@ HELP = """Begin a new run, NEW_ID, with the full state of a checkpoint of RUN.
 
 Weights, optimizer, scheduler, averages, generators and history are the checkpoint's, and run.json
 of the new run says where it comes from. Without --set it goes on as RUN did, to the same bytes:
-holdfast resume NEW_ID. With --set it is another training from there on; what lies in that state
-(optimizer, scheduler, warmup, ema.decays) cannot change. Every checkpoint that is kept in full can
-be forked: the last ones, and those of checkpoint.keep_every_steps.
+holdfast resume NEW_ID. With --set it is another training from there on: arguments of the optimizer
+take effect at once, and with another learning rate, scheduler or warm-up the schedule begins anew.
+optimizer.name, ema.decays and ema.posthoc_gammas cannot change. Every checkpoint that is kept in
+full can be forked: the last ones, and those of checkpoint.keep_every_steps.
 
 \b
 Examples:
   holdfast fork first longer --at latest --set train.num_epochs=40
+  holdfast fork first annealed --at 4200 --set optimizer.args.lr=0.0001
   holdfast fork turbofan/fd001 other-order --at 4200 --set seed=7 --store /mnt/runs
   holdfast resume longer
 """
