@@ -32,13 +32,13 @@ from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.export.artifacts import chosen_formats, open_champion, write_artifacts
 from holdfast.training.export.formats import formats
-from holdfast.training.export.merging import is_as_trained, merged_experiment, write_exported
 from holdfast.training.export.parts import part_artifacts, write_parts
 from holdfast.training.export.specification import Interface, export_spec
 from holdfast.training.export.weights import read_tensors
 from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.parity.assembly import check_names
 from holdfast.training.parity.checking import Action, CheckRequest, check_in_fresh_process
+from holdfast.training.parity.merging import is_as_trained, merged_experiment, write_exported
 from holdfast.training.runs.directory import RunDirectory, utc_now
 from holdfast.training.runs.durable_json import FULL_ERRNOS
 from holdfast.training.runs.lease import Lease

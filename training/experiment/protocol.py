@@ -130,7 +130,7 @@ class Experiment(Protocol):
     Two optional methods for a model on a frozen base (``checkpoint.frozen = "left_out"``):
     ``base_files()`` names what the base is read from, so that another base is refused, see
     ``holdfast.training.weights.identity``; ``merged(model)`` returns the model that is exported in
-    the place of the trained one, see ``holdfast.training.export.merging``.
+    the place of the trained one, see ``holdfast.training.parity.merging``.
     """
 
     def dataset(self, split: Split) -> Dataset:

@@ -15,11 +15,11 @@ from holdfast.training.exactness.seeding import preserved_generators, seed_scori
 from holdfast.training.experiment.protocol import Experiment, Records, concatenate
 from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.interfaces import open_interface
-from holdfast.training.export.merging import model_apart
 from holdfast.training.export.protocol import Runner
 from holdfast.training.export.specification import Inputs, Interface, export_spec
 from holdfast.training.export.weights import load_champion, read_tensors, tied_names
 from holdfast.training.loop.evaluation import as_arrays
+from holdfast.training.parity.merging import model_apart
 from holdfast.training.parity.numbers import Reference, double_copy, make_reference
 from holdfast.training.parity.probes import BATCH_SIZES, make_probes
 

@@ -23,8 +23,8 @@ from holdfast.training.exactness.reproducibility import child_environment, pytho
 from holdfast.training.experiment.building import build_experiment
 from holdfast.training.experiment.loading import load_experiment
 from holdfast.training.experiment.protocol import Experiment
-from holdfast.training.export.merging import merged_experiment
 from holdfast.training.loop.experiment_state import restore_experiment
+from holdfast.training.parity.merging import merged_experiment
 from holdfast.training.parity.parity import ArtifactReport, Finding
 
 POLL_S = 0.1

@@ -20,10 +20,10 @@ from holdfast.training.experiment.error_places import users_place
 from holdfast.training.export.artifacts import open_champion
 from holdfast.training.export.capturing import unused_tensors
 from holdfast.training.export.formats import formats
-from holdfast.training.export.merging import merged_experiment, write_exported
 from holdfast.training.export.parts import part_names, write_parts
 from holdfast.training.parity.assembly import PartChecks, check_names
 from holdfast.training.parity.champion import Champion
+from holdfast.training.parity.merging import merged_experiment, write_exported
 from holdfast.training.parity.parity import (
     ArtifactReport,
     Finding,
