@@ -21,7 +21,7 @@ def test_a_nan_loss_names_step_and_batch_and_saves_nothing(tmp_path: Path) -> No
     training = Training(tmp_path, "nan", overrides=("experiment.nan_at_call=40",))
     code, errors = run_to_failure(training)
     assert code == 1
-    assert "the loss of step 14 (batch 2 of its epoch) is nan" in errors
+    assert "the loss of step 14 (batch 2 of its pass over the data) is nan" in errors
     assert [path.name for path in training.run.checkpoints.iterdir()] == ["step-00000011"]
     record = json.loads(training.run.segment(1).read_text())
     assert record["outcome"] == "failed"

@@ -1,6 +1,6 @@
 """Which candidates a finished training has: a function of its checkpoints' manifests alone.
 
-What is averaged is taken among the checkpoints that ended an epoch, by the policies that retention
+What is averaged is taken among the checkpoints that were validated, by the policies that retention
 keeps them by, and never because it happens to lie on the disk.
 """
 
@@ -19,7 +19,7 @@ from holdfast.training.checkpointing.loading import MODEL_NAME
 from holdfast.training.checkpointing.manifest import Manifest, read_manifest
 from holdfast.training.checkpointing.policy import KeepSnapshots, KeepTopK, newest_full
 from holdfast.training.checkpointing.storage import LocalReader
-from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.configuration.schema import Ranking, RunConfig
 from holdfast.training.errors import SelectionError
 from holdfast.training.loop.early_stopping import EarlyStopping
 from holdfast.training.runs.directory import read_run_record, run_identity
@@ -86,11 +86,10 @@ class _Training:
     manifests: dict[int, Manifest]
     last: Manifest
 
-    def top(self, k: int) -> list[Manifest]:
-        """The best k checkpoints that ended an epoch, by step."""
-        selection = self.config.selection
+    def top(self, k: int, ranking: Ranking) -> list[Manifest]:
+        """The best k checkpoints that were validated, by step."""
         infos = [manifest.info for manifest in self.manifests.values()]
-        steps = KeepTopK(k, selection.metric, selection.mode).keep(infos)
+        steps = KeepTopK(k, *ranking).keep(infos)
         return [self.manifests[step] for step in sorted(steps)]
 
 
@@ -102,8 +101,11 @@ def plan_candidates(run: RunDirectory, config: RunConfig) -> list[Candidate]:
     """
     manifests = _manifests(run)
     last = manifests[final_step(run, config, manifests)]
-    training = _Training(config, manifests, last)
-    candidates = [_of_models("best", "best", best) for best in [training.top(1)] if best]
+    # Light checkpoints may lie beyond it, of a training that came further than what it resumed.
+    ended = {step: manifest for step, manifest in manifests.items() if step <= last.step}
+    training = _Training(config, ended, last)
+    ranking = config.selection.ranking
+    candidates = [_of_models("best", "best", best) for best in [training.top(1, ranking)] if best]
     candidates.append(_of_models("last", "last", [last]))
     should_recompute = config.selection.should_recompute_batch_norm and _has_batch_norm(run, last)
     for kind, plan in _PLANNERS.items():
@@ -198,7 +200,7 @@ def _average(training: _Training) -> list[Candidate]:
 
 
 def _weighted(training: _Training) -> list[Candidate]:
-    metric, mode = training.config.selection.metric, training.config.selection.mode
+    metric, mode = training.config.selection.top_k_ranking
     return _of_top(
         training, "weighted", lambda top: metric_weights([m.metrics[metric] for m in top], mode)
     )
@@ -221,7 +223,8 @@ _PLANNERS: dict[Kind, Callable[[_Training], list[Candidate]]] = {
 def _of_top(
     training: _Training, kind: Kind, weigh: Callable[[list[Manifest]], Sequence[float | None]]
 ) -> list[Candidate]:
-    top = training.top(training.config.selection.top_k)
+    selection = training.config.selection
+    top = training.top(selection.top_k, selection.top_k_ranking)
     return [_of_models(f"{kind}-top-{len(top)}", kind, top, weigh(top))] if len(top) > 1 else []
 
 

@@ -6,6 +6,7 @@ there and is made of the same files is left alone, so a stage that was killed go
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -259,14 +260,14 @@ class _Maker:
         return trials
 
     def _ranked(self, candidate: Candidate) -> list[int]:
-        """Its checkpoints, the best first; of equal ones the earlier."""
+        """Its checkpoints, the best by what decides first; of equal ones the earlier."""
         metric = self.stage.config.selection.metric
         sign = 1.0 if self.stage.config.selection.mode == "min" else -1.0
         values = {
             step: read_manifest(self.stage.run.checkpoint(step)).metrics[metric]
             for step in candidate.steps
         }
-        return sorted(values, key=lambda step: (sign * values[step], step))
+        return sorted(values, key=lambda s: (math.isnan(values[s]), sign * values[s], s))
 
     def _metric(self, sources: Sequence[Source]) -> float | None:
         """Validation metric of an average; None where a notice came."""

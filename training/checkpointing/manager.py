@@ -25,6 +25,7 @@ from holdfast.training.checkpointing.loading import (
 from holdfast.training.checkpointing.manifest import (
     MIGRATIONS,
     STATE_NAME,
+    TENSOR_SUFFIX,
     FileEntry,
     Folder,
     Manifest,
@@ -33,6 +34,7 @@ from holdfast.training.checkpointing.manifest import (
 )
 from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
+    Kind,
     Retention,
     Trigger,
     plan_retention,
@@ -65,7 +67,7 @@ logger = logging.getLogger(__name__)
 
 DAMAGED = ".damaged-"
 RESUME_FILES = frozenset({STATE_NAME, "state.safetensors", "optimizer.safetensors"})
-"""What slimming takes away; the weights and their averages stay."""
+"""What slimming takes away, and a light checkpoint never has; weights and averages stay."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,12 @@ class CheckpointContents:
     Attributes:
         step: optimizer steps that are done.
         epoch: epochs that are finished.
-        trigger: why now. Only ``epoch`` can be selected later.
-        metrics: validation metrics, where an epoch has ended.
+        trigger: why now. Only ``epoch`` and ``light`` can be selected later.
+        metrics: validation metrics, where there was a validation.
         tensors: file stem -> name -> live tensor; they are copied before ``save`` returns.
         state: what is not a tensor; no times, so that the same state gives the same bytes.
         must_be_finite: names, by file stem, of tensors that must hold no NaN or infinity.
+        kind: ``weights`` saves what slimming would leave, as a light checkpoint.
     """
 
     step: int
@@ -110,6 +113,7 @@ class CheckpointContents:
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Json
     must_be_finite: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    kind: Kind = "full"
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,12 @@ class Published:
     Attributes:
         step: what was saved.
         durable_s: seconds from the start of the save until then.
+        kind: what was saved.
     """
 
     step: int
     durable_s: float
+    kind: Kind = "full"
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,9 @@ class CheckpointManager:
     Not for several threads: the training loop calls it, one background thread works for it.
 
     Attributes:
-        snapshot_s: seconds that the last save took from the caller; None before the first.
-        durable_s: seconds from the start of the last good save until it was published.
+        snapshot_s: seconds that the last full save took from the caller; None before the first.
+        durable_s: seconds from the start of the last good full save until it was published.
+        restored: the checkpoint that was restored, if there was one.
         differences: in which machine and libraries the restored checkpoint was another's, in words.
     """
 
@@ -155,6 +162,7 @@ class CheckpointManager:
     ) -> None:
         self.snapshot_s: float | None = None
         self.durable_s: float | None = None
+        self.restored: CheckpointInfo | None = None
         self.differences: list[str] = []
         self._run = run
         self._identity = identity
@@ -187,19 +195,19 @@ class CheckpointManager:
         self.wait()
         start_s = time.monotonic()
         reach("save.before-snapshot")
-        state = json_image(contents.state, "state")
-        images = {**self._buffers.take(contents.tensors), STATE_NAME: state}
+        images = self._images(contents)
         reach("save.after-snapshot")
         finite = {
             f"{stem}.{name}": self._buffers.copies[stem][name]
             for stem, names in contents.must_be_finite.items()
             for name in names
-            if name in self._buffers.copies[stem]  # tied tensors are there once
+            if name in self._buffers.copies.get(stem, {})  # tied tensors are there once
         }
         self._snapshot = _Snapshot(self._manifest(contents), images, finite)
         self._in_flight = self._thread.submit(self._write, self._snapshot, start_s)
-        self.snapshot_s = time.monotonic() - start_s
-        self._snapshots_s.append(self.snapshot_s)
+        if contents.kind == "full":
+            self.snapshot_s = time.monotonic() - start_s
+            self._snapshots_s.append(self.snapshot_s)
         if wait:
             self.wait()
 
@@ -226,8 +234,9 @@ class CheckpointManager:
         future, self._in_flight = self._in_flight, None
         if future is not None:
             self._published = future.result()
-            self.durable_s = self._published.durable_s
-            self._durables_s.append(self.durable_s)
+            if self._published.kind == "full":
+                self.durable_s = self._published.durable_s
+                self._durables_s.append(self.durable_s)
 
     def retry(self) -> None:
         """Write the last snapshot again, after its save failed. To be called before ``save``."""
@@ -236,7 +245,7 @@ class CheckpointManager:
         self._in_flight = self._thread.submit(self._write, self._snapshot, time.monotonic())
 
     def save_s(self) -> dict[str, float]:
-        """Measured cost of the saves so far, in seconds; empty before the first good one."""
+        """Measured cost of the full saves so far, in seconds; empty before the first good one."""
         if not self._durables_s:
             return {}
         return {
@@ -279,11 +288,23 @@ class CheckpointManager:
                     validate(restored)
                     self._warn_of_differences(manifest)
                     self._finish_slimming()
+                    self.restored = manifest.info
                     return restored
             except CheckpointCorruptError as error:
                 self._set_aside(name, error)
         self._require_undamaged()
         return None
+
+    def _images(self, contents: CheckpointContents) -> dict[str, FileImage]:
+        if contents.kind == "full":
+            state = json_image(contents.state, "state")
+            return {**self._buffers.take(contents.tensors), STATE_NAME: state}
+        kept = {
+            stem: tensors
+            for stem, tensors in contents.tensors.items()
+            if f"{stem}{TENSOR_SUFFIX}" not in RESUME_FILES
+        }
+        return self._buffers.take(kept)
 
     def _write(self, snapshot: _Snapshot, start_s: float) -> Published:
         """Runs in the background thread."""
@@ -296,7 +317,7 @@ class CheckpointManager:
         self._storage.commit(
             self._run.checkpoint(manifest.step).name, snapshot.images, manifest_bytes
         )
-        published = Published(manifest.step, time.monotonic() - start_s)
+        published = Published(manifest.step, time.monotonic() - start_s, manifest.kind)
         try:
             self._prune()
         except StorageError as error:
@@ -341,6 +362,7 @@ class CheckpointManager:
         return Manifest(
             step=contents.step,
             epoch=contents.epoch,
+            kind=contents.kind,
             trigger=contents.trigger,
             metrics=dict(contents.metrics),
             files={},

@@ -4,8 +4,9 @@ Retention is a union: a checkpoint stays as long as one policy wants it. Whateve
 the newest full checkpoint stays in full, since the next resume starts there. What is wanted for
 its weights alone is slimmed.
 
-Only checkpoints that were written because an epoch ended can be selected. When the others are
-written depends on the clock and on notices, and two runs that were interrupted differently must
+Only checkpoints whose step alone decided that they are validated and saved can be selected: those
+of ends of epochs, and light ones. When the others are written depends on the clock, on notices, and
+on keys that may differ between two segments, and two runs that were interrupted differently must
 still end with the same champion.
 """
 
@@ -19,7 +20,7 @@ from typing import ClassVar, Literal, Protocol
 from holdfast.training.configuration.schema import CheckpointConfig, EmaConfig, SelectionConfig
 from holdfast.training.runs.directory import SegmentRecord, ledger_outcome, segment_duration_s
 
-Trigger = Literal["epoch", "steps", "time", "notice", "end"]
+Trigger = Literal["epoch", "light", "threshold", "steps", "time", "notice", "end"]
 Kind = Literal["full", "weights"]
 
 ASSUMED_SAVE_S = 1.0
@@ -33,9 +34,9 @@ class CheckpointInfo:
     Attributes:
         step: its step; no two checkpoints of a run share one.
         epoch: epochs that were finished when it was written.
-        kind: ``full``, or ``weights`` once it is slimmed.
+        kind: ``full``; ``weights`` of a light one, and once it is slimmed.
         trigger: why it was written.
-        metrics: validation metrics; empty unless an epoch had ended.
+        metrics: validation metrics; empty where there was no validation.
     """
 
     step: int
@@ -47,7 +48,7 @@ class CheckpointInfo:
     @property
     def is_selectable(self) -> bool:
         """Whether its weights may win."""
-        return self.trigger == "epoch"
+        return self.trigger in ("epoch", "light")
 
 
 class Retention(Protocol):
@@ -115,7 +116,7 @@ class KeepBest:
 
 @dataclass(frozen=True)
 class KeepSnapshots:
-    """The selectable checkpoints of every ``num_epochs``-th epoch, whatever their metrics.
+    """The selectable checkpoints that end every ``num_epochs``-th epoch, whatever their metrics.
 
     Post-hoc averages are made from the moving averages in them.
     """
@@ -128,7 +129,7 @@ class KeepSnapshots:
 
     def keep(self, infos: Sequence[CheckpointInfo]) -> set[int]:
         """Decided by the epoch alone, so that interruptions do not change it."""
-        return {i.step for i in infos if i.is_selectable and i.epoch % self.num_epochs == 0}
+        return {i.step for i in infos if i.trigger == "epoch" and i.epoch % self.num_epochs == 0}
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class KeepEvery:
 
 @dataclass(frozen=True)
 class KeepCrossing:
-    """The first selectable checkpoint whose metric reached a threshold, in full.
+    """The first checkpoint of the end of an epoch whose metric reached a threshold, in full.
 
     Attributes:
         metric: name of a validation metric.
@@ -163,13 +164,18 @@ class KeepCrossing:
 
     def keep(self, infos: Sequence[CheckpointInfo]) -> set[int]:
         """At most one step."""
-        sign = 1.0 if self.side == "above" else -1.0
-        crossed = (
-            step
-            for step, value in _measured(infos, self.metric)
-            if sign * value >= sign * self.threshold
-        )
-        return set(sorted(crossed)[:1])
+        ends = (info for info in infos if info.trigger in ("epoch", "threshold"))
+        return set(sorted(info.step for info in ends if self.is_reached(info.metrics))[:1])
+
+    def is_reached(self, metrics: Mapping[str, float]) -> bool:
+        """Whether these metrics are at the threshold or beyond; a NaN is not."""
+        value = metrics.get(self.metric, math.nan)
+        return value >= self.threshold if self.side == "above" else value <= self.threshold
+
+    def is_newly_reached(self, validations: Sequence[Mapping[str, float]]) -> bool:
+        """Whether the last of a run's validations is the first that reached the threshold."""
+        *earlier, last = validations
+        return self.is_reached(last) and not any(map(self.is_reached, earlier))
 
 
 @dataclass(frozen=True)
@@ -229,17 +235,22 @@ def build_retention(
     """The policies that a configuration asks for."""
     policies: list[Retention] = [
         KeepLast(checkpoint.keep_last),
-        KeepTopK(selection.top_k, selection.metric, selection.mode),
+        KeepTopK(selection.top_k, *selection.top_k_ranking),
     ]
+    if selection.top_k_ranking != selection.ranking:
+        policies.append(KeepBest(*selection.ranking))
     if ema.posthoc_gammas:
         policies.append(KeepSnapshots(ema.posthoc_snapshot_epochs))
     if checkpoint.keep_every_steps is not None:
         policies.append(KeepEvery(checkpoint.keep_every_steps))
-    for metric, threshold in sorted(checkpoint.keep_above.items()):
-        policies.append(KeepCrossing(metric, threshold, "above"))
-    for metric, threshold in sorted(checkpoint.keep_below.items()):
-        policies.append(KeepCrossing(metric, threshold, "below"))
-    return tuple(policies)
+    return (*policies, *build_crossings(checkpoint))
+
+
+def build_crossings(checkpoint: CheckpointConfig) -> tuple[KeepCrossing, ...]:
+    """The thresholds that a configuration names."""
+    above = [KeepCrossing(*named, "above") for named in sorted(checkpoint.keep_above.items())]
+    below = [KeepCrossing(*named, "below") for named in sorted(checkpoint.keep_below.items())]
+    return (*above, *below)
 
 
 @dataclass(frozen=True)
@@ -277,6 +288,7 @@ class SaveSchedule:
         every_s: save when so many seconds have passed, or None.
         is_auto: save at the interval of Young and Daly.
         max_overhead: largest fraction of time that ``is_auto`` spends saving.
+        weights_every_steps, weights_every_epochs: save light checkpoints, or None.
     """
 
     every_epochs: int = 1
@@ -284,6 +296,14 @@ class SaveSchedule:
     every_s: float | None = None
     is_auto: bool = False
     max_overhead: float = 0.01
+    weights_every_steps: int | None = None
+    weights_every_epochs: int | None = None
+
+    def is_light_due(self, step: int, epoch: int, *, is_epoch_end: bool) -> bool:
+        """Whether weights are validated and saved after this step, as it alone decides."""
+        steps, epochs = self.weights_every_steps, self.weights_every_epochs
+        is_of_steps = steps is not None and step % steps == 0
+        return is_of_steps or (is_epoch_end and epochs is not None and epoch % epochs == 0)
 
     def due(self, moment: SaveMoment, *, cost_s: float | None, mtbp_s: float) -> Trigger | None:
         """Why to save now, or None.
@@ -324,6 +344,8 @@ def build_schedule(checkpoint: CheckpointConfig) -> SaveSchedule:
         every_s=checkpoint.every_s,
         is_auto=checkpoint.is_auto,
         max_overhead=checkpoint.max_overhead,
+        weights_every_steps=checkpoint.weights_every_steps,
+        weights_every_epochs=checkpoint.weights_every_epochs,
     )
 
 

@@ -15,7 +15,7 @@ begun: they change which weights win among those that training left, not the tra
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -29,6 +29,15 @@ MAX_LEASE_S = 24 * 3600  # nobody can take over a run whose holder vanished befo
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 Split = Literal["train", "validation", "test"]
 """Which part of the data."""
+Mode = Literal["min", "max"]
+"""Whether small or large values of a metric are good."""
+
+
+class Ranking(NamedTuple):
+    """By which validation metric, and in which direction, something is called better."""
+
+    metric: str
+    mode: Mode
 
 
 class Section(BaseModel):
@@ -68,7 +77,10 @@ class TrainConfig(Section):
     """How long and with what arithmetic."""
 
     num_epochs: int = Field(10, ge=1)
-    """Passes over the training data."""
+    """Epochs to train: passes over the training data, or parts of `steps_per_epoch` steps."""
+    steps_per_epoch: int | None = Field(None, ge=1, json_schema_extra=UNLESS_DEFAULT)
+    """Steps of an epoch, whatever the size of the data: the samples go on in the order of their
+    passes. Unset: an epoch is one pass. Whatever counts epochs counts these."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many steps, even within an epoch."""
     num_microbatches: int = Field(1, ge=1)
@@ -116,7 +128,8 @@ class SchedulerConfig(Section):
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of its constructor."""
     interval: Literal["epoch", "step"] = "epoch"
-    """How often it is stepped. ReduceLROnPlateau is stepped after each validation."""
+    """How often it is stepped: after each epoch's validation, or after each step.
+    ReduceLROnPlateau is stepped after each epoch's validation."""
     metric: str = "loss"
     """Validation metric that ReduceLROnPlateau watches."""
     optimizers: tuple[str, ...] = Field((), json_schema_extra=UNLESS_DEFAULT)
@@ -141,6 +154,10 @@ class EarlyStoppingConfig(Section):
     """Epochs without an improvement after which training stops; unset never stops."""
     min_delta: float = Field(0.0, ge=0)
     """Smallest change that counts as an improvement."""
+    metric: str | None = Field(None, json_schema_extra=UNLESS_DEFAULT)
+    """Validation metric that is watched. Unset: `selection.metric`."""
+    mode: Mode | None = Field(None, json_schema_extra=UNLESS_DEFAULT)
+    """Whether small or large values of `metric` are good; to be set with it."""
 
 
 class EmaConfig(Section):
@@ -202,6 +219,11 @@ class CheckpointConfig(Section):
     every_epochs: int = Field(1, ge=1)
     """Save after every so many epochs. Selection chooses among these, so this one is part of the
     digest."""
+    weights_every_steps: int | None = Field(None, ge=1, json_schema_extra=UNLESS_DEFAULT)
+    """Validate, and save a light checkpoint, after every so many steps: weights and averages alone,
+    which selection may choose and no resume begins with."""
+    weights_every_epochs: int | None = Field(None, ge=1, json_schema_extra=UNLESS_DEFAULT)
+    """Save a light checkpoint after every so many epochs where `every_epochs` saves none."""
     is_auto: bool = Field(True, json_schema_extra=OUTSIDE_DIGEST)
     """Also save at the interval of Young and Daly, from the measured cost of a save."""
     mean_time_between_preemptions_s: float = Field(
@@ -215,9 +237,10 @@ class CheckpointConfig(Section):
     keep_every_steps: int | None = Field(None, ge=1, json_schema_extra=OUTSIDE_DIGEST)
     """Keep each checkpoint whose step is a multiple of this, for the archive."""
     keep_above: dict[str, float] = Field(default_factory=dict, json_schema_extra=OUTSIDE_DIGEST)
-    """Keep the first checkpoint whose metric reached this value from below."""
+    """Save, and keep, at the end of the first epoch whose metric reached this value from below.
+    Selection does not choose what was saved for this alone."""
     keep_below: dict[str, float] = Field(default_factory=dict, json_schema_extra=OUTSIDE_DIGEST)
-    """Keep the first checkpoint whose metric reached this value from above."""
+    """The same, from above."""
     frozen: Literal["kept", "left_out"] = Field("kept", json_schema_extra=UNLESS_DEFAULT)
     """Parameters that `model()` returns frozen: kept in checkpoints and averages, or left out of
     them and held to a digest."""
@@ -231,14 +254,19 @@ class SelectionConfig(Section):
 
     metric: str = "loss"
     """Validation metric that decides."""
-    mode: Literal["min", "max"] = "min"
+    mode: Mode = "min"
     """Whether small or large values of it are good."""
     top_k: int = Field(5, ge=1)
     """Best checkpoints to keep as weights for averaging."""
-    candidates: tuple[Literal["ema", "posthoc", "average", "weighted", "soup"], ...] = Field(
-        ("ema", "posthoc", "average", "weighted", "soup"), json_schema_extra=CHOICE_ONLY
+    top_k_metric: str | None = Field(None, json_schema_extra=UNLESS_DEFAULT)
+    """Validation metric that those are the best by. Unset: `metric`."""
+    top_k_mode: Mode | None = Field(None, json_schema_extra=UNLESS_DEFAULT)
+    """Whether small or large values of `top_k_metric` are good; to be set with it."""
+    candidates: tuple[Literal["ema", "posthoc", "average", "weighted", "soup", "ensemble"], ...] = (
+        Field(("ema", "posthoc", "average", "weighted", "soup"), json_schema_extra=CHOICE_ONLY)
     )
-    """Averages to make besides the best and the last checkpoint."""
+    """Averages to make besides the best and the last checkpoint. An `ensemble` holds the best
+    `top_k` checkpoints and takes as many times the memory and the time."""
     should_recompute_batch_norm: bool = Field(True, json_schema_extra=CHOICE_ONLY)
     """Measure averaged candidates also with batch norm statistics recomputed on training data."""
     batch_norm_steps: int = Field(200, ge=1, json_schema_extra=CHOICE_ONLY)
@@ -247,6 +275,16 @@ class SelectionConfig(Section):
     """Resamples of the test set for the interval of the metric."""
     save_every_s: float = Field(5.0, ge=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
     """What was measured is saved after so many seconds, less often where saving takes long."""
+
+    @property
+    def ranking(self) -> Ranking:
+        """What decides."""
+        return Ranking(self.metric, self.mode)
+
+    @property
+    def top_k_ranking(self) -> Ranking:
+        """What the best ``top_k`` checkpoints are the best by."""
+        return _ranking(self.top_k_metric, self.top_k_mode, self.ranking)
 
 
 class PreemptionConfig(Section):
@@ -365,8 +403,30 @@ class RunConfig(Section):
     promotion: PromotionConfig = PromotionConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
 
+    @property
+    def early_stopping_ranking(self) -> Ranking:
+        """What early stopping watches."""
+        stopping = self.early_stopping
+        return _ranking(stopping.metric, stopping.mode, self.selection.ranking)
+
+    @property
+    def ranking_metrics(self) -> dict[str, str]:
+        """The validation metrics that checkpoints are ranked by, by the keys that name them."""
+        named = {
+            "selection.metric": self.selection.metric,
+            "selection.top_k_metric": self.selection.top_k_metric,
+            "early_stopping.metric": self.early_stopping.metric,
+        }
+        return {key: name for key, name in named.items() if name is not None}
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        selection, stopping = self.selection, self.early_stopping
+        _require_mode(
+            "selection.top_k_", selection.top_k_metric, selection.top_k_mode, selection.metric
+        )
+        _require_mode("early_stopping.", stopping.metric, stopping.mode, selection.metric)
+        self._require_light_saves()
         if self.data.batch_tokens is None and self.train.num_microbatches > self.data.batch_size:
             raise ValueError(
                 f"train.num_microbatches={self.train.num_microbatches} is more than "
@@ -376,9 +436,45 @@ class RunConfig(Section):
             self.ema.posthoc_snapshot_epochs,
             self.checkpoint.every_epochs,
         )
-        if self.ema.posthoc_gammas and snapshot_epochs % every_epochs != 0:
+        saved = (every_epochs, self.checkpoint.weights_every_epochs or every_epochs)
+        if self.ema.posthoc_gammas and all(snapshot_epochs % every for every in saved):
             raise ValueError(
                 f"ema.posthoc_snapshot_epochs={snapshot_epochs} must be a multiple of "
                 f"checkpoint.every_epochs={every_epochs}: snapshots are kept in checkpoints"
             )
         return self
+
+    def _require_light_saves(self) -> None:
+        light, every_epochs = self.checkpoint.weights_every_epochs, self.checkpoint.every_epochs
+        if light is not None and light % every_epochs == 0:
+            raise ValueError(
+                f"checkpoint.weights_every_epochs={light} saves nothing that "
+                f"checkpoint.every_epochs={every_epochs} does not save in full: leave it out, or "
+                f"raise checkpoint.every_epochs"
+            )
+
+
+def _ranking(metric: str | None, mode: Mode | None, otherwise: Ranking) -> Ranking:
+    """A ranking by a metric of its own; where its mode is not said, ``_require_mode`` knows it."""
+    if metric is None:
+        return otherwise
+    return Ranking(metric, mode or (otherwise.mode if metric == otherwise.metric else "min"))
+
+
+def _require_mode(prefix: str, metric: str | None, mode: Mode | None, usual: str) -> None:
+    """Raise ValueError where a metric of its own does not say which direction is good."""
+    if metric is None and mode is not None:
+        raise ValueError(
+            f"{prefix}mode = {mode!r} belongs to {prefix}metric, which is not set: set both, or "
+            f"leave it out"
+        )
+    if metric not in (None, usual, "loss") and mode is None:
+        raise ValueError(
+            f"{prefix}metric = {metric!r}: is more of it better, or less? Say so with "
+            f"{prefix}mode=max or {prefix}mode=min"
+        )
+    if metric == "loss" and mode == "max":
+        raise ValueError(
+            f"{prefix}mode = 'max' would prefer the largest loss: training makes it small; write "
+            f"{prefix}mode=min, or name the metric that is meant in {prefix}metric"
+        )

@@ -40,7 +40,7 @@ class Place:
 
     def __str__(self) -> str:
         return (
-            f"epoch {self.epoch}, step {self.step_in_epoch} of the epoch, "
+            f"pass {self.epoch} over the data, step {self.step_in_epoch} of it, "
             f"microbatch {self.number + 1} of {self.num_in_step}"
         )
 

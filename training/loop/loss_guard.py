@@ -43,8 +43,9 @@ class LossGuard:
 def _raise_non_finite(loss: float, step: int, batch: int, cause: str = "") -> None:
     told = f"; {cause}" if cause else ""
     raise NonFiniteLossError(
-        f"the loss of step {step} (batch {batch} of its epoch) is {loss}{told}; nothing was saved "
-        f"since the last checkpoint: lower the learning rate, clip gradients, or check the data",
+        f"the loss of step {step} (batch {batch} of its pass over the data) is {loss}{told}; "
+        f"nothing was saved since the last checkpoint: lower the learning rate, clip gradients, or "
+        f"check the data",
         step=step,
         batch=batch,
     )

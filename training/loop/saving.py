@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from holdfast.training.checkpointing.finite import non_finite
 from holdfast.training.checkpointing.manager import CheckpointContents, CheckpointManager, Published
-from holdfast.training.checkpointing.policy import SaveMoment, SaveSchedule, Trigger
+from holdfast.training.checkpointing.policy import (
+    KeepCrossing,
+    Kind,
+    SaveMoment,
+    SaveSchedule,
+    Trigger,
+)
 from holdfast.training.configuration.schema import PreemptionConfig
 from holdfast.training.errors import HoldfastError, NonFiniteStateError, StorageError
 from holdfast.training.loop.loss_guard import LossGuard
@@ -34,6 +40,10 @@ class Saver:
     A save that failed is told, and training goes on; it is tried again from its snapshot when the
     next one is due, so that a disk that was full for a while costs nothing, not even a checkpoint
     that selection may want. A second failure in a row is raised.
+
+    A light checkpoint never takes the place of a full one of the same step, and is made full where
+    a full one is due as well: then its trigger and its metrics stay, so that what may be selected
+    does not depend on when full ones are written.
     """
 
     def __init__(  # noqa: PLR0913  # the parts of a segment that saving needs
@@ -41,6 +51,7 @@ class Saver:
         *,
         manager: CheckpointManager,
         schedule: SaveSchedule,
+        crossings: Sequence[KeepCrossing],
         mtbp_s: float,
         state: TrainState,
         guard: LossGuard,
@@ -51,6 +62,7 @@ class Saver:
     ) -> None:
         self._manager = manager
         self._schedule = schedule
+        self._crossings = tuple(crossings)
         self._mtbp_s = mtbp_s
         self._state = state
         self._guard = guard
@@ -60,12 +72,26 @@ class Saver:
         self._costs = costs
         self._has_failed = False
         self._last_save_s = time.monotonic()
-        self._last_save_step = state.counters.step
+        self._last_save_step = self._snapshot_step = state.counters.step
+        self._light: tuple[int, Trigger, Mapping[str, float]] | None = None
+        restored = manager.restored
+        is_measured = restored is not None and restored.is_selectable
+        self._measured_step = state.counters.step if is_measured else None
         self._has_advance_notice = False
         self._is_grace_checked = False
 
-    def after_step(self) -> None:
-        """Save if it is due. Raises StorageError where two saves in a row failed."""
+    def is_light_due(self) -> bool:
+        """Whether this step, within an epoch, is to be validated and was not yet."""
+        counters = self._state.counters
+        is_due = self._schedule.is_light_due(counters.step, counters.epoch, is_epoch_end=False)
+        is_within = counters.step_in_epoch > 0
+        return is_within and is_due and counters.step != self._measured_step
+
+    def after_step(self, measured: Mapping[str, float] | None = None) -> None:
+        """Save if it is due; ``measured`` are validation metrics, where a light one is due.
+
+        Raises StorageError where two saves in a row failed.
+        """
         self._collect()
         if (advance := self._monitor.take_advance()) is not None:
             self._has_advance_notice = True
@@ -74,14 +100,27 @@ class Saver:
                 advance.source,
                 advance.reason,
             )
-        if trigger := self._due(is_epoch_end=False):
+        trigger = self._due(is_epoch_end=False)
+        if measured is not None:
+            self._measured_step = self._state.counters.step
+            self._save_light("light", measured, must_be_full=trigger is not None)
+        elif trigger is not None:
             self._save(trigger, {})
 
     def after_epoch(self, metrics: Mapping[str, float], *, is_last: bool) -> None:
-        """Save what selection may choose; the last epoch always."""
+        """Save what selection may choose, and where a threshold is reached; the last one always."""
         self._collect()
-        if is_last or self._due(is_epoch_end=True) == "epoch":
+        counters = self._state.counters
+        is_due = is_last or self._due(is_epoch_end=True) == "epoch"
+        is_light = self._schedule.is_light_due(counters.step, counters.epoch, is_epoch_end=True)
+        validations = [record.metrics for record in self._state.history]
+        is_crossing = any(one.is_newly_reached(validations) for one in self._crossings)
+        if is_due:
             self._save("epoch", metrics)
+        elif is_light:
+            self._save_light("epoch", metrics, must_be_full=is_crossing)
+        elif is_crossing:
+            self._save("threshold", metrics)
 
     def last(self) -> None:
         """Save the state that training ends with, unless it is saved; durable after return."""
@@ -130,8 +169,23 @@ class Saver:
             )
             return
         if step != self._last_save_step:
-            self._save("notice", {})
+            self._save_at_notice()
         self.finish()
+
+    def _save_at_notice(self) -> None:
+        if self._light is not None and self._light[0] == self._state.counters.step:
+            _, trigger, metrics = self._light
+            self._save(trigger, metrics)
+        else:
+            self._save("notice", {})
+
+    def _save_light(
+        self, trigger: Trigger, metrics: Mapping[str, float], *, must_be_full: bool
+    ) -> None:
+        step = self._state.counters.step
+        is_full = must_be_full or step == self._last_save_step
+        self._light = (step, trigger, metrics)
+        self._save(trigger, metrics, "full" if is_full else "weights")
 
     def _due(self, *, is_epoch_end: bool) -> Trigger | None:
         counters = self._state.counters
@@ -147,7 +201,7 @@ class Saver:
         )
         return self._schedule.due(moment, cost_s=self._manager.snapshot_s, mtbp_s=self._mtbp_s)
 
-    def _save(self, trigger: Trigger, metrics: Mapping[str, float]) -> None:
+    def _save(self, trigger: Trigger, metrics: Mapping[str, float], kind: Kind = "full") -> None:
         self._guard.check()
         with self._costs.measured("saving"):
             self._wait()
@@ -164,10 +218,13 @@ class Saver:
                     tensors=tensors,
                     state=state,
                     must_be_finite=finite,
+                    kind=kind,
                 )
             )
-        self._last_save_s, self._last_save_step = time.monotonic(), counters.step
-        self._has_advance_notice = False
+        self._snapshot_step = counters.step
+        if kind == "full":
+            self._last_save_s, self._last_save_step = time.monotonic(), counters.step
+            self._has_advance_notice = False
 
     def _require_finite_weights(self) -> None:
         """Raise NonFiniteStateError where a resume from these weights could not go on.
@@ -222,7 +279,8 @@ class Saver:
     def _tell_success(self, published: Published) -> None:
         self._has_failed = False
         self._progress.emit("saved", step=published.step, duration_s=published.durable_s)
-        self._check_grace(published.durable_s)
+        if published.kind == "full":
+            self._check_grace(published.durable_s)
 
     def _tell_failure(self, error: StorageError) -> None:
         if self._has_failed:
@@ -231,7 +289,7 @@ class Saver:
         logger.warning(
             "the save of step %d failed and is tried again when the next one is due; older "
             "checkpoints are good: %s",
-            self._last_save_step,
+            self._snapshot_step,
             error,
         )
 

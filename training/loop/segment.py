@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
 from holdfast.training.checkpointing.policy import (
+    build_crossings,
     build_retention,
     build_schedule,
     mean_time_between_preemptions_s,
@@ -38,7 +39,7 @@ from holdfast.training.loop.segment_record import RecordKeeper
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.state_validation import validate_state
 from holdfast.training.loop.train_step import TrainStep, gradient_scaler, resolve_device
-from holdfast.training.loop.trainer import Trainer
+from holdfast.training.loop.trainer import Trainer, steps_of_epoch
 from holdfast.training.optimizers.building import build_optimizers
 from holdfast.training.optimizers.schedule import Schedule
 from holdfast.training.runs.costs import Costs
@@ -161,8 +162,8 @@ def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainSta
         schedule=Schedule(
             optimizers,
             config.scheduler,
-            in_steps(config.warmup, plan),
-            plan.num_steps(0),
+            in_steps(config, plan),
+            steps_of_epoch(config.train, plan, 0),
             stage.experiment,
         ),
         averages=MovingAverages(model, config.ema, () if frozen is None else frozen.names),
@@ -217,6 +218,7 @@ def build_saver(stage: Stage, trainer: Trainer, manager: CheckpointManager) -> S
     return Saver(
         manager=manager,
         schedule=build_schedule(config.checkpoint),
+        crossings=build_crossings(config.checkpoint),
         mtbp_s=mtbp_s,
         state=trainer.state,
         guard=trainer.train_step.guard,
@@ -227,9 +229,11 @@ def build_saver(stage: Stage, trainer: Trainer, manager: CheckpointManager) -> S
     )
 
 
-def in_steps(warmup: WarmupConfig, plan: BatchPlan) -> WarmupConfig:
+def in_steps(config: RunConfig, plan: BatchPlan) -> WarmupConfig:
     """The same warm-up, told in steps alone: an epoch may have another number of them each time."""
-    num_steps = warmup.num_steps + sum(map(plan.num_steps, range(warmup.num_epochs)))
+    warmup, epochs = config.warmup, range(config.warmup.num_epochs)
+    of_epochs = sum(steps_of_epoch(config.train, plan, epoch) for epoch in epochs)
+    num_steps = warmup.num_steps + of_epochs
     return warmup.model_copy(update={"num_epochs": 0, "num_steps": num_steps})
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.configuration.schema import RunConfig, TrainConfig
 from holdfast.training.data.loader import BatchPlan, Loader, Microbatch
 from holdfast.training.experiment.protocol import Dataset, Experiment
 from holdfast.training.loop.early_stopping import EarlyStopping
@@ -24,6 +24,11 @@ from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+
+def steps_of_epoch(train: TrainConfig, plan: BatchPlan, epoch: int) -> int:
+    """Steps of an epoch: those that are configured, or else those of a pass over the data."""
+    return train.steps_per_epoch or plan.num_steps(epoch)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class Trainer:
         """
         reclaim_signals("before the first step")
         pace = _Pace(self.state.counters.step)
-        if self._is_at_epoch_end() and not self._end_epoch(saver):
+        if not self._has_done_what_is_due(saver):
             return self._stop(saver)
         steps, is_first = self.steps(), True
         while not self.is_finished():
@@ -88,10 +93,11 @@ class Trainer:
             if self.progress.is_due():
                 self._report(pace)
             on_step(self.state.counters.step)
-            if not self._is_at_epoch_end():
+            if self._is_at_epoch_end() or saver.is_light_due():
+                if not self._has_done_what_is_due(saver):
+                    return self._stop(saver)
+            else:
                 saver.after_step()
-            elif not self._end_epoch(saver):
-                return self._stop(saver)
         saver.finish()
         return SegmentOutcome("completed", self.state.counters.step)
 
@@ -116,7 +122,7 @@ class Trainer:
         """After how many steps each epoch of the run ends, if nothing stops it early."""
         train, num_steps = self.config.train, 0
         for epoch in range(train.num_epochs):
-            num_steps += self.plan.num_steps(epoch)
+            num_steps += steps_of_epoch(train, self.plan, epoch)
             if train.max_steps is not None and num_steps >= train.max_steps:
                 yield train.max_steps
                 return
@@ -124,10 +130,19 @@ class Trainer:
 
     def steps(self) -> Iterator[list[Microbatch]]:
         """The microbatches of each step from where the state stands, without an end."""
-        counters = self.state.counters
-        microbatches = self.loader.steps(counters.epoch, counters.step_in_epoch)
+        microbatches = self.loader.steps(*self._place())
         for _, group in itertools.groupby(microbatches, key=lambda m: (m.epoch, m.step_in_epoch)):
             yield list(group)
+
+    def _place(self) -> tuple[int, int]:
+        """The pass over the data and the step in it that comes next."""
+        counters = self.state.counters
+        if self.config.train.steps_per_epoch is None:
+            return counters.epoch, counters.step_in_epoch
+        current, step = 0, counters.step
+        while step >= (num_steps := self.plan.num_steps(current)):
+            current, step = current + 1, step - num_steps
+        return current, step
 
     def _is_preempted(self) -> bool:
         return self.monitor.notice is not None
@@ -137,11 +152,32 @@ class Trainer:
         counters = self.state.counters
         if counters.step_in_epoch == 0:
             return False
-        is_last_step = counters.step_in_epoch >= self.plan.num_steps(counters.epoch)
+        length = steps_of_epoch(self.config.train, self.plan, counters.epoch)
+        is_last_step = counters.step_in_epoch >= length
         return is_last_step or counters.step == self.config.train.max_steps
+
+    def _has_done_what_is_due(self, saver: Saver) -> bool:
+        """End the epoch, or measure a light checkpoint. False where a notice cut it short."""
+        if self._is_at_epoch_end():
+            return self._end_epoch(saver)
+        if saver.is_light_due():
+            metrics = self._validate()
+            if metrics is None:
+                return False
+            saver.after_step(metrics)
+        return True
 
     def _end_epoch(self, saver: Saver) -> bool:
         """Validate, record, adapt the rate, save. False where a notice cut validation short."""
+        metrics = self._validate()
+        if metrics is None:
+            return False
+        self._record_epoch(metrics)
+        saver.after_epoch(metrics, is_last=self.is_finished())
+        return True
+
+    def _validate(self) -> dict[str, float] | None:
+        """Metrics of the weights as they are; None where a notice cut it short."""
         reclaim_signals(f"in epoch {self.state.counters.epoch + 1}")
         self.train_step.guard.check()
         with self.costs.measured("evaluating"):
@@ -153,12 +189,9 @@ class Trainer:
                 should_stop=self._is_preempted,
             )
         if records is None:
-            return False
+            return None
         reclaim_signals("after a validation")
-        metrics = metrics_of(self.experiment, records)
-        self._record_epoch(metrics)
-        saver.after_epoch(metrics, is_last=self.is_finished())
-        return True
+        return metrics_of(self.experiment, records)
 
     def _record_epoch(self, metrics: dict[str, float]) -> None:
         state, counters = self.state, self.state.counters
@@ -184,16 +217,17 @@ class Trainer:
         )
 
     def _early_stopping_after(self, metrics: dict[str, float]) -> EarlyStopping:
-        selection = self.config.selection
-        value = named_metric(metrics, selection.metric, "selection.metric")
-        if math.isnan(value):
-            logger.warning(
-                "selection.metric = %r is NaN after step %d: that checkpoint cannot win, and its "
-                "epoch counts as one without an improvement; look at the model and at the metric",
-                selection.metric,
-                self.state.counters.step,
-            )
-        return self.state.early_stopping.after(value, self.config.early_stopping, selection.mode)
+        for key, name in self.config.ranking_metrics.items():
+            if math.isnan(named_metric(metrics, name, key)):
+                logger.warning(
+                    "%s = %r is NaN after step %d: by it that checkpoint cannot win, and its epoch "
+                    "counts as one without an improvement; look at the model and at the metric",
+                    key,
+                    name,
+                    self.state.counters.step,
+                )
+        metric, mode = self.config.early_stopping_ranking
+        return self.state.early_stopping.after(metrics[metric], self.config.early_stopping, mode)
 
     def _stop(self, saver: Saver) -> SegmentOutcome:
         notice = self.monitor.notice

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.training.checkpointing.policy import CheckpointInfo, KeepCrossing, build_retention
-from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.configuration.schema import RunConfig, SelectionConfig
 from holdfast.training.preemption.notices import grace_warning
 from holdfast.training.rehearsal.captured import Captured
 from holdfast.training.rehearsal.findings import Severity
@@ -89,10 +89,9 @@ def num_kept(config: RunConfig, num_steps: int) -> tuple[int, int]:
     """How many checkpoints the retention keeps at most: in full, and for their weights."""
     num_epochs = min(config.train.num_epochs, MAX_EPOCHS)
     steps = [max(1, (epoch + 1) * num_steps // num_epochs) for epoch in range(num_epochs)]
-    sign = 1.0 if config.selection.mode == "min" else -1.0
     # The first epochs are the best ones: then no checkpoint is kept for two reasons.
     infos = [
-        CheckpointInfo(step, epoch + 1, metrics={config.selection.metric: sign * epoch})
+        CheckpointInfo(step, epoch + 1, metrics=_ever_worse(config.selection, epoch))
         for epoch, step in enumerate(dict.fromkeys(steps))
         if (epoch + 1) % config.checkpoint.every_epochs == 0
     ]
@@ -103,6 +102,11 @@ def num_kept(config: RunConfig, num_steps: int) -> tuple[int, int]:
         (full if policy.needs == "full" else weights).update(policy.keep(infos))
         num_unknown += int(isinstance(policy, KeepCrossing))
     return max(len(full), 1) + num_unknown, len(weights - full)
+
+
+def _ever_worse(selection: SelectionConfig, epoch: int) -> dict[str, float]:
+    rankings = (selection.ranking, selection.top_k_ranking)
+    return {metric: epoch if mode == "min" else -epoch for metric, mode in rankings}
 
 
 def _save_s(num_bytes: int, folder: Path) -> float:

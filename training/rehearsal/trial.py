@@ -292,7 +292,7 @@ def _first_step(loader: Loader, epoch: int, number: int) -> Step:
 
 def _metric_keys(config: RunConfig) -> Sequence[tuple[str, str]]:
     """Keys of the configuration that name a metric, with the metric."""
-    keys = [("selection.metric", config.selection.metric)]
+    keys = [*config.ranking_metrics.items()]
     if config.scheduler.name == "ReduceLROnPlateau":
         keys.append(("scheduler.metric", config.scheduler.metric))
     for side in ("keep_above", "keep_below"):

@@ -171,7 +171,7 @@ def test_a_token_plan_is_followed() -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_failing_sample_is_named_with_the_line_that_failed(num_workers: int) -> None:
     expected = (
-        r"^sample 13 could not be loaded \(epoch 0, step \d of .*\): ValueError: "
+        r"^sample 13 could not be loaded \(pass 0 over the data, step \d of .*\): ValueError: "
         r"pixel out of range \(.*loader_datasets\.py:\d+ in __getitem__\)(\n|$)"
     )
     with closing(loader_of(Failing("value"), 4, num_workers=num_workers)) as loader:
@@ -213,7 +213,9 @@ def test_a_batch_that_cannot_be_collated_is_named() -> None:
 def test_a_killed_loader_process_gives_an_error_that_names_the_place() -> None:
     with (
         closing(loader_of(Failing("kill"), 4, num_workers=2)) as loader,
-        pytest.raises(LoaderError, match=r"died while epoch 0, step \d .* short of memory"),
+        pytest.raises(
+            LoaderError, match=r"died while pass 0 over the data, step \d .* short of memory"
+        ),
     ):
         list(islice(loader.steps(0, 0), 15))
 

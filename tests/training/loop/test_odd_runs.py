@@ -72,7 +72,10 @@ def test_a_state_that_is_not_finite_is_not_saved(
         assert "it began after step 13; the losses were finite" in message
         assert "of the last gradient that of 0.weight is not finite" in message
     else:
-        assert "the loss of step 14 (batch 5 of its epoch) is nan; 0.weight was not" in message
+        assert (
+            "the loss of step 14 (batch 5 of its pass over the data) is nan; 0.weight was not"
+            in message
+        )
     assert steps(tmp_path)[-1] == f"step-{kept:08}"
 
 
