@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import signal
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from holdfast.training.champion.candidate_plan import plan_candidates
 from holdfast.training.checkpointing.manifest import Manifest, read_manifest
@@ -23,69 +17,9 @@ from holdfast.training.runs.directory import read_run_record
 from holdfast.training.runs.paths import RunDirectory, parse_step
 from tests.faults.campaign import Training, complete, differences, final_state
 from tests.generality.harness import OFTEN, assert_exact, stop_after
+from tests.generality.noisy_points import NOTICE, NUM_STEPS
 
-NOTICE = "HOLDFAST_TEST_NOTICE"
-"""``<count>``: the process sends itself a SIGTERM in that call of ``score``."""
-NUM_STEPS = 13  # of a pass
-
-
-class Points:
-    """Three classes of points in six dimensions; what is drawn of a point is another each time."""
-
-    def __init__(self, split: str) -> None:
-        draws = torch.Generator().manual_seed(len(split))
-        self._points = torch.randn(100 if split == "train" else 40, 6, generator=draws)
-        self._is_train = split == "train"
-
-    def __len__(self) -> int:
-        return len(self._points)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        point = self._points[index]
-        label = int(point.abs().argmax()) // 2
-        noise = random.random() + torch.randn(6) if self._is_train else 0.0
-        return point + 0.1 * noise, label
-
-
-class Classified:
-    """Points by their largest coordinate."""
-
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "train": {"num_epochs": 6},
-        "data": {"batch_size": 8, "evaluation_batch_size": 16},
-        "optimizer": {"args": {"lr": 0.01}},
-        "selection": {"top_k": 3},
-        "ema": {"decays": [0.9]},
-    }
-
-    def __init__(self, context: Any) -> None:
-        self._num_scored = 0
-
-    def dataset(self, split: str) -> Points:
-        return Points(split)
-
-    def model(self) -> nn.Module:
-        layers = [nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1)]
-        return nn.Sequential(*layers, nn.Linear(16, 3))
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return cross_entropy(model(batch[0]), batch[1])
-
-    def score(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        self._num_scored += 1
-        if str(self._num_scored) == os.environ.get(NOTICE):
-            os.kill(os.getpid(), signal.SIGTERM)
-        logits = model(batch[0])
-        return {
-            "loss": cross_entropy(logits, batch[1], reduction="none"),
-            "correct": (logits.argmax(1) == batch[1]).float(),
-        }
-
-    def metrics(self, records: Mapping[str, Any]) -> dict[str, float]:
-        return {"loss": float(records["loss"].mean()), "accuracy": float(records["correct"].mean())}
-
-
-EXPERIMENT = f"{__file__}:Classified"
+EXPERIMENT = f"{Path(__file__).with_name('noisy_points.py')}:Classified"
 LIGHT = (
     "train.num_epochs=6",
     "checkpoint.every_epochs=3",

@@ -1,1 +1,1 @@
-"""Averages of weights."""
+"""Averages of weights, and of what several models return."""

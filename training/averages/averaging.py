@@ -75,6 +75,12 @@ class MappedFile:
         size = slot.dtype.itemsize
         return Slot(slot.dtype, (num_items,), slot.start + start * size).view(self._data)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, within the mapping; a tied one is the same tensor under each name."""
+        stored = {name: slot.view(self._data) for name, slot in self.layout.slots.items()}
+        aliases = self.layout.aliases.items()
+        return {**stored, **{name: stored[first] for name, first in aliases}}
+
     def release(self, slot: Slot, start: int, num_items: int) -> None:
         """Let go of the pages of a chunk; they are read again if they are looked at again."""
         size = slot.dtype.itemsize

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from holdfast.training.averages.ensemble import num_members
 from holdfast.training.runs.shown_text import shown
 
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
@@ -34,6 +35,7 @@ def model_card(manifest: Mapping[str, Any], parity: Mapping[str, Any], task: str
             f"Trained by Holdfast in run {_code(manifest['run']['run_id'])}; the champion is the "
             f"candidate {_code(manifest['champion']['name'])}.",
             "",
+            *_about_members(num_members(manifest["champion"]["name"])),
             *_metrics_table(manifest["champion"]["test_metrics"]),
             *_port_table("Inputs", manifest["interface"]["inputs"], {}),
             *_port_table(
@@ -49,6 +51,18 @@ def model_card(manifest: Mapping[str, Any], parity: Mapping[str, Any], task: str
             "",
         ]
     )
+
+
+def _about_members(num: int | None) -> list[str]:
+    if num is None:
+        return []
+    return [
+        f"It is an ensemble: {num} models of one training, each in full, and the mean of what they "
+        f"return, tensor by tensor; an output that is no floating-point tensor is the last "
+        f"model's. Memory and time of a call are {num} times those of one model. In "
+        f"`model.safetensors` the names of model i begin with `members.<i>.`.",
+        "",
+    ]
 
 
 def _how_to_use(formats: Mapping[str, Any]) -> list[str]:

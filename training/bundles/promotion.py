@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from holdfast.training.averages.ensemble import experiment_of
 from holdfast.training.bundles import consumer
 from holdfast.training.bundles.registry import DEFAULT_ALIAS, Registry
 from holdfast.training.bundles.summary import PROMOTION, promotion_fields
@@ -257,6 +258,8 @@ def paired_differences(
 
 
 def _records(bundle: Path, experiment: Experiment, config: RunConfig) -> Records:
+    name = consumer.read_manifest(bundle)["champion"].get("name", "")
+    experiment = experiment_of(experiment, name)
     model = experiment.model().eval()
     interface = open_interface(experiment, model, 2).interface
     place = Place(bundle, bundle, experiment.model, interface)

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from holdfast.training.averages.ensemble import experiment_of
 from holdfast.training.bundles import consumer
 from holdfast.training.bundles.bundle import (
     BundleFacts,
@@ -75,6 +76,11 @@ class Export:
     lease: Lease
     champion: ChosenChampion
     formats: tuple[str, ...]
+
+    @property
+    def experiment(self) -> Experiment:
+        """Its model is built as the champion is: of an ensemble with all its members."""
+        return experiment_of(self.stage.experiment, self.champion.name)
 
     @property
     def staging(self) -> Path:
@@ -141,7 +147,7 @@ class Export:
         """The experiment and the weights of the model that is exported."""
         experiment, config = self.stage.experiment, self.stage.config.checkpoint
         if is_as_trained(experiment, config):
-            return experiment, self.champion.path
+            return self.experiment, self.champion.path
         self.scratch.mkdir()
         weights, checkpoint = (
             read_tensors(self.champion.path),
@@ -158,7 +164,7 @@ class Export:
 
     def _check(self, action: Action) -> dict[str, Any] | None:
         self._say(len(self.formats) + ("parity", "latency").index(action), f"check {action}")
-        experiment = self.stage.experiment
+        experiment = self.experiment
         if action == "parity":
             parts = check_names(experiment, self.formats)
         else:
@@ -174,6 +180,7 @@ class Export:
             folder=str(self.stage.arguments.folder),
             state=str(state) if (state := experiment_checkpoint(self.stage.run)) else None,
             seeds=self.stage.record.seeds,
+            candidate=self.champion.name,
         )
         outcome = check_in_fresh_process(request, action, self.stage.should_stop)
         return None if outcome.is_stopped else outcome.reports
@@ -191,9 +198,9 @@ class Export:
         reports: Mapping[str, Any],
         measured: Mapping[str, Any],
     ) -> BundleFacts:
-        stage, spec, table = self.stage, export_spec(self.stage.experiment), formats()
+        stage, spec, table = self.stage, export_spec(self.experiment), formats()
         paths = {name: table[name].path for name in self.formats}
-        paths |= part_artifacts(stage.experiment, self.formats)
+        paths |= part_artifacts(self.experiment, self.formats)
         rows = [
             _parity_row(name, path, reports[name], (self.staging / path).stat().st_size)
             for name, path in paths.items()

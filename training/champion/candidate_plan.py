@@ -26,7 +26,7 @@ from holdfast.training.runs.directory import read_run_record, run_identity
 from holdfast.training.runs.paths import RunDirectory, parse_step
 from holdfast.training.runs.stored_json import STATE, read_json
 
-Kind = Literal["best", "last", "ema", "posthoc", "average", "weighted", "soup"]
+Kind = Literal["best", "last", "ema", "posthoc", "average", "weighted", "soup", "ensemble"]
 EMA_NAME = "ema.safetensors"
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def plan_candidates(run: RunDirectory, config: RunConfig) -> list[Candidate]:
     for kind, plan in _PLANNERS.items():
         for candidate in plan(training) if kind in config.selection.candidates else []:
             candidates.append(candidate)
-            if should_recompute:
+            if should_recompute and kind != "ensemble":  # each member has its own statistics
                 candidates.append(
                     replace(candidate, name=f"{candidate.name}-bn", base=candidate.name)
                 )
@@ -210,12 +210,17 @@ def _soup(training: _Training) -> list[Candidate]:
     return _of_top(training, "soup", lambda top: [None] * len(top))
 
 
+def _ensemble(training: _Training) -> list[Candidate]:
+    return _of_top(training, "ensemble", lambda top: [1.0] * len(top))
+
+
 _PLANNERS: dict[Kind, Callable[[_Training], list[Candidate]]] = {
     "ema": _moving_averages,
     "posthoc": _reconstructed,
     "average": _average,
     "weighted": _weighted,
     "soup": _soup,
+    "ensemble": _ensemble,
 }
 """Averaged candidates, the simplest first; of equally good ones the first wins."""
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdfast.training.averages.averaging import DIGEST, Term, write_average, write_weights
+from holdfast.training.averages.ensemble import require_one_graph, write_ensemble
 from holdfast.training.averages.soup import GreedyStep, greedy_soup
 from holdfast.training.champion.batch_norm import recompute_batch_norm, training_batches
 from holdfast.training.champion.candidate_plan import (
@@ -64,7 +65,9 @@ __all__ = [
 
 WEIGHTS_NAME = "model.safetensors"
 PROVENANCE_NAME = "provenance.json"
-CANDIDATE_FILES = (WEIGHTS_NAME, PROVENANCE_NAME, "validation.safetensors", "test.safetensors")
+LATENCY_NAME = "latency.json"
+RECORD_FILES = ("validation.safetensors", "test.safetensors")
+CANDIDATE_FILES = (WEIGHTS_NAME, PROVENANCE_NAME, LATENCY_NAME, *RECORD_FILES)
 GREEDY_SUFFIX = ".greedy.json"
 TRIAL: Kinds = {"step": (int,), "metric": (float, type(None)), "is_kept": (bool,)}
 HOW: dict[Kind, str] = {
@@ -75,6 +78,7 @@ HOW: dict[Kind, str] = {
     "average": "the mean of the best checkpoints",
     "weighted": "the mean of the best checkpoints, weighted by exp(-d / mean d), where d is the "
     "distance of a validation metric from the best",
+    "ensemble": "the best checkpoints side by side: the mean of what they return",
     "soup": "the mean of those of the best checkpoints that did not worsen the validation metric "
     "when they were added, the best first (Wortsman 2022)",
 }
@@ -89,8 +93,11 @@ def run_candidates(stage: Stage) -> StageOutcome:
 
     Raises:
         SelectionError: training has not finished, or checkpoints do not belong together.
+        ConfigError: an ensemble is asked for of a model that is served as several graphs.
         CheckpointCorruptError: a checkpoint that is needed was changed.
     """
+    if "ensemble" in stage.config.selection.candidates:
+        require_one_graph(stage.experiment, stage.config.checkpoint.frozen)
     planned = plan_candidates(stage.run, stage.config)
     restore_experiment(stage.experiment, experiment_checkpoint(stage.run))
     with stage.writing() as lease:
@@ -182,7 +189,7 @@ class _Maker:
         return {
             "base": None,
             "batch_norm": None,
-            "digest": self._average(sources, path),
+            "digest": self._write_weights(candidate, sources, path),
             "greedy_steps": [asdict(trial) for trial in trials],
             "how": HOW[candidate.kind],
             "kind": candidate.kind,
@@ -207,6 +214,14 @@ class _Maker:
             "digest": digest,
             "name": candidate.name,
         }
+
+    def _write_weights(self, candidate: Candidate, sources: Sequence[Source], path: Path) -> str:
+        if candidate.kind != "ensemble":
+            return self._average(sources, path)
+        files = [self.stage.run.checkpoint(source.step) / source.file for source in sources]
+        for file, source in zip(files, sources, strict=True):
+            self._verify(file, source.digest)
+        return write_ensemble(path, files)
 
     def _average(self, sources: Sequence[Source], path: Path) -> str:
         """Write the average of verified sources, in the types of the newest one's model."""

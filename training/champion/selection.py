@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from holdfast.training.averages.ensemble import experiment_of
 from holdfast.training.champion.bootstrap import (
     CONFIDENCE,
     Resampled,
@@ -26,6 +27,7 @@ from holdfast.training.champion.bootstrap import (
 from holdfast.training.champion.candidate_plan import used_steps
 from holdfast.training.champion.candidates import (
     DIGEST,
+    LATENCY_NAME,
     PROVENANCE_NAME,
     WEIGHTS_NAME,
     Candidate,
@@ -33,12 +35,14 @@ from holdfast.training.champion.candidates import (
     plan_candidates,
     preempted,
 )
+from holdfast.training.champion.latency import BATCH_SIZES, measure
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.configuration.schema import Json, Split
 from holdfast.training.errors import DataFormatError, SelectionError
 from holdfast.training.exactness.seeding import derive_seed, seed_generators
-from holdfast.training.experiment.protocol import Dataset, Records
+from holdfast.training.experiment.model_call import call_form
+from holdfast.training.experiment.protocol import Dataset, Records, example_inputs
 from holdfast.training.loop.evaluation import evaluate, metrics_of
 from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.loop.record_file import RecordFile
@@ -102,6 +106,7 @@ def run_evaluation(stage: Stage) -> StageOutcome:
     restore_experiment(stage.experiment, experiment_checkpoint(stage.run))
     with stage.writing() as lease:
         choice = _choice(stage, lease, made)
+        _measure_latencies(stage, lease, made)
         test = _test(stage, lease, made, choice) if choice is not None else None
         if choice is None or test is None:
             return preempted(stage)
@@ -242,6 +247,30 @@ def _choice(stage: Stage, lease: Lease, made: Sequence[Made]) -> dict[str, Any] 
     return choice
 
 
+def _measure_latencies(stage: Stage, lease: Lease, made: Sequence[Made]) -> None:
+    """``latency.json`` of each ensemble, beside the single best; what is there stays."""
+    by_kind = {one.candidate.kind: one for one in made}
+    ensemble = by_kind.get("ensemble")
+    if ensemble is None or stage.should_stop():
+        return
+    path = stage.run.candidates / ensemble.candidate.name / LATENCY_NAME
+    if path.exists():
+        return
+    _say(stage, len(made), len(made) + 1, f"time {ensemble.candidate.name}")
+    rows = example_inputs(stage.experiment, max(BATCH_SIZES))
+    single = _model(stage, by_kind.get("best") or by_kind["last"]).cpu().eval()
+    several = _model(stage, ensemble).cpu().eval()
+    form = call_form(stage.experiment, single)
+    measured = measure(
+        lambda inputs: form.call(several, inputs),
+        lambda inputs: form.call(single, inputs),
+        rows,
+        stage.config.export.num_latency_runs,
+        beside="single_best",
+    )
+    publish_json(lease, path, measured)
+
+
 def _test(
     stage: Stage, lease: Lease, made: Sequence[Made], choice: Mapping[str, Any]
 ) -> dict[str, Any] | None:
@@ -320,7 +349,7 @@ def _model(stage: Stage, one: Made) -> nn.Module:
             "the candidates while they are measured"
         )
     seed_generators(stage.seed("model"))
-    model = stage.experiment.model()
+    model = experiment_of(stage.experiment, one.candidate.name).model()
     weights, config = parse_tensors(content, str(path)), stage.config.checkpoint
     load_saved(model, weights, config, experiment_checkpoint(stage.run))
     return model.to(resolve_device(stage.config.train.device))

@@ -66,6 +66,13 @@ class CallForm:
 BY_POSITION = CallForm()
 
 
+def forward_parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What ``forward`` takes; a model that hands its calls on says to whom, by ``called_like``."""
+    called_like = getattr(model, "called_like", None)
+    called = model if called_like is None else called_like()
+    return inspect.signature(called.forward).parameters
+
+
 def call_form(experiment: Experiment, model: nn.Module) -> CallForm:
     """How the experiment's model takes the inputs of its batches.
 
@@ -79,7 +86,7 @@ def call_form(experiment: Experiment, model: nn.Module) -> CallForm:
     if not isinstance(inputs, Mapping):
         return BY_POSITION
     names = tuple(inputs)
-    parameters = inspect.signature(model.forward).parameters
+    parameters = forward_parameters(model)
     unknown = [name for name in names if name not in parameters]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if chosen and unknown and not takes_any:

@@ -7,7 +7,6 @@ of the dictionary or the fields of the named tuple or dataclass that it returns.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.errors import ExportError
-from holdfast.training.experiment.model_call import BY_POSITION, CallForm
+from holdfast.training.experiment.model_call import BY_POSITION, CallForm, forward_parameters
 from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.export.outputs import OutputStructure, as_columns, flatten
 
@@ -227,7 +226,7 @@ def _with_names(port: TensorSpec, names: Mapping[int, str]) -> TensorSpec:
 
 
 def _argument_names(model: nn.Module, num: int) -> tuple[str, ...]:
-    parameters = list(inspect.signature(model.forward).parameters.values())
+    parameters = list(forward_parameters(model).values())
     positional = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL][:num]
     return tuple(positional) if len(positional) == num else tuple(f"input_{i}" for i in range(num))
 

@@ -20,6 +20,7 @@ from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.checkpointing.json_state import encode
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
 from holdfast.training.checkpointing.policy import (
+    build_crossings,
     build_retention,
     build_schedule,
     mean_time_between_preemptions_s,
@@ -283,6 +284,7 @@ class ScriptSegment:
         return Saver(
             manager=self._manager,
             schedule=build_schedule(config.checkpoint),
+            crossings=build_crossings(config.checkpoint),
             mtbp_s=mean_time_between_preemptions_s(
                 read_segments(self._opened.run)[:-1],
                 config.checkpoint.mean_time_between_preemptions_s,

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from holdfast.training.averages.ensemble import experiment_of
 from holdfast.training.configuration.loading import config_from_record
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import CheckDiedError, ExportError
@@ -49,6 +50,7 @@ class CheckRequest:
         folder: where the run's own program was started; the child is started there, too.
         state: the checkpoint whose experiment's own state is restored; None for none.
         seeds: those of the run, by purpose.
+        candidate: name of the champion, by which an ensemble is known.
     """
 
     experiment: str
@@ -62,6 +64,7 @@ class CheckRequest:
     folder: str = "."
     state: str | None = None
     seeds: dict[str, int] = field(default_factory=dict)
+    candidate: str = ""
 
     def build_config(self) -> RunConfig:
         """The configuration as a value."""
@@ -73,7 +76,7 @@ class CheckRequest:
             load_experiment(self.experiment), self.build_config(), self.seeds
         )
         restore_experiment(experiment, Path(self.state) if self.state else None)
-        return merged_experiment(experiment)
+        return merged_experiment(experiment_of(experiment, self.candidate))
 
     def report_path(self, action: Action, name: str) -> Path:
         """Where the child writes what it found about an artifact."""

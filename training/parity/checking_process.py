@@ -7,6 +7,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from holdfast.training.champion.latency import BATCH_SIZES, measure
 from holdfast.training.configuration.schema import Json
 from holdfast.training.exactness.reproducibility import set_up_torch
 from holdfast.training.export.formats import formats
@@ -20,7 +21,6 @@ from holdfast.training.parity.assembly import PartChecks
 from holdfast.training.parity.champion import Champion
 from holdfast.training.parity.checking import CheckRequest, read_request
 from holdfast.training.parity.golden import write_golden
-from holdfast.training.parity.latency import BATCH_SIZES, measure
 from holdfast.training.parity.parity import (
     Int8Limits,
     check_artifact,

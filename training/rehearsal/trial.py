@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from holdfast.training.averages.ensemble import require_one_graph
 from holdfast.training.champion.batch_norm import recompute_batch_norm, training_batches
 from holdfast.training.champion.bootstrap import units_of
 from holdfast.training.configuration.schema import RunConfig
@@ -77,6 +78,8 @@ class Trial:
                     f"the split {split} has no samples; {type(experiment).__name__}.dataset must "
                     "return at least one"
                 )
+        if "ensemble" in asked.selection.candidates:
+            require_one_graph(experiment, asked.checkpoint.frozen)
         self.trainer = build_trainer(self.stage, Costs())
         schedule, trainer = self.trainer.state.schedule, self.trainer
         schedule.require_length(trainer.num_steps(), trainer.epoch_ends())

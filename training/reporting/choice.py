@@ -32,8 +32,15 @@ def candidates_section(facts: RunFacts) -> Html:
     if facts.test is not None:
         charts.append(element("div", joined(_test_charts(facts, facts.test)), "stack"))
         tables.append(_test_table(facts, facts.test))
+    tables += [_slow(one) for one in ranked if one.slowdown is not None]
     content = element("div", joined(charts), "charts") + joined(tables)
     return section("Candidates", Html(content), f"The rule: {facts.rule}.")
+
+
+def _slow(one: CandidateFacts) -> Html:
+    told = number(one.slowdown, 1)
+    words = f"A call of {one.name} took {told} times as long as one of the single best."
+    return element("p", text(words), "note", varies=True)
 
 
 def ranked_candidates(facts: RunFacts) -> list[CandidateFacts]:

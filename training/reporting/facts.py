@@ -6,12 +6,13 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.training.bundles.summary import artifact_rows, promotion_fields
 from holdfast.training.champion.candidate_plan import used_steps
+from holdfast.training.champion.candidates import LATENCY_NAME
 from holdfast.training.checkpointing.json_state import decode
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.optimizers.rate_trace import RateTrace
@@ -63,7 +64,10 @@ class Epoch:
 
 @dataclass(frozen=True)
 class CandidateFacts:
-    """One candidate; ``validation`` is empty until it was measured."""
+    """One candidate; ``validation`` is empty until it was measured.
+
+    ``slowdown`` of an ensemble is the time of a call, of one sample, divided by a single model's.
+    """
 
     name: str
     kind: str
@@ -71,6 +75,7 @@ class CandidateFacts:
     digest: str
     notes: tuple[str, ...]
     validation: Metrics
+    slowdown: float | None = None
 
 
 @dataclass(frozen=True)
@@ -232,9 +237,21 @@ def _candidates(run: RunDirectory, evaluation: Mapping[str, Any]) -> tuple[Candi
     made = {path.parent.name: path for path in sorted(run.candidates.glob("*/provenance.json"))}
     measured = {entry["name"]: entry for entry in evaluation.get("candidates", ())}
     return tuple(
-        _candidate(_mapping(_optional(made[name])) if name in made else {}, measured.get(name, {}))
+        replace(
+            _candidate(
+                _mapping(_optional(made[name])) if name in made else {}, measured.get(name, {})
+            ),
+            slowdown=_slowdown(run.candidates / name / LATENCY_NAME),
+        )
         for name in (measured or made)
     )
+
+
+def _slowdown(path: Path) -> float | None:
+    """Of what an evaluation measured of an ensemble; None where there is nothing."""
+    one = _mapping(_mapping(_optional(path)).get("batch-1"))
+    own, other = _number(one.get("p50_ms")), _number(one.get("single_best_p50_ms"))
+    return own / other if own and other else None
 
 
 def _candidate(provenance: Mapping[str, Any], measured: Mapping[str, Any]) -> CandidateFacts:

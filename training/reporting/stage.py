@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from holdfast.training.averages.ensemble import experiment_of
 from holdfast.training.champion.candidates import preempted
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.experiment.protocol import Dataset, Records
@@ -61,7 +62,8 @@ def _figures(stage: Stage) -> Sequence[Figure]:
     path = stage.run.path / evaluation["champion"]["path"]
     seed_generators(stage.seed("model"))
     restore_experiment(stage.experiment, experiment_checkpoint(stage.run))
-    model = load_champion(path, stage.experiment.model())
+    champion = experiment_of(stage.experiment, evaluation["champion"]["name"])
+    model = load_champion(path, champion.model())
     model.to(resolve_device(stage.config.train.device))
 
     def measure(dataset: Dataset) -> Records:

@@ -1,4 +1,4 @@
-"""How long one call takes: p50 and p99, one thread, eager PyTorch measured in turn with it."""
+"""How long one call takes: p50 and p99, measured in turn with a call of another model."""
 
 from __future__ import annotations
 
@@ -10,29 +10,32 @@ import torch
 from torch import Tensor
 
 from holdfast.training.configuration.schema import Json
-from holdfast.training.export.specification import Inputs
 
 BATCH_SIZES = (1, 64)
 NUM_WARM_UP = 5
 MIN_RUNS = 15
 MAX_S = 4.0  # for one artifact and batch size; large models are not timed for minutes
-Runner = Callable[[Inputs], list[Tensor]]
+Inputs = tuple[Tensor, ...]
+Runner = Callable[[Inputs], object]
 
 
-def measure(run: Runner, eager: Runner, rows: Inputs, num_runs: int) -> dict[str, Json]:
+def measure(
+    run: Runner, other: Runner, rows: Inputs, num_runs: int, beside: str = "eager"
+) -> dict[str, Json]:
     """``{"batch-1": {"p50_ms", "p99_ms", "eager_p50_ms", "eager_p99_ms"}, "batch-64": …}``.
 
-    The two are called alternately, so that both see the same load of the machine.
+    The two are called alternately, so that both see the same load of the machine. ``beside`` is
+    what the other one is called.
     """
     measured: dict[str, Json] = {}
     for size in BATCH_SIZES:
         chosen = torch.arange(size) % len(rows[0])
         inputs = tuple(tensor[chosen] for tensor in rows)
-        times_s = _alternate((run, eager), inputs, num_runs)
+        times_s = _alternate((run, other), inputs, num_runs)
         p50, p99 = np.percentile(np.array(times_s) * 1e3, (50, 99), axis=1).round(4)
         measured[f"batch-{size}"] = {
-            "eager_p50_ms": float(p50[1]),
-            "eager_p99_ms": float(p99[1]),
+            f"{beside}_p50_ms": float(p50[1]),
+            f"{beside}_p99_ms": float(p99[1]),
             "p50_ms": float(p50[0]),
             "p99_ms": float(p99[0]),
         }
