@@ -36,6 +36,7 @@ class BundleFacts:
         parts: interface of each part of a model that is served as several graphs.
         champion: name, digest of the weights, validation and test metrics.
         parity: content of ``parity.json``.
+        unused: floating-point tensors that no output depends on, for the model card.
         measured: figures that differ from one making to the next: times, latencies.
     """
 
@@ -55,17 +56,19 @@ class BundleFacts:
     formats: tuple[str, ...]
     parity: Mapping[str, Any]
     measured: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
 def complete_bundle(folder: Path, facts: BundleFacts, scratch: Path) -> dict[str, Any]:
     """Add to the artifacts in ``folder`` all that makes them a bundle; the manifest goes last.
 
-    The golden samples of the model, and of its parts, are in ``scratch``.
+    The golden samples of the model and of its parts, and the ranges, are in ``scratch``.
     After return every file is durable, readable by others, and verified against the manifest.
     Raises BundleError if it does not verify.
     """
     for place in ("", *(f"{FOLDER}/{part}" for part in facts.parts)):
         shutil.copytree(scratch / place / "golden", folder / place / "golden", dirs_exist_ok=True)
+    shutil.copyfile(scratch / consumer.RANGES, folder / consumer.RANGES)
     shutil.copyfile(Path(consumer.__file__), folder / "verify.py")
     if "onnx" in facts.formats:  # what serves it
         (folder / "config.pbtxt").write_text(triton_config(facts.interface, facts.max_batch_size))
@@ -73,7 +76,8 @@ def complete_bundle(folder: Path, facts: BundleFacts, scratch: Path) -> dict[str
         (folder / "1/MLmodel").write_text(mlmodel)
     (folder / "parity.json").write_bytes(json_bytes(dict(facts.parity)))
     manifest = _facts_json(folder, facts)
-    (folder / "README.md").write_text(model_card(manifest, facts.parity, facts.task))
+    card = model_card(manifest, facts.parity, facts.task, facts.unused)
+    (folder / "README.md").write_text(card)
     files: dict[str, Any] = _describe_files(folder)
     manifest["files"] = files
     manifest["content_digest"] = hashlib.sha256(consumer.canonical_bytes(files)).hexdigest()

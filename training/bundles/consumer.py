@@ -37,6 +37,13 @@ PULLED = "pulled.json"  # written by a partial pull: which formats were asked fo
 OWN_FILES = (MANIFEST, PULLED)  # which no manifest may name
 MODEL = "1/model.onnx"
 INT8_MODEL = "onnx_int8/model.onnx"
+RANGES = "ranges.json"  # of validation data; bundles of earlier versions have none
+RANGE_SLACK = 1e-3  # of a range, by which floating-point values may leave it
+QUANTILE_SLACK = 1 / 128  # quantiles are rounded by so much
+MAX_BEYOND = 0.01  # part of the values; of validation data 0.002 lie beyond the outer quantiles
+MIN_BEYOND = 10
+MAX_WARNINGS = 64
+WARNING = "warning: "
 CHUNK_BYTES = 1 << 20
 INPUT_KINDS = (".csv", ".npy", ".json")
 MAX_JSON_BYTES = 64 << 20
@@ -425,6 +432,9 @@ def _in_child(arguments: list[str], time_limit_s: float) -> str:
     except subprocess.TimeoutExpired:
         done = subprocess.CompletedProcess(command, LATE_CODE, b"", b"")
     if done.returncode == 0:
+        lines = done.stderr.decode(errors="replace").splitlines()
+        for line in [line for line in lines if line.startswith(WARNING)][:MAX_WARNINGS]:
+            print(shown(line), file=sys.stderr)
         return done.stdout.decode(errors="replace")
     told = (done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
     if done.returncode in (1, 2) and told.startswith("error: "):
@@ -529,6 +539,7 @@ def predict(
 ) -> None:
     """Verify the files, then predict ``source`` into ``target``, or as CSV or JSON to stdout.
 
+    What is outside of what validation data had is told on stderr, a line for each input and output.
     The model runs in a process of its own, for so many seconds at most. Raises RefusedBundleError
     or WrongInputError.
     """
@@ -560,6 +571,8 @@ def compute(folder: Path, source: Path, target: Path | None) -> None:
     except Exception as error:  # ONNX Runtime has classes of its own
         raise RefusedBundleError(f"{model} cannot be opened: {_first_line(error)}") from error
     outputs = run(session, manifest, inputs)
+    for line in range_warnings(folder, manifest, inputs, outputs):
+        print(f"{WARNING}{line}", file=sys.stderr)
     kind = target.suffix.lower() if target else (".json" if kind == ".json" else ".csv")
     if target is not None and kind not in INPUT_KINDS:
         raise WrongInputError(f"{target} is none of {', '.join(INPUT_KINDS)}")
@@ -567,6 +580,70 @@ def compute(folder: Path, source: Path, target: Path | None) -> None:
         write_outputs(outputs, manifest, target, kind)
     except OSError as error:
         raise WrongInputError(f"{target or 'stdout'} cannot be written: {error}") from error
+
+
+def range_warnings(
+    folder: Path, manifest: Mapping[str, Any], inputs: Mapping[str, Any], outputs: Mapping[str, Any]
+) -> list[str]:
+    """A line for each input and output that is outside of what validation data had.
+
+    None for a bundle that does not say what it had. Raises RefusedBundleError where what it says
+    is no such thing.
+    """
+    if RANGES not in manifest["files"]:
+        return []
+    lines = []
+    try:
+        ranges = parse_json(read_plain(folder / RANGES))
+        for kind, arrays in (("input", inputs), ("output", outputs)):
+            for port in manifest["interface"][f"{kind}s"]:
+                known = ranges[f"{kind}s"].get(port["name"])
+                if known is not None:
+                    array = arrays[port["name"]].astype(port["dtype"])
+                    found = _outside(array, known)
+                    lines += [f"{kind} {shown(port['name'], 100)}: {found}"] if found else []
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        message = f"{RANGES} does not describe this model: {shown(repr(error), 300)}"
+        raise RefusedBundleError(message) from error
+    return lines
+
+
+def _outside(array: Any, known: Mapping[str, Any]) -> str:
+    """What of an array validation data did not have, in words; empty where it had all of it."""
+    import numpy as np
+
+    low, high, outer = (
+        np.array(known["low"], dtype=np.float64),
+        np.array(known["high"], dtype=np.float64),
+        np.array(known["quantiles"], dtype=np.float64)[:, [0, -1]],
+    )
+    table = array.reshape(-1, len(low)).astype(np.float64)
+    is_finite = np.isfinite(table)
+    slack = RANGE_SLACK * (high - low) if array.dtype.kind == "f" else 0.0
+    distance = np.maximum(low - slack - table, table - high - slack)
+    distance = np.where(is_finite & ~np.isnan(distance), distance, -1.0)
+    is_out = distance > 0
+    limits = outer + QUANTILE_SLACK * np.abs(outer) * np.array([-1.0, 1.0])
+    is_beyond = is_finite & ((table < limits[:, 0]) | (table > limits[:, 1]))
+    num_not_finite = int((~is_finite).sum())
+    parts = []
+    if is_out.any():
+        row, column = divmod(int(np.argmax(distance)), len(low))
+        samples = int(is_out.reshape(len(array), -1).any(1).sum())
+        where = f" of column {column}" if len(low) > 1 else ""
+        parts.append(
+            f"{int(is_out.sum())} of {table.size} values, in {samples} of {len(array)} samples, "
+            f"are outside of the range of validation data; the furthest is {table[row, column]:.6g}"
+            f"{where}, which had {low[column]:.6g} to {high[column]:.6g}"
+        )
+    if is_beyond.sum() >= max(MIN_BEYOND, MAX_BEYOND * table.size):
+        parts.append(
+            f"{int(is_beyond.sum())} of {table.size} values are beyond the 0.1 % and 99.9 % "
+            f"quantiles of validation data"
+        )
+    if num_not_finite and not known["num_not_finite"]:
+        parts.append(f"{num_not_finite} of {table.size} values are not finite; none was there")
+    return "; ".join(parts)
 
 
 def read_inputs(source: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from holdfast.training.averages.ensemble import num_members
@@ -12,6 +12,7 @@ from holdfast.training.runs.shown_text import shown
 
 TAG = re.compile(r"<(?=[A-Za-z/!?])")
 SPECIAL = "\\|[]`#"
+MAX_NAMES = 20
 APOSTROPHE, BAR = "'", "\N{BROKEN BAR}"
 USES = {
     "weights": "`model.safetensors`: weights for PyTorch",
@@ -22,7 +23,12 @@ USES = {
 }
 
 
-def model_card(manifest: Mapping[str, Any], parity: Mapping[str, Any], task: str) -> str:
+def model_card(
+    manifest: Mapping[str, Any],
+    parity: Mapping[str, Any],
+    task: str,
+    unused: Sequence[str] = (),
+) -> str:
     """The card. Nothing in it depends on when or where the bundle was made."""
     return "\n".join(
         [
@@ -44,6 +50,7 @@ def model_card(manifest: Mapping[str, Any], parity: Mapping[str, Any], task: str
             _about_inputs(manifest["interface"]["inputs"]),
             "",
             *_file_table(parity),
+            *_about_unused(unused),
             *_how_to_use(manifest["formats"]),
             "Measured latencies are in `manifest.json` under `measured`.",
             "",
@@ -65,6 +72,14 @@ def _about_members(num: int | None) -> list[str]:
     ]
 
 
+def _about_unused(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    told = ", ".join(map(_code, names[:MAX_NAMES]))
+    return [f"No output depends on these tensors of the weights: {told}{more}.", ""]
+
+
 def _how_to_use(formats: Mapping[str, Any]) -> list[str]:
     if "onnx" not in formats:
         return [
@@ -82,6 +97,9 @@ def _how_to_use(formats: Mapping[str, Any]) -> list[str]:
         "python verify.py                          # digests, then golden samples on this CPU",
         "python verify.py predict . samples.csv    # or .npy, .json",
         "```",
+        "",
+        "`ranges.json` has the ranges and quantiles of validation data, inputs and outputs; "
+        "`predict` warns of values outside of them.",
         "",
         "Triton: this folder is a model folder (`config.pbtxt`, `1/`). "
         "MLflow: `mlflow.pyfunc.load_model('1')`.",

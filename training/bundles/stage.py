@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from holdfast.training.averages.averaging import MappedFile
 from holdfast.training.averages.ensemble import experiment_of
 from holdfast.training.bundles import consumer
 from holdfast.training.bundles.bundle import (
@@ -33,7 +34,7 @@ from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.export.artifacts import chosen_formats, open_champion, write_artifacts
 from holdfast.training.export.formats import formats
-from holdfast.training.export.parts import part_artifacts, write_parts
+from holdfast.training.export.parts import FOLDER, part_artifacts, write_parts
 from holdfast.training.export.specification import Interface, export_spec
 from holdfast.training.export.weights import read_tensors
 from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
@@ -230,6 +231,7 @@ class Export:
             formats=self.formats,
             parity={"artifacts": rows, "comparison": reports["champion"], "details": reports},
             measured=measured,
+            unused=unused_weights(self.scratch, tuple(parts)),
         )
 
 
@@ -378,6 +380,20 @@ def full_checkpoint_bytes(checkpoints: Path) -> int | None:
     if not full:
         return None
     return sum(path.stat().st_size for path in full[-1].parent.iterdir() if path.is_file())
+
+
+def unused_weights(scratch: Path, parts: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Floating-point tensors of the champion that no output of any of its graphs depends on.
+
+    Integers are left out: they are counts, such as those of batch norm.
+    """
+    layout = MappedFile(scratch / "champion.safetensors").layout
+    folders = (scratch, *(scratch / FOLDER / part for part in parts))
+    unused = [{*(folder / "unused.txt").read_text().splitlines()} for folder in folders]
+    slots = {
+        name: layout.slots[layout.aliases.get(name, name)] for name in set.intersection(*unused)
+    }
+    return tuple(sorted(name for name, slot in slots.items() if slot.dtype.is_floating_point))
 
 
 def _parity_row(name: str, path: str, report: Mapping[str, Any], size_bytes: int) -> dict[str, Any]:

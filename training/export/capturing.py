@@ -73,11 +73,17 @@ def _dynamic_shapes(
 
 
 def unused_tensors(program: ExportedProgram) -> set[str]:
-    """Parameters and buffers of the champion that its graph does not use."""
+    """Parameters and buffers of the champion that no output of its graph depends on."""
     signature = program.graph_signature
     by_node = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    waiting = [node for node in program.graph.nodes if node.op == "output"]
+    needed = set(waiting)
+    while waiting:
+        found = [node for node in waiting.pop().all_input_nodes if node not in needed]
+        needed.update(found)
+        waiting += found
     return {
         by_node[node.name].removeprefix(PREFIX)
         for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in by_node and not node.users
+        if node.op == "placeholder" and node.name in by_node and node not in needed
     }

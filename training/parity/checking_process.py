@@ -26,6 +26,7 @@ from holdfast.training.parity.parity import (
     check_artifact,
     check_comparison,
 )
+from holdfast.training.parity.ranges import RANGES, write_ranges
 from holdfast.training.runs.durable_json import write_json_durably
 
 
@@ -65,6 +66,8 @@ def check_parity(request: CheckRequest, names: list[str]) -> None:
         elif name == "champion":
             report = check_comparison(champion)
             write_golden(Path(request.scratch) / "golden", champion, num_golden)
+            _say("ranges of validation data")
+            write_ranges(Path(request.scratch) / RANGES, champion)
         else:
             report = check_artifact(champion, name, table[name], place, limits)
         write_json_durably(request.report_path("parity", name), report.as_json())

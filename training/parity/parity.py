@@ -340,7 +340,7 @@ def _prints_the_same(found: float, wanted: float) -> bool:
 
 def _read_unused(place: Place) -> set[str]:
     path = place.scratch / "unused.txt"
-    return set(path.read_text().split()) if path.is_file() else set()
+    return set(path.read_text().splitlines()) if path.is_file() else set()
 
 
 def _one_line(error: BaseException) -> str:

@@ -59,6 +59,10 @@ def test_the_page_of_formats_names_all_that_a_bundle_holds(
     assert sorted(tables["measured"]) == sorted(manifest["measured"])
     assert all(sorted(tables["parity row"]) == sorted(row) for row in parity["artifacts"])
     assert sorted(tables["golden"]) == sorted(golden)
+    ranges = json.loads(found["ranges.json"])
+    assert sorted(tables["ranges"]) == sorted(ranges)
+    for port in [*ranges["inputs"].values(), *ranges["outputs"].values()]:
+        assert sorted(tables["ranges of a port"]) == sorted(port)
 
 
 def test_the_bundle_serves_every_consumer(two_bundles: tuple[Path, Path]) -> None:
@@ -74,6 +78,7 @@ def test_the_bundle_serves_every_consumer(two_bundles: tuple[Path, Path]) -> Non
         "model.safetensors",
         "onnx_int8/model.onnx",
         "parity.json",
+        "ranges.json",
         "torchscript/model.pt",
         "verify.py",
     } <= names
@@ -230,6 +235,33 @@ def test_predicts_every_kind_of_file(bundle: Path, tmp_path: Path, kind: str) ->
     else:
         found = np.load(target)[:, :3]
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_predictions_are_warned_of_outside_of_the_ranges_of_validation_data(
+    bundle: Path, tmp_path: Path
+) -> None:
+    ranges = json.loads((bundle / "ranges.json").read_text())
+    assert "ranges.json" in json.loads((bundle / "manifest.json").read_text())["files"]
+    assert list(ranges["inputs"]) == ["images"]
+    assert list(ranges["outputs"]) == ["logits", "amount"]
+    images = np.load(bundle / "golden/ordinary.input.images.npy")
+    source = tmp_path / "in.npy"
+    np.save(source, images)
+    done = run_alone(bundle, "predict", str(bundle), str(source))
+    assert (done.returncode, done.stderr) == (0, ""), "golden samples are validation samples"
+    images[2] += 1e4
+    np.save(source, images)
+    done = run_alone(bundle, "predict", str(bundle), str(source))
+    assert done.returncode == 0
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith(
+        f"warning: input images: 36 of {images.size} values, in 1 of {len(images)} samples, are "
+        "outside of the range of validation data"
+    )
+    assert [line.partition(":")[2].split(":")[0] for line in lines[1:]] == [
+        " output logits",
+        " output amount",
+    ]
 
 
 def test_a_bundle_that_its_own_verify_would_refuse_is_not_published(tmp_path: Path) -> None:
