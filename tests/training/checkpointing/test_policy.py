@@ -154,7 +154,7 @@ def test_nothing_that_cannot_be_selected_is_among_the_best(
     assert len(kept) <= k
     for info in infos:
         if info.step in kept:
-            assert info.trigger == "epoch"
+            assert info.trigger in ("epoch", "light")
             assert not math.isnan(info.metrics["loss"])
 
 
@@ -197,6 +197,37 @@ def test_the_first_to_reach_a_threshold_is_kept_and_later_ones_are_not() -> None
     assert KeepCrossing("accuracy", 0.5, "above").keep(infos) == {5}
     assert KeepCrossing("accuracy", 0.8, "below").keep(infos) == {3}
     assert KeepCrossing("accuracy", 0.95, "above").keep(infos) == set()
+
+
+def test_a_threshold_is_of_ends_of_epochs_and_newly_reached_once() -> None:
+    infos = [
+        CheckpointInfo(3, trigger="light", metrics={"loss": 0.1}),
+        CheckpointInfo(6, trigger="threshold", metrics={"loss": 0.2}),
+        CheckpointInfo(9, trigger="epoch", metrics={"loss": 0.1}),
+    ]
+    below = KeepCrossing("loss", 0.2, "below")
+    assert below.keep(infos) == {6}
+    validations: list[dict[str, float]] = [{"loss": 0.5}, {"loss": math.nan}, {"loss": 0.2}]
+    assert [below.is_newly_reached(validations[:n]) for n in (1, 2, 3)] == [False, False, True]
+    assert not below.is_newly_reached([*validations, {"loss": 0.1}])
+    assert not below.is_newly_reached([{"accuracy": 0.1}])
+
+
+def test_what_was_saved_for_a_threshold_is_not_chosen_and_light_ones_are() -> None:
+    triggers = get_args(Trigger)
+    chosen = [trigger for trigger in triggers if CheckpointInfo(1, trigger=trigger).is_selectable]
+    assert chosen == ["epoch", "light"]
+
+
+def test_light_checkpoints_are_due_by_the_step_alone() -> None:
+    schedule = SaveSchedule(weights_every_steps=4, weights_every_epochs=2)
+    assert [s for s in range(1, 13) if schedule.is_light_due(s, 0, is_epoch_end=False)] == [
+        4,
+        8,
+        12,
+    ]
+    assert [schedule.is_light_due(5, epoch, is_epoch_end=True) for epoch in (1, 2)] == [False, True]
+    assert not SaveSchedule().is_light_due(4, 2, is_epoch_end=True)
 
 
 def test_what_only_selection_wants_is_slimmed() -> None:
@@ -242,6 +273,17 @@ def test_the_configuration_builds_every_kind_of_policy() -> None:
         KeepEvery(100),
         KeepCrossing("accuracy", 0.9, "above"),
         KeepCrossing("loss", 0.1, "below"),
+    )
+
+
+def test_the_best_k_may_be_by_another_metric_than_the_best() -> None:
+    selection = SelectionConfig(
+        metric="bleu", mode="max", top_k=2, top_k_metric="loss", top_k_mode="min"
+    )
+    assert build_retention(CheckpointConfig(), selection, EmaConfig()) == (
+        KeepLast(2),
+        KeepTopK(2, "loss", "min"),
+        KeepBest("bleu", "max"),
     )
 
 

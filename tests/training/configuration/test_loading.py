@@ -10,6 +10,7 @@ from torch import nn
 from holdfast.training.configuration.loading import (
     config_digest,
     config_from_record,
+    digested_values,
     experiment_settings,
     nearest,
     resolve_config,
@@ -75,6 +76,54 @@ def test_nobody_chooses_the_largest_loss() -> None:
     with pytest.raises(ConfigError, match=r"would choose the largest loss.*selection\.mode=min"):
         resolve("selection.mode=max")
     assert resolve("selection.metric=bleu", "selection.mode=max").selection.mode == "max"
+
+
+def test_the_best_k_and_early_stopping_may_follow_metrics_of_their_own() -> None:
+    config = resolve()
+    assert config.selection.top_k_ranking == config.early_stopping_ranking == ("loss", "min")
+    bleu = ("selection.metric=bleu", "selection.mode=max")
+    config = resolve(*bleu)
+    assert config.selection.top_k_ranking == config.early_stopping_ranking == ("bleu", "max")
+    config = resolve(*bleu, "selection.top_k_metric=loss", "early_stopping.metric=bleu")
+    assert config.selection.top_k_ranking == ("loss", "min")
+    assert config.early_stopping_ranking == ("bleu", "max")
+    config = resolve("early_stopping.metric=accuracy", "early_stopping.mode=max")
+    assert config.selection.top_k_ranking == ("loss", "min")
+    assert config.early_stopping_ranking == ("accuracy", "max")
+
+
+@pytest.mark.parametrize("prefix", ["selection.top_k_", "early_stopping."])
+def test_a_metric_of_its_own_says_which_direction_is_good(prefix: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{prefix}metric = 'bleu': is more of it better, or"):
+        resolve(f"{prefix}metric=bleu")
+    with pytest.raises(ConfigError, match=rf"{prefix}mode = 'max' belongs to {prefix}metric"):
+        resolve(f"{prefix}mode=max")
+    with pytest.raises(ConfigError, match=rf"{prefix}mode = 'max' would prefer the largest loss"):
+        resolve(f"{prefix}metric=loss", f"{prefix}mode=max")
+
+
+def test_light_checkpoints_that_would_all_be_full_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"weights_every_epochs=4 saves nothing that .*_epochs=2"):
+        resolve("checkpoint.every_epochs=2", "checkpoint.weights_every_epochs=4")
+    light = ("checkpoint.every_epochs=4", "checkpoint.weights_every_epochs=1")
+    snapshots = ("ema.posthoc_gammas=[16.97]", "ema.posthoc_snapshot_epochs=3")
+    assert resolve(*light, *snapshots).ema.posthoc_snapshot_epochs == 3
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps_per_epoch=7",
+        "checkpoint.weights_every_steps=7",
+        "selection.top_k_metric=loss",
+        "early_stopping.metric=loss",
+    ],
+)
+def test_new_keys_are_part_of_the_digest_only_where_they_are_set(override: str) -> None:
+    key = override.partition("=")[0]
+    assert config_digest(resolve(override)) != config_digest(resolve())
+    section, _, name = key.partition(".")
+    assert name not in digested_values(resolve())[section]
 
 
 def test_another_optimizer_drops_the_arguments_of_the_first() -> None:
