@@ -243,7 +243,7 @@ def test_predictions_are_warned_of_outside_of_the_ranges_of_validation_data(
     ranges = json.loads((bundle / "ranges.json").read_text())
     assert "ranges.json" in json.loads((bundle / "manifest.json").read_text())["files"]
     assert list(ranges["inputs"]) == ["images"]
-    assert list(ranges["outputs"]) == ["logits", "amount"]
+    assert list(ranges["outputs"]) == ["amount", "logits"]
     images = np.load(bundle / "golden/ordinary.input.images.npy")
     source = tmp_path / "in.npy"
     np.save(source, images)
