@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,13 @@ import pytest
 from safetensors.torch import load_file
 
 from holdfast.training.bundles import consumer
+from holdfast.training.bundles.promotion import compare_bundles
 from holdfast.training.bundles.registry import Registry
 from holdfast.training.champion.candidate_plan import plan_candidates
 from holdfast.training.configuration.loading import config_from_record
 from holdfast.training.runs.directory import read_run_record
 from holdfast.training.runs.paths import RunDirectory
+from holdfast.training.stage import StageArguments, prepared_stage
 from tests.faults.campaign import Training, complete
 from tests.generality.harness import OFTEN, stop_after
 
@@ -97,6 +100,16 @@ def test_an_ensemble_is_exported_in_every_format(calm: RunDirectory) -> None:
         Registry(calm.path.parents[1]).position("noisy_points.Classified", "champion") is not None
     )
     assert "times as long as one of the single best" in calm.report_html.read_text()
+
+
+def test_ensembles_are_compared_without_onnx_too(calm: RunDirectory, tmp_path: Path) -> None:
+    """A promotion reads the weights of all members where there is no ONNX file."""
+    bare = Path(shutil.copytree(calm.bundle, tmp_path / "bare", ignore=lambda *_: {"1"}))
+    store = calm.path.parents[1]
+    told = StageArguments(EXPERIMENT, store, "one", 1, overrides=OVERRIDES, progress_format="none")
+    with prepared_stage(told) as stage:
+        found = compare_bundles(bare, calm.bundle, stage.experiment, stage.config)
+    assert found.new == pytest.approx(found.holder, rel=1e-5)
 
 
 def test_an_ensemble_is_the_same_however_the_training_was_stopped(

@@ -258,8 +258,9 @@ def paired_differences(
 
 
 def _records(bundle: Path, experiment: Experiment, config: RunConfig) -> Records:
-    name = consumer.read_manifest(bundle)["champion"].get("name", "")
-    experiment = experiment_of(experiment, name)
+    if not _has_onnx(bundle):  # an ensemble's weights are read into all its members
+        name = consumer.read_manifest(bundle)["champion"].get("name", "")
+        experiment = experiment_of(experiment, name)
     model = experiment.model().eval()
     interface = open_interface(experiment, model, 2).interface
     place = Place(bundle, bundle, experiment.model, interface)
