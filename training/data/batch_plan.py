@@ -26,6 +26,14 @@ class BatchPlan(Protocol):
         ...
 
 
+def place_of(plan: BatchPlan, step: int) -> tuple[int, int]:
+    """The pass over the data, and the step in it, that come after so many steps of a run."""
+    current = 0
+    while step >= (num_steps := plan.num_steps(current)):
+        current, step = current + 1, step - num_steps
+    return current, step
+
+
 class FixedSizePlan:
     """Batches of one size in an order that differs in each epoch.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from holdfast.training.configuration.schema import RunConfig, TrainConfig
+from holdfast.training.data.batch_plan import place_of
 from holdfast.training.data.loader import BatchPlan, Loader, Microbatch
 from holdfast.training.experiment.protocol import Dataset, Experiment
 from holdfast.training.loop.early_stopping import EarlyStopping
@@ -139,10 +140,7 @@ class Trainer:
         counters = self.state.counters
         if self.config.train.steps_per_epoch is None:
             return counters.epoch, counters.step_in_epoch
-        current, step = 0, counters.step
-        while step >= (num_steps := self.plan.num_steps(current)):
-            current, step = current + 1, step - num_steps
-        return current, step
+        return place_of(self.plan, counters.step)
 
     def _is_preempted(self) -> bool:
         return self.monitor.notice is not None

@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.training.data.batch_plan import BLOCK_SIZE, BatchPlan, FixedSizePlan, TokenPlan
+from holdfast.training.data.batch_plan import (
+    BLOCK_SIZE,
+    BatchPlan,
+    FixedSizePlan,
+    OwnOrderPlan,
+    TokenPlan,
+    place_of,
+)
 from holdfast.training.errors import InputError
 
 
@@ -103,3 +110,9 @@ def test_the_seed_decides_which_items_of_one_length_stand_together() -> None:
 def test_an_item_longer_than_a_batch_is_named() -> None:
     with pytest.raises(InputError, match=r"item 1 has 9 tokens, more than data\.batch_tokens=8"):
         TokenPlan([3, 9, 4], 8, 0)
+
+
+def test_a_place_is_found_over_passes_of_different_lengths() -> None:
+    plan = OwnOrderPlan(lambda epoch: np.arange(4 + 3 * (epoch % 2)), 2, False)
+    walked = [(epoch, step) for epoch in range(5) for step in range(plan.num_steps(epoch))]
+    assert [place_of(plan, step) for step in range(len(walked))] == walked
