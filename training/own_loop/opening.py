@@ -43,6 +43,7 @@ STORE, RUN_ID = "HOLDFAST_STORE", "HOLDFAST_RUN_ID"
 IS_STRICT, ALLOW_MISMATCH = "HOLDFAST_STRICT", "HOLDFAST_ALLOW_MISMATCH"
 """Set by ``holdfast exec``; what a script itself says is its default."""
 DEFAULTS: dict[str, Any] = {"ema": {"decays": []}}
+VALIDATING = ("train.steps_per_epoch", "checkpoint.weights_every_steps")
 OWN = ("data", "optimizer", "scheduler", "warmup", "early_stopping", "rehearsal")
 """Sections that say what a script does by itself."""
 
@@ -138,6 +139,11 @@ def run_config(seed: int, config: object, settings: Mapping[str, Any] | None) ->
         ]
         if section in OWN:
             raise InputError(f"settings: {key!r} is the script's own matter; leave it out")
+        if key in VALIDATING:
+            raise InputError(
+                f"settings: {key!r} says when to validate, and a script does so by itself: call "
+                f"run.validated after as many steps, and leave it out"
+            )
         if section not in allowed or not name:
             raise InputError(
                 f"settings: {key!r} is no key of Holdfast's; {nearest(section, allowed)}, such as "

@@ -89,6 +89,7 @@ run = holdfast.run(
         "ema.decays": [0.9],
         "logging.every_s": 0.0001,
         **({"optimizer.name": "Adam"} if fault == "own setting" else {}),
+        **({"checkpoint.weights_every_steps": 3} if fault == "validating" else {}),
         **({"checkpoints.every_steps": 3} if fault == "unknown setting" else {}),
     },
 )

@@ -84,6 +84,7 @@ def test_the_record_names_the_script_and_its_configuration(tmp_path: Path) -> No
 REFUSED = {
     "config": "config/rate is a builtins.object; expected numbers, text, lists, dicts",
     "own setting": "'optimizer.name' is the script's own matter; leave it out",
+    "validating": "'checkpoint.weights_every_steps' says when to validate, and a script does so by",
     "unknown setting": "'checkpoints.every_steps' is no key of Holdfast's; did you mean",
     "name": "'../one' cannot be a run id",
     "parallel": "no DataParallel: use one process for each device",
