@@ -99,6 +99,7 @@ def run(server: PrefectServer, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_somebody_is_told_of_failed_stuck_promoted_and_kept_out_runs(
     prefect_server: PrefectServer, webhook: Webhook, tmp_path: Any
 ) -> None:

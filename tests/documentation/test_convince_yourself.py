@@ -40,6 +40,7 @@ def test_every_block_is_run_by_a_test() -> None:
     assert len(unnamed_commands(PAGE)) == 1, "only that of OMP_NUM_THREADS"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_training_that_is_stopped_within_an_epoch_takes_the_same_way(tmp_path: Path) -> None:
     told = told_by(tmp_path, TRAJECTORY)

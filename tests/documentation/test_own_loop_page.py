@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from holdfast.training.exactness.reproducibility import child_environment
 from holdfast.training.exactness.trial import Trial
 from holdfast.training.runs.paths import RunDirectory
@@ -40,6 +42,7 @@ def test_a_script_is_handed_over_in_at_most_ten_lines() -> None:
     assert len([line for line in added if not re.match(r'\+ """', line)]) == 6
 
 
+@pytest.mark.slow
 def test_the_script_of_the_page_is_exact(tmp_path: Path) -> None:
     plain = Trial(every_steps=5)
     assert train(tmp_path / "calm", plain) == 0

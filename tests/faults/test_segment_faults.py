@@ -7,6 +7,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.faults.campaign import Training, check_latest_is_good, complete
 
 
@@ -28,6 +30,7 @@ def test_a_nan_loss_names_step_and_batch_and_saves_nothing(tmp_path: Path) -> No
     assert record["error"]["type"] == "NonFiniteLossError"
 
 
+@pytest.mark.slow
 def test_bad_values_end_with_2_before_anything_is_written(tmp_path: Path) -> None:
     for override, part in [
         ("train.num_epoch=1", "did you mean 'num_epochs'"),

@@ -57,7 +57,8 @@ def paused(store: Path, *overrides: str) -> Training:
     folder = store / "pauses"
     folder.mkdir()
     pauses = f"experiment.pause_folder={folder}"
-    return Training(store, "paused", overrides=(*PAUSED, pauses, *overrides))
+    # Started anew: what others are forked from does not see a disk that is mounted here.
+    return Training(store, "paused", overrides=(*PAUSED, pauses, *overrides), is_cold=True)
 
 
 def reach(training: Training, segment: Segment, call: int) -> None:

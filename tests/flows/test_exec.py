@@ -44,6 +44,7 @@ def test_a_script_that_was_preempted_is_started_again_where_the_machine_stays(
     assert outcomes(RunDirectory(tmp_path / "elsewhere/points/two")) == ["preempted", "completed"]
 
 
+@pytest.mark.slow
 def test_crashes_without_progress_end_it_with_the_signal_that_killed_it(tmp_path: Path) -> None:
     arguments = ("--max-crashes", "1", str(SCRIPT), "steps", "store", "1:SIGKILL")
     process = start(tmp_path, *arguments)
@@ -53,6 +54,7 @@ def test_crashes_without_progress_end_it_with_the_signal_that_killed_it(tmp_path
     assert outcomes(RunDirectory(tmp_path / "store/points/one")) == ["running", "running"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_passed_on_and_nothing_is_started_again(tmp_path: Path) -> None:
     process = start(tmp_path, str(SCRIPT), "steps", "store", "10:SIGSTOP")
     run = RunDirectory(tmp_path / "store/points/one")

@@ -99,6 +99,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_75(
     assert checkpoint_steps(run)[-1] == read_segments(run)[-1].end_step
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once_and_exits_with_130(terminal: Terminal) -> None:
     run = RunDirectory(terminal.store / "digits" / "at-once")
     process = terminal.start("run", "digits", "--run-id", "at-once", *SETTINGS)

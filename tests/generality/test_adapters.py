@@ -50,6 +50,7 @@ def write_base(path: Path, seed: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_saved_and_a_bundle_holds_the_whole_model(tmp_path: Path) -> None:
     run = assert_exact(reference("Lora"), tmp_path)
     saved = newest(run)
@@ -69,6 +70,7 @@ def test_adapters_alone_are_saved_and_a_bundle_holds_the_whole_model(tmp_path: P
     assert names_in(bundle / "model.safetensors") == names == whole.keys()
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_exported_with_the_answers_of_the_trained_one(tmp_path: Path) -> None:
     training = Training(tmp_path, "one", reference("MergedLora"), SHORT)
     segment = training.start({"HOLDFAST_REHEARSAL_DEPTH": "export"})
@@ -80,6 +82,7 @@ def test_a_merged_model_is_exported_with_the_answers_of_the_trained_one(tmp_path
     assert names_in(bundle / "model.safetensors") == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
+@pytest.mark.slow
 def test_a_merge_that_changes_the_answers_is_not_published(tmp_path: Path) -> None:
     training = Training(tmp_path, "one", reference("WronglyMergedLora"), SHORT)
     complete(training)
@@ -91,6 +94,7 @@ def test_a_merge_that_changes_the_answers_is_not_published(tmp_path: Path) -> No
     assert not training.run.bundle.exists()
 
 
+@pytest.mark.slow
 def test_another_base_under_the_same_run_id_is_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base.safetensors", 1)
     told = (f"experiment.base={base}", "train.max_steps=9")
@@ -133,6 +137,7 @@ def test_what_cannot_be_left_out_is_refused_in_one_line(
     assert "checkpoint.frozen" in message
 
 
+@pytest.mark.slow
 def test_the_last_validation_is_repeated_with_the_base(tmp_path: Path) -> None:
     often = ("train.num_epochs=3", "checkpoint.every_steps=4", "checkpoint.keep_last=3")
     training = Training(tmp_path, "one", reference("Lora"), (*often, "checkpoint.is_auto=false"))
@@ -147,5 +152,6 @@ def test_the_last_validation_is_repeated_with_the_base(tmp_path: Path) -> None:
     assert differences(final_state(training.run), wanted) == []
 
 
+@pytest.mark.slow
 def test_a_layer_may_be_unfrozen_where_it_is_kept(tmp_path: Path) -> None:
     assert_exact(reference("KeptUnfreezing"), tmp_path)

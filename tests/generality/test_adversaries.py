@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from holdfast import Step
 from tests.faults.campaign import Training
 from tests.generality.harness import QUICK_EXPORT, assert_exact, assert_published
 from tests.generality.points import OnPoints
+
+pytestmark = pytest.mark.slow
 
 
 class Pair(nn.Module):

@@ -267,12 +267,14 @@ class Glue(Base):
         return found.logits, batch["labels"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["DictItems", "NamedTuples", "Dataclasses", "Placed"])
 def test_a_batch_of_any_kind_is_exact(name: str, tmp_path: Path) -> None:
     overrides = ("train.num_microbatches=2",) if name == "Placed" else ()
     assert_exact(f"{__file__}:{name}", tmp_path, overrides)
 
 
+@pytest.mark.slow
 def test_loader_processes_send_batches_of_any_kind(tmp_path: Path) -> None:
     experiment = f"{__file__}:Dataclasses"
     runs = [
@@ -284,6 +286,7 @@ def test_loader_processes_send_batches_of_any_kind(tmp_path: Path) -> None:
     assert differences(*(final_state(training.run) for training in runs)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Vae", "Dataclasses"])
 def test_images_alone_and_dataclasses_come_to_their_bundle(name: str, tmp_path: Path) -> None:
     experiment = f"{__file__}:{name}"
@@ -297,6 +300,7 @@ def test_images_alone_and_dataclasses_come_to_their_bundle(name: str, tmp_path: 
     assert names == wanted[name]
 
 
+@pytest.mark.slow
 def test_glue_padded_to_the_longest_is_exact_to_a_bundle_of_any_length(tmp_path: Path) -> None:
     experiment = f"{__file__}:Glue"
     assert_exact(experiment, tmp_path)

@@ -20,6 +20,8 @@ from tests.faults.campaign import Training, complete, differences, final_state
 from tests.generality.harness import OFTEN, stop_after
 from tests.warm_start import WarmProcess
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENT = f"{Path(__file__).with_name('adapters.py')}:KeptLora"
 LEAN = EXPERIMENT.replace("KeptLora", "Lora")
 KEPT = (*OFTEN, "checkpoint.keep_every_steps=9", "selection.top_k=2")

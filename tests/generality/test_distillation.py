@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from tests.faults.campaign import Training
 from tests.generality.harness import QUICK_EXPORT, assert_exact, assert_published
+
+pytestmark = pytest.mark.slow
 
 
 class Distill:

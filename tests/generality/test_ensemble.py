@@ -65,6 +65,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return published(training)
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_a_candidate_of_its_own(calm: RunDirectory) -> None:
     evaluation = json.loads(calm.evaluation_json.read_text())
     names = [entry["name"] for entry in evaluation["candidates"]]
@@ -83,6 +84,7 @@ def test_an_ensemble_is_a_candidate_of_its_own(calm: RunDirectory) -> None:
     assert latency["batch-1"]["p50_ms"] > latency["batch-1"]["single_best_p50_ms"] > 0
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_exported_in_every_format(calm: RunDirectory) -> None:
     evaluation = json.loads(calm.evaluation_json.read_text())
     assert evaluation["champion"]["name"] == "ensemble-top-3", "the fixture's seed lets it win"
@@ -102,6 +104,7 @@ def test_an_ensemble_is_exported_in_every_format(calm: RunDirectory) -> None:
     assert "times as long as one of the single best" in calm.report_html.read_text()
 
 
+@pytest.mark.slow
 def test_ensembles_are_compared_without_onnx_too(calm: RunDirectory, tmp_path: Path) -> None:
     """A promotion reads the weights of all members where there is no ONNX file."""
     bare = Path(shutil.copytree(calm.bundle, tmp_path / "bare", ignore=lambda *_: {"1"}))
@@ -112,6 +115,7 @@ def test_ensembles_are_compared_without_onnx_too(calm: RunDirectory, tmp_path: P
     assert found.new == pytest.approx(found.holder, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_the_same_however_the_training_was_stopped(
     calm: RunDirectory, tmp_path: Path
 ) -> None:

@@ -113,6 +113,7 @@ class Growing(Base):
     data = ByHardness
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Curriculum", "Weighted", "Sequential", "Growing"])
 def test_an_order_of_one_s_own_is_exact(name: str, tmp_path: Path) -> None:
     experiment = f"{__file__}:{name}"

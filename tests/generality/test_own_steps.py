@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
@@ -156,6 +157,7 @@ class Actor(OnPoints):
         return classification_rows(model.actor(model.trunk(batch[0]).relu()), batch[1])
 
 
+@pytest.mark.slow
 def test_muon_beside_adamw_is_exact(tmp_path: Path) -> None:
     assert_exact(f"{__file__}:MuonBesideAdamW", tmp_path)
 
@@ -164,10 +166,12 @@ def test_sharpness_aware_steps_are_exact(tmp_path: Path) -> None:
     assert_exact(f"{__file__}:Sharp", tmp_path)
 
 
+@pytest.mark.slow
 def test_steps_with_a_closure_are_exact(tmp_path: Path) -> None:
     overrides = ("train.num_epochs=30", "checkpoint.every_epochs=4")
     assert_exact(f"{__file__}:Oscillator", tmp_path, overrides)
 
 
+@pytest.mark.slow
 def test_an_actor_and_its_critic_are_exact(tmp_path: Path) -> None:
     assert_exact(f"{__file__}:Actor", tmp_path)

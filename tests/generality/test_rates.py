@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -15,6 +16,8 @@ from holdfast.training.checkpointing.diff import compare
 from tests.faults.campaign import Training
 from tests.generality.harness import QUICK_EXPORT, assert_exact, assert_published
 from tests.generality.points import OnPoints, classification_rows
+
+pytestmark = pytest.mark.slow
 
 NUM_TOKENS, LENGTH = 11, 8
 SEQUENCE = (

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from holdfast import Step
 from tests.generality.harness import assert_exact
 from tests.generality.points import OnPoints
+
+pytestmark = pytest.mark.slow
 
 MOMENTUM = 0.9
 

@@ -96,6 +96,7 @@ def test_the_samples_go_on_over_the_passes_of_the_data(tmp_path: Path) -> None:
     assert weights(ended, 39) == weights(passes, 39)
 
 
+@pytest.mark.slow
 def test_light_checkpoints_are_exact_and_nothing_begins_with_them(tmp_path: Path) -> None:
     calm = train(tmp_path / "calm", *LIGHT)
     light = [m for m in manifests(calm).values() if m.kind == "weights"]
@@ -118,6 +119,7 @@ def test_light_checkpoints_are_exact_and_nothing_begins_with_them(tmp_path: Path
     assert planned(calm) == planned(stopped.run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_a_notice_in_a_light_validation_is_exact(tmp_path: Path, count: int) -> None:
     """In the middle of one, in its last batch, and in the second one."""
@@ -134,6 +136,7 @@ def test_a_notice_in_a_light_validation_is_exact(tmp_path: Path, count: int) -> 
     assert chosen(calm) == chosen(stopped.run)
 
 
+@pytest.mark.slow
 def test_a_light_checkpoint_may_win(tmp_path: Path) -> None:
     run = train(tmp_path, *LIGHT)
     (best,) = [candidate for candidate in planned(run) if candidate.name == "best"]
@@ -142,6 +145,7 @@ def test_a_light_checkpoint_may_win(tmp_path: Path) -> None:
     assert any(step % NUM_STEPS for step in chosen(run)), "one of the best was saved in an epoch"
 
 
+@pytest.mark.slow
 def test_a_threshold_saves_and_never_changes_the_choice(tmp_path: Path) -> None:
     seldom = ("checkpoint.every_epochs=6", "checkpoint.every_steps=1000")
     plain = train(tmp_path / "plain", *seldom)

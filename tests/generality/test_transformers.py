@@ -105,6 +105,7 @@ class Bert:
         return {"loss": float(records["loss"].mean())}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the library's own
 def test_bert_goes_on_as_it_stood_to_exports_of_any_length(tmp_path: Path) -> None:
     pytest.importorskip("transformers")

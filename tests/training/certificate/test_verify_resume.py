@@ -52,6 +52,7 @@ def test_a_hidden_fault_is_named(fault: str) -> None:
     assert any(line.startswith("loss     first differs at step ") for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", slow_but(CLEAN))
 def test_a_script_without_one_is_certified(fault: str, tmp_path: Path) -> None:
     path = tmp_path / "certificate.json"
@@ -65,6 +66,7 @@ def test_a_script_without_one_is_certified(fault: str, tmp_path: Path) -> None:
     assert certificate["verdict"]["num_losses"] >= certificate["num_steps"] == 20
 
 
+@pytest.mark.slow
 def test_an_experiment_is_certified_or_its_fault_is_named() -> None:
     words = ("--steps", "12", "--stops", "1")
     done = verify_resume(f"{HARD}:Hard", *words)

@@ -171,6 +171,7 @@ def test_the_documented_program_translates_as_pytorch_does(bundle: Path) -> None
     assert done.stdout.split("\n")[:-1] == wanted
 
 
+@pytest.mark.slow
 def test_parts_with_other_weights_are_refused(champion: Path, tmp_path: Path) -> None:
     stale = tmp_path / "stale.safetensors"
     save_file(trained_model(2).state_dict(), stale)

@@ -36,7 +36,9 @@ def run_in(folder: Path) -> RunDirectory:
     [
         ("steps", ("7:SIGKILL", "16:SIGTERM", "25:SIGKILL", "38:SIGTERM")),
         ("epochs", ("4:SIGKILL", "15:SIGTERM", "31:SIGKILL")),
-        ("accumulated", ("3:SIGTERM", "11:SIGKILL", "19:SIGKILL")),
+        pytest.param(
+            "accumulated", ("3:SIGTERM", "11:SIGKILL", "19:SIGKILL"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_script_that_is_stopped_ends_with_the_bytes_of_a_calm_one(
