@@ -73,7 +73,8 @@ def resolve_config(
     _require_mode(sources[0].get("selection", {}), asked.get("selection", {}))
     config = validated(RunConfig, table, prefix="")
     settings = validated(settings_class, config.experiment, prefix="experiment.")
-    return config.model_copy(update={"experiment": settings.model_dump(mode="json")})
+    experiment = settings.model_dump(mode="json", exclude=_as_before(settings))
+    return config.model_copy(update={"experiment": experiment})
 
 
 def experiment_settings(settings_class: type[S], config: RunConfig) -> S:
@@ -177,6 +178,15 @@ def _require_mode(preferred: Mapping[str, Any], asked: Mapping[str, Any]) -> Non
             "selection.mode = 'max' would choose the largest loss: training makes it small; write "
             "selection.mode=min, or name the metric that is meant in selection.metric"
         )
+
+
+def _as_before(settings: BaseModel) -> set[str]:
+    """Settings that an experiment was given after its first release, where they say nothing new."""
+    return {
+        name
+        for name, info in type(settings).model_fields.items()
+        if digest_rule(info) == "unless default" and getattr(settings, name) == info.get_default()
+    }
 
 
 def _parse_override(override: str) -> Table:

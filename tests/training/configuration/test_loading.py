@@ -15,7 +15,7 @@ from holdfast.training.configuration.loading import (
     nearest,
     resolve_config,
 )
-from holdfast.training.configuration.schema import RunConfig, Section
+from holdfast.training.configuration.schema import UNLESS_DEFAULT, RunConfig, Section
 from holdfast.training.errors import ConfigError
 from holdfast.training.experiment.loading import default_values, load_experiment, settings_class
 from holdfast.training.experiment.protocol import NoSettings
@@ -124,6 +124,21 @@ def test_new_keys_are_part_of_the_digest_only_where_they_are_set(override: str) 
     assert config_digest(resolve(override)) != config_digest(resolve())
     section, _, name = key.partition(".")
     assert name not in digested_values(resolve())[section]
+
+
+def test_an_experiments_new_key_is_part_of_the_configuration_only_where_it_is_set() -> None:
+    class Grown(Settings):
+        files: tuple[str, ...] = Field((), json_schema_extra=UNLESS_DEFAULT)
+
+    def grown(*overrides: str) -> RunConfig:
+        return resolve_config(settings_class=Grown, overrides=overrides)
+
+    assert grown("experiment.files=[]") == resolve()
+    assert config_digest(grown()) == config_digest(resolve())
+    assert experiment_settings(Grown, resolve()).files == ()
+    named = grown('experiment.files=["a"]')
+    assert named.experiment["files"] == ["a"]
+    assert config_digest(named) != config_digest(resolve())
 
 
 def test_another_optimizer_drops_the_arguments_of_the_first() -> None:

@@ -1,14 +1,18 @@
-"""Read pairs of sentences, and split them so that no sentence is in two splits."""
+"""Read pairs of sentences, and split them so that no training sentence is in another split."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.training.configuration.schema import Split
 from holdfast.training.errors import DataFormatError, DataNotFoundError
+
+logger = logging.getLogger(__name__)
 
 Pair = tuple[str, str]
 
@@ -27,6 +31,92 @@ class Sentence:
 
     source: str
     translations: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All sentences, and which of them are in a split.
+
+    Attributes:
+        sentences: their place is the number by which data sets and records name them.
+        numbers: of the sentences of each split, ascending.
+        num_left_out: distinct source sentences that were taken out of training, because a given
+            file has them, too.
+    """
+
+    sentences: tuple[Sentence, ...]
+    numbers: Mapping[Split, range | list[int]]
+    num_left_out: int = 0
+
+    def fingerprint(self, numbers: Sequence[int], vocabulary: bytes) -> str:
+        """Digest of a vocabulary and of some sentences with their translations."""
+        digest = hashlib.blake2b(vocabulary, digest_size=16)
+        for number in numbers:
+            sentence = self.sentences[number]
+            digest.update("\0".join((sentence.source, *sentence.translations, "")).encode())
+        return digest.hexdigest()
+
+    def note(self, test_files: Sequence[str]) -> str:
+        """For the model card: that the test was given, and what training lost by it."""
+        if not test_files:
+            return ""
+        return (
+            f" Tested on {' and '.join(test_files)}, line by line; {self.num_left_out} source "
+            "sentences of the validation and test files were left out of training."
+        )
+
+
+def hashed_corpus(pairs: list[Pair], fractions: SplitFractions) -> Corpus:
+    """Each distinct source sentence once, in the split that its letters decide."""
+    sentences = sentences_of(pairs)
+    numbers: dict[Split, list[int]] = {"train": [], "validation": [], "test": []}
+    for number, sentence in enumerate(sentences):
+        numbers[split_of(sentence.source, fractions)].append(number)
+    return Corpus(tuple(sentences), numbers)
+
+
+def given_corpus(pairs: list[Pair], validation: list[Pair], test: list[Pair]) -> Corpus:
+    """Validation and test as somebody else fixed them: line by line, each with its translation.
+
+    Training keeps the sentences of ``pairs`` whose letters and digits are those of none of them;
+    what it loses is counted, and told in a warning.
+
+    Raises DataFormatError where nothing is left to train on.
+    """
+    given = {letters_of(source) for source, _ in (*validation, *test)}
+    every = sentences_of(pairs)
+    kept = [sentence for sentence in every if letters_of(sentence.source) not in given]
+    num_left_out = len(every) - len(kept)
+    if not kept:
+        raise DataFormatError(
+            f"all {len(every)} distinct source sentences to train on are in the files of "
+            "experiment.validation_files and experiment.test_files; name other training pairs"
+        )
+    num_shared = len(
+        {letters_of(source) for source, _ in validation} & {letters_of(s) for s, _ in test}
+    )
+    if num_left_out or num_shared:
+        logger.warning(
+            "of %d distinct source sentences to train on, %d are left out: a validation or test "
+            "file has them; %d sentences are in both of these files, and stay",
+            len(every),
+            num_left_out,
+            num_shared,
+        )
+    parts = kept, _one_by_one(validation), _one_by_one(test)
+    ends = [sum(map(len, parts[: number + 1])) for number in range(3)]
+    numbers: dict[Split, range | list[int]] = {
+        "train": range(ends[0]),
+        "validation": range(ends[0], ends[1]),
+        "test": range(ends[1], ends[2]),
+    }
+    return Corpus(tuple(one for part in parts for one in part), numbers, num_left_out)
+
+
+def read_files(folder: Path, names: Sequence[str]) -> list[Pair]:
+    """One file of pairs, or two: source sentences and their translations. Raises as they do."""
+    paths = [folder / name for name in names]
+    return read_tab_separated(paths[0]) if len(paths) == 1 else read_parallel(paths[0], paths[1])
 
 
 def read_tab_separated(path: Path) -> list[Pair]:
@@ -72,8 +162,7 @@ def split_of(source: str, fractions: SplitFractions) -> Split:
 
     So "Go!" and "go." are together, whatever else the corpus holds, and in whatever order.
     """
-    key = "".join(character for character in source.casefold() if character.isalnum()) or source
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(letters_of(source).encode(), digest_size=8).digest()
     place = int.from_bytes(digest, "big") / 2**64
     if place < fractions.validation:
         return "validation"
@@ -88,6 +177,15 @@ def sentences_of(pairs: list[Pair]) -> list[Sentence]:
     return [Sentence(source, tuple(targets)) for source, targets in grouped.items()]
 
 
+def letters_of(source: str) -> str:
+    """What sentences have in common that are not told apart: their letters and digits."""
+    return "".join(character for character in source.casefold() if character.isalnum()) or source
+
+
+def _one_by_one(pairs: list[Pair]) -> list[Sentence]:
+    return [Sentence(source, (target,)) for source, target in pairs]
+
+
 def _lines(path: Path) -> list[str]:
     try:
         # Not splitlines, which also splits at characters that stand within sentences.
@@ -95,8 +193,9 @@ def _lines(path: Path) -> list[str]:
     except FileNotFoundError:
         raise DataNotFoundError(
             f"translation needs {path}, which does not exist; name an existing file with "
-            "experiment.pairs_file, or experiment.source_file and experiment.target_file, "
-            "relative to data.folder. Without them it trains on a small generated corpus"
+            "experiment.pairs_file, or experiment.source_file and experiment.target_file (with "
+            "given splits: experiment.validation_files and experiment.test_files), relative to "
+            "data.folder. Without them it trains on a small generated corpus"
         ) from None
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1

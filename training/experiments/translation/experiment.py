@@ -6,7 +6,7 @@ Without a file it trains on a generated corpus: sums in words, English and Germa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from holdfast.training.configuration.schema import Section, Split
+from holdfast.training.configuration.schema import UNLESS_DEFAULT, Section, Split
 from holdfast.training.errors import CheckpointMismatchError, DataFormatError
 from holdfast.training.experiment.protocol import Batch, Context, Records
 from holdfast.training.experiments.translation.bleu import (
@@ -26,14 +26,14 @@ from holdfast.training.experiments.translation.bleu import (
     signature,
 )
 from holdfast.training.experiments.translation.data import (
-    Sentence as CorpusSentence,
+    Corpus,
+    SplitFractions,
+    given_corpus,
+    hashed_corpus,
+    read_files,
 )
 from holdfast.training.experiments.translation.data import (
-    SplitFractions,
-    read_parallel,
-    read_tab_separated,
-    sentences_of,
-    split_of,
+    Sentence as CorpusSentence,
 )
 from holdfast.training.experiments.translation.dataset import Rows, TranslationDataset
 from holdfast.training.experiments.translation.graphs import (
@@ -68,6 +68,11 @@ class TranslationSettings(Section):
     """Source sentences, one a line; together with target_file, in place of pairs_file."""
     target_file: str | None = None
     """Their translations, line by line."""
+    validation_files: tuple[str, ...] = Field((), max_length=2, json_schema_extra=UNLESS_DEFAULT)
+    """Validation pairs that somebody else fixed: one file as pairs_file, or two, as source_file and
+    target_file. Together with test_files, in place of the fractions."""
+    test_files: tuple[str, ...] = Field((), max_length=2, json_schema_extra=UNLESS_DEFAULT)
+    """Test pairs, in the same way."""
     num_generated: int = Field(2000, ge=100, le=10_000)
     """Pairs of the generated corpus, which is used where no file is named."""
     validation_fraction: float = Field(0.1, gt=0, lt=0.5)
@@ -103,9 +108,24 @@ class TranslationSettings(Section):
             raise ValueError("source_file and target_file are named together, or neither is")
         if self.pairs_file is not None and self.source_file is not None:
             raise ValueError("name pairs_file, or source_file and target_file, not both")
+        self._require_given_whole()
         if self.width % self.num_heads:
             raise ValueError(f"num_heads={self.num_heads} does not divide width={self.width}")
         return self
+
+    def _require_given_whole(self) -> None:
+        if bool(self.validation_files) != bool(self.test_files):
+            raise ValueError("validation_files and test_files are named together, or neither is")
+        if self.test_files and not self.training_files():
+            raise ValueError(
+                "validation_files and test_files need training pairs of yours: name pairs_file, or "
+                "source_file and target_file"
+            )
+
+    def training_files(self) -> tuple[str, ...]:
+        """One file of pairs, two files whose lines belong together, or none."""
+        names = self.pairs_file, self.source_file, self.target_file
+        return tuple(name for name in names if name is not None)
 
 
 class Translation:
@@ -135,26 +155,22 @@ class Translation:
         self._folder = context.data_folder or Path()
 
     @cached_property
-    def _sentences(self) -> list[CorpusSentence]:
-        """The whole corpus; the numbers of its sentences are those of the data sets."""
-        settings = self._settings
-        if settings.pairs_file is not None:
-            pairs = read_tab_separated(self._folder / settings.pairs_file)
-        elif settings.source_file is not None and settings.target_file is not None:
-            names = settings.source_file, settings.target_file
-            pairs = read_parallel(*(self._folder / name for name in names))
-        else:
-            pairs = number_pairs(settings.num_generated)
-        return sentences_of(pairs)
-
-    def _numbers(self, split: Split) -> list[int]:
-        settings = self._settings
+    def _corpus(self) -> Corpus:
+        """The whole of it; the numbers of its sentences are those of the data sets."""
+        settings, names = self._settings, self._settings.training_files()
+        pairs = read_files(self._folder, names) if names else number_pairs(settings.num_generated)
+        if settings.test_files:
+            given = settings.validation_files, settings.test_files
+            return given_corpus(pairs, *(read_files(self._folder, files) for files in given))
         fractions = SplitFractions(settings.validation_fraction, settings.test_fraction)
-        chosen = [
-            number
-            for number, sentence in enumerate(self._sentences)
-            if split_of(sentence.source, fractions) == split
-        ]
+        return hashed_corpus(pairs, fractions)
+
+    @property
+    def _sentences(self) -> Sequence[CorpusSentence]:
+        return self._corpus.sentences
+
+    def _numbers(self, split: Split) -> Sequence[int]:
+        chosen = self._corpus.numbers[split]
         if not chosen:
             raise DataFormatError(
                 f"none of the {len(self._sentences)} distinct source sentences falls into the "
@@ -342,6 +358,7 @@ class Translation:
                 "place, which label smoothing needs. To translate, run `parts/encoder` once and "
                 "`parts/decoder_step` for each token; text becomes tokens by `tokenizer.json`. "
                 f"BLEU, by beam search, is sacrebleu's {signature()}."
+                f"{self._corpus.note(self._settings.test_files)}"
             ),
             probes=self._probes(),
             task="translation",
@@ -367,13 +384,9 @@ class Translation:
     def _vocabulary_digest(self) -> str:
         return hashlib.sha256(self.vocabulary.serialized).hexdigest()
 
-    def _fingerprint(self, numbers: list[int]) -> str:
+    def _fingerprint(self, numbers: Sequence[int]) -> str:
         """Digest of the vocabulary and of a split's texts."""
-        digest = hashlib.blake2b(self.vocabulary.serialized, digest_size=16)
-        for number in numbers:
-            sentence = self._sentences[number]
-            digest.update("\0".join((sentence.source, *sentence.translations, "")).encode())
-        return digest.hexdigest()
+        return self._corpus.fingerprint(numbers, self.vocabulary.serialized)
 
 
 def num_tokens(target_BT: Tensor) -> Tensor:

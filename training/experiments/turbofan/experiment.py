@@ -6,22 +6,27 @@ tells a model's memory, not what it does with an engine that it has not seen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field
+import numpy.typing as npt
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from holdfast.training.configuration.schema import Section, Split
+from holdfast.training.configuration.schema import UNLESS_DEFAULT, Section, Split
+from holdfast.training.errors import DataFormatError
 from holdfast.training.experiment.protocol import Batch, Context, Records, example_inputs
 from holdfast.training.experiments.turbofan.data import (
     SENSORS,
     Engines,
+    read_given_engines,
     read_test_engines,
     read_training_engines,
+    warn_of_shared,
+    without_given,
 )
 from holdfast.training.experiments.turbofan.dataset import (
     SensorNoise,
@@ -62,6 +67,19 @@ class TurbofanSettings(Section):
     """Fraction of the training engines that validate and are never trained on."""
     split_seed: int = Field(0, ge=0, lt=2**32)
     """Decides which engines validate; apart from the run's seed, so that runs can be compared."""
+    validation_engines: tuple[int, ...] = Field((), json_schema_extra=UNLESS_DEFAULT)
+    """Numbers of the training engines that validate, where somebody else fixed them; in place of
+    the fraction."""
+    validation_file: str | None = Field(None, json_schema_extra=UNLESS_DEFAULT)
+    """Other engines that validate, in the place of training engines: a file of the training file's
+    format in data.folder."""
+    validation_rul_file: str | None = Field(None, json_schema_extra=UNLESS_DEFAULT)
+    """Cycles that each of them still ran after its last row, one a line: they are then scored once,
+    there, as test engines are. Unset: they ran until they failed."""
+    test_file: str | None = Field(None, json_schema_extra=UNLESS_DEFAULT)
+    """Test engines in the place of the subset's own, a file in data.folder; with test_rul_file."""
+    test_rul_file: str | None = Field(None, json_schema_extra=UNLESS_DEFAULT)
+    """Cycles that each of them still ran after its last row, one a line."""
     train_noise: float = Field(0.5, ge=0)
     """Standard deviation of normal noise that training adds to each sensor's reading, as a multiple
     of the sensor's own within its operating condition: few engines are easily learnt by heart."""
@@ -75,6 +93,16 @@ class TurbofanSettings(Section):
     """Training windows end at this cycle or later; those before a full window are padded."""
     validation_windows: int = Field(10, ge=1)
     """Places at which each validation engine's history is cut off."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.test_file is None) != (self.test_rul_file is None):
+            raise ValueError("test_file and test_rul_file are named together, or neither is")
+        if self.validation_rul_file is not None and self.validation_file is None:
+            raise ValueError("validation_rul_file belongs to a validation_file; name that, too")
+        if self.validation_engines and self.validation_file is not None:
+            raise ValueError("name validation_engines or validation_file, not both")
+        return self
 
 
 class Turbofan:
@@ -103,14 +131,45 @@ class Turbofan:
 
     @cached_property
     def _engines(self) -> tuple[Engines, Engines]:
-        """Training and validation engines; only the training file is opened."""
-        engines = self._featured(read_training_engines(self._folder, self._settings.subset))
-        num = len(engines.ids)
+        """Training engines, and validation engines.
+
+        Of the test, no file is opened but a given one, to keep its engines out of training.
+        """
+        settings, test = self._settings, self._given_test
+        train = read_training_engines(self._folder, settings.subset, should_have_test=test is None)
+        given = [] if test is None else [test]
+        if settings.validation_file is None:
+            is_validation = self._is_validation(train)
+            train, validation = train.chosen(~is_validation), train.chosen(is_validation)
+        else:
+            names = settings.validation_file, settings.validation_rul_file
+            validation = read_given_engines(self._folder, *names)
+            given.append(validation)
+        if given:
+            train = without_given(train, given)
+        if test is not None:
+            warn_of_shared(validation, test)
+        return self._featured(train), self._featured(validation)
+
+    @cached_property
+    def _given_test(self) -> Engines | None:
+        names = self._settings.test_file, self._settings.test_rul_file
+        return None if names[0] is None else read_given_engines(self._folder, names[0], names[1])
+
+    def _note(self) -> str:
+        """For the model card: whose engines tested it."""
+        name = self._settings.test_file
+        return "" if name is None else f" Tested on the engines of {name}."
+
+    def _is_validation(self, engines: Engines) -> npt.NDArray[np.bool_]:
+        """Which of the training file's engines validate: those that are named, or a fraction."""
+        settings, num = self._settings, len(engines.ids)
+        if settings.validation_engines:
+            return named_engines(engines, settings.validation_engines)
         # RandomState's streams are frozen by NumPy's compatibility policy.
-        order = np.random.RandomState(self._settings.split_seed).permutation(num)
-        num_validation = min(max(1, round(self._settings.validation_fraction * num)), num - 1)
-        is_validation = np.isin(np.arange(num), order[:num_validation])
-        return engines.chosen(~is_validation), engines.chosen(is_validation)
+        order = np.random.RandomState(settings.split_seed).permutation(num)
+        num_validation = min(max(1, round(settings.validation_fraction * num)), num - 1)
+        return np.isin(np.arange(num), order[:num_validation])
 
     def dataset(self, split: Split) -> TurbofanDataset:
         """Windows of a split.
@@ -118,17 +177,24 @@ class Turbofan:
         ``train``: windows of the training engines, their last cycles spread over whole lives, with
         ``train_noise`` and ``train_offset``.
         ``validation``: the validation engines' histories, each cut off at
-        ``validation_windows`` places as the test engines' are cut off at one.
+        ``validation_windows`` places as the test engines' are cut off at one; given engines that
+        were stopped before they failed, at their last cycle.
         ``test``: the window at each test engine's last cycle.
         """
         settings, noise = self._settings, None
         if split == "test":
-            engines = self._featured(read_test_engines(self._folder, settings.subset))
+            test = self._given_test
+            if test is None:
+                test = read_test_engines(self._folder, settings.subset)
+            engines = self._featured(test)
             numbers, cycles = np.arange(len(engines.ids)), engines.lengths
             spread = np.ones_like(cycles)
         elif split == "validation":
             engines = self._engines[1]
-            numbers, cycles = cut_off(engines, settings.validation_windows)
+            if settings.validation_rul_file is None:
+                numbers, cycles = cut_off(engines, settings.validation_windows)
+            else:
+                numbers, cycles = np.arange(len(engines.ids)), engines.lengths
             spread = np.ones_like(cycles)
         else:
             engines = self._engines[0]
@@ -225,7 +291,7 @@ class Turbofan:
                 f"{windows.shape[1]} cycles, oldest first; where there are fewer cycles, the "
                 "first is repeated in front, as it is. The readings are standardised within the "
                 f"model. Trained on C-MAPSS {self._settings.subset}; RUL is capped at "
-                f"{self._settings.rul_cap:g} cycles."
+                f"{self._settings.rul_cap:g} cycles.{self._note()}"
             ),
             task="tabular-regression",
         )
@@ -241,6 +307,26 @@ class Turbofan:
         squared = weight * (outputs[0].float().squeeze(1) - target).square()
         entropy = functional.cross_entropy(outputs[1].float(), health_class(rul), reduction="none")
         return squared, entropy
+
+
+def named_engines(engines: Engines, numbers: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """The mask [E] of the engines of these numbers.
+
+    Raises DataFormatError for a number that there is not, or where they are all engines.
+    """
+    unknown = sorted(set(numbers) - set(engines.ids.tolist()))
+    if unknown:
+        raise DataFormatError(
+            f"experiment.validation_engines names engine {unknown[0]}; the training file has the "
+            f"engines {engines.ids[0]} to {engines.ids[-1]}"
+        )
+    is_named: npt.NDArray[np.bool_] = np.isin(engines.ids, numbers)
+    if is_named.all():
+        raise DataFormatError(
+            f"experiment.validation_engines names all {len(is_named)} engines of the training "
+            "file; leave some to train on"
+        )
+    return is_named
 
 
 def _panel(records: Records, engine: int, rul_cap: float) -> Panel:

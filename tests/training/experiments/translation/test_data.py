@@ -8,6 +8,9 @@ from holdfast.training.errors import DataFormatError, DataNotFoundError
 from holdfast.training.experiments.translation.data import (
     Sentence,
     SplitFractions,
+    given_corpus,
+    hashed_corpus,
+    read_files,
     read_parallel,
     read_tab_separated,
     sentences_of,
@@ -64,6 +67,56 @@ def test_a_sentence_is_in_one_split_however_it_is_spelt() -> None:
     splits = [split_of(f"sentence {number}", FRACTIONS) for number in range(1000)]
     assert 150 < splits.count("validation") < 250
     assert 150 < splits.count("test") < 250
+
+
+def test_a_hashed_corpus_has_each_sentence_in_the_split_of_its_letters() -> None:
+    pairs = [(f"sentence {number % 40}", f"Satz {number}") for number in range(80)]
+    corpus = hashed_corpus(pairs, FRACTIONS)
+    assert list(corpus.sentences) == sentences_of(pairs)
+    assert sorted(n for numbers in corpus.numbers.values() for n in numbers) == list(range(40))
+    for split, numbers in corpus.numbers.items():
+        assert {split_of(corpus.sentences[n].source, FRACTIONS) for n in numbers} == {split}
+
+
+def test_given_files_stay_whole_and_training_loses_what_they_have(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    training = [("One.", "Eins."), ("two", "zwei"), ("two", "zwo"), ("Three", "Drei"), ("4", "4")]
+    validation = [("one", "eins"), ("Six", "Sechs"), ("Six", "sechs")]
+    test = [("THREE!", "drei"), ("six.", "sechs")]
+    corpus = given_corpus(training, validation, test)
+    assert {split: list(numbers) for split, numbers in corpus.numbers.items()} == {
+        "train": [0, 1],
+        "validation": [2, 3, 4],
+        "test": [5, 6],
+    }
+    assert corpus.sentences[:2] == (Sentence("two", ("zwei", "zwo")), Sentence("4", ("4",)))
+    assert corpus.sentences[2:] == tuple(Sentence(s, (t,)) for s, t in (*validation, *test))
+    assert corpus.num_left_out == 2
+    [message] = caplog.messages
+    assert message.startswith("of 4 distinct source sentences to train on, 2 are left out")
+    assert "1 sentences are in both" in message
+
+
+def test_given_files_that_share_nothing_with_training_say_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    corpus = given_corpus([("a", "b")], [("c", "d")], [("e", "f")])
+    assert corpus.num_left_out == 0
+    assert caplog.messages == []
+
+
+def test_given_files_with_all_of_training_are_refused() -> None:
+    with pytest.raises(DataFormatError, match="all 2 distinct source sentences to train on are in"):
+        given_corpus([("a", "b"), ("c", "d")], [("A", "b")], [("C.", "d")])
+
+
+def test_a_split_is_read_from_one_file_or_two(tmp_path: Path) -> None:
+    written(tmp_path / "pairs", b"one\teins\n")
+    written(tmp_path / "source", b"one\n")
+    written(tmp_path / "target", b"eins\n")
+    found = [read_files(tmp_path, names) for names in (["pairs"], ["source", "target"])]
+    assert found == [[("one", "eins")]] * 2
 
 
 def test_a_sentence_is_listed_once_with_all_its_translations() -> None:
