@@ -28,7 +28,7 @@ def load_model(model: nn.Module, weights: Mapping[str, Any], absent: Collection[
     cast = [name for name, there, here in _parameters(model, weights) if there.dtype != here.dtype]
     if cast:
         raise _mismatch(model, list(_differences(weights, model.state_dict())))
-    _take_buffers(model, weights)
+    take_buffers(model, weights)
     try:
         keys = model.load_state_dict(dict(weights), strict=not absent)
     except RuntimeError as error:
@@ -55,15 +55,7 @@ def buffer_slots(model: nn.Module) -> dict[str, Slot]:
     }
 
 
-def _parameters(
-    model: nn.Module, weights: Mapping[str, Any]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if isinstance(there := weights.get(name), Tensor):
-            yield name, there, parameter
-
-
-def _take_buffers(model: nn.Module, weights: Mapping[str, Any]) -> None:
+def take_buffers(model: nn.Module, weights: Mapping[str, Any]) -> None:
     """Give buffers that are of another kind than what is loaded a place of that kind."""
     devices = [tensor.device for tensor in (*model.parameters(), *model.buffers())]
     for name, (where, key) in buffer_slots(model).items():
@@ -73,6 +65,14 @@ def _take_buffers(model: nn.Module, weights: Mapping[str, Any]) -> None:
         if own is None or own.shape != there.shape or own.dtype != there.dtype:
             device = own.device if own is not None else next(iter(devices), there.device)
             where[key] = there.to(device, copy=True)
+
+
+def _parameters(
+    model: nn.Module, weights: Mapping[str, Any]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(there := weights.get(name), Tensor):
+            yield name, there, parameter
 
 
 def _needed(

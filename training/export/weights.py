@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.checkpointing.local_files import read_file
+from holdfast.training.checkpointing.model_weights import take_buffers
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.errors import CheckpointCorruptError, ExportError, StorageError
 from holdfast.training.experiment.model_call import CallForm
@@ -69,13 +70,15 @@ def load_champion(path: Path, model: nn.Module) -> nn.Module:
     """``model`` with the weights of ``path``, in evaluation mode, on the CPU.
 
     A tensor that is tied to another stands in the file once, with its other names beside it, or
-    without them where safetensors' own ``save_model`` wrote it.
+    without them where safetensors' own ``save_model`` wrote it. Buffers take the shape and type of
+    what is loaded, as at a restore: observers of quantisation begin with others.
 
     Raises:
-        ExportError: a tensor is missing, is left over, or has another shape or type.
+        ExportError: a tensor is missing or left over, or a parameter has another shape or type.
     """
     stored = read_tensors(path)
-    target = model.cpu().state_dict(keep_vars=True)
+    take_buffers(model.cpu(), stored)
+    target = model.state_dict(keep_vars=True)
     groups = tied_names(model)
     left_over = set(stored)
     for name, tensor in target.items():

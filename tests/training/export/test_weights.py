@@ -48,3 +48,21 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ExportError, match=r"model\.safetensors"):
         read_tensors(path)
+
+
+class Observed(nn.Linear):
+    """One range for all channels, until there is one for each."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__(2, 3)
+        self.register_buffer("range", torch.zeros(shape))
+
+
+def test_a_buffer_that_grew_in_training_comes_as_it_was_saved(tmp_path: Path) -> None:
+    path, trained = tmp_path / "model.safetensors", Observed(3)
+    trained.range = torch.arange(3, dtype=torch.float64)
+    write_weights(path, trained.state_dict())
+    loaded = load_champion(path, Observed(1))
+    assert loaded.range.dtype == torch.float64
+    assert torch.equal(loaded.range, trained.range)  # type: ignore[arg-type]
+    assert torch.equal(loaded.weight, trained.weight)  # type: ignore[arg-type]

@@ -1,0 +1,68 @@
+"""Quantization-aware training: observers whose buffers begin infinite, and grow.
+
+The prepared model is trained, averaged, chosen among and tested as any other. What is not to be had
+is its bundle: torch.onnx cannot translate torch.ao's fused observers, and the export says so in one
+line. A twin of plain arithmetic, by ``merged``, does not help: parity compares with the trained
+model in double precision, which those observers do not compute in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.ao import quantization
+from torch.nn.functional import cross_entropy
+
+from tests.faults.campaign import Training
+from tests.generality.harness import QUICK_EXPORT, assert_exact
+from tests.generality.points import OnPoints, classification_rows
+
+SCALE = "1.weight_fake_quant.scale"
+
+
+class Observed(nn.Sequential):
+    """Eager mode of torch.ao; what is evaluated is rounded, and observed no more."""
+
+    def __init__(self) -> None:
+        layers = [nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)]
+        super().__init__(quantization.QuantStub(), *layers, quantization.DeQuantStub())
+        self.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+
+    def train(self, mode: bool = True) -> Self:
+        change = quantization.enable_observer if mode else quantization.disable_observer
+        return super().train(mode).apply(change)
+
+
+class Quantized(OnPoints):
+    def model(self) -> nn.Module:
+        model: nn.Module = quantization.prepare_qat(Observed(), inplace=True)
+        return model
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model(batch[0]), batch[1])
+
+    def score(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return classification_rows(model(batch[0]), batch[1])
+
+
+def test_observers_that_grow_are_exact_to_the_champion_and_not_exported(tmp_path: Path) -> None:
+    experiment = f"{__file__}:Quantized"
+    run = assert_exact(experiment, tmp_path)
+    last = max(run.checkpoints.glob("step-*"))
+    weights, averages = (load_file(last / f"{kind}.safetensors") for kind in ("model", "ema"))
+    # A model begins with one scale for the layer, and ends with one for each channel.
+    assert weights[SCALE].shape == averages[f"decay-0.9/{SCALE}"].shape == (16,)
+    calm = Training(tmp_path / "calm", "one", experiment, QUICK_EXPORT)
+    for stage in ("candidates", "evaluate"):
+        segment = calm.start(stage=stage)
+        assert segment.finish() == 0, segment.errors
+    export = calm.start(stage="export")
+    assert export.finish() == 1
+    averaged = load_file(run.candidates / "ema-decay-0.9" / "model.safetensors")
+    assert averaged[SCALE].shape == (16,)
+    [told] = [line for line in export.errors if line.startswith("error: ")]
+    assert "torch.onnx cannot translate the model" in told
+    assert "leave onnx out of export.formats" in told
