@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -75,6 +76,7 @@ def noisy(points: Tensor, times: Tensor, noise: Tensor) -> Tensor:
     return kept.sqrt() * points + (1 - kept).sqrt() * noise
 
 
+@pytest.mark.slow
 def test_draws_of_time_and_noise_are_exact_to_a_bundle_that_takes_the_time(tmp_path: Path) -> None:
     experiment = f"{__file__}:Ddpm"
     assert_exact(experiment, tmp_path)

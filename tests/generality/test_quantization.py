@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.ao import quantization
@@ -48,6 +49,7 @@ class Quantized(OnPoints):
         return classification_rows(model(batch[0]), batch[1])
 
 
+@pytest.mark.slow
 def test_observers_that_grow_are_exact_to_the_champion_and_not_exported(tmp_path: Path) -> None:
     experiment = f"{__file__}:Quantized"
     run = assert_exact(experiment, tmp_path)
