@@ -119,6 +119,7 @@ def test_somebody_is_told_of_failed_stuck_promoted_and_kept_out_runs(
     assert len(texts) == 4
 
 
+@pytest.mark.slow
 def test_what_is_no_url_is_refused(prefect_server: PrefectServer, tmp_path: Any) -> None:
     command = [sys.executable, "-P", "-m", "holdfast", "deploy", "--store", str(tmp_path)]
     done = subprocess.run(

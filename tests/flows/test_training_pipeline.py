@@ -156,6 +156,7 @@ def test_bad_settings_of_the_experiment_are_refused_before_a_run_is_begun(
     assert not (terminal.store / "digits" / "bad" / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_bytes_of_the_whole_one(
     resumed: tuple[RunDirectory, Any], whole: RunDirectory
 ) -> None:

@@ -132,10 +132,8 @@ def elsewhere(project: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return final_state(Training(folder / "runs", "r", "my_task.py:Mine").run)
 
 
-@pytest.mark.parametrize(
-    "reference",
-    ["my_task.py:Mine", pytest.param("my_task:Mine", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["my_task.py:Mine", "my_task:Mine"])
 def test_a_project_with_names_like_ours_trains_to_the_bytes_of_elsewhere(
     project: Path, elsewhere: dict[str, bytes], reference: str
 ) -> None:

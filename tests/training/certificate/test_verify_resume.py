@@ -25,11 +25,6 @@ FAULTS = {
     "plain loader": "iterator plain was not kept",
 }
 CLEAN = ("clean", "clean workers", "clean draws", "clean counter", "clean average")
-OFTEN = ("counter", "clean draws")
-
-
-def slow_but(names: tuple[str, ...], often: tuple[str, ...] = OFTEN) -> list[object]:
-    return [n if n in often else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def verify_resume(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -42,7 +37,8 @@ def verify_resume(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("fault", slow_but(tuple(FAULTS)))
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_hidden_fault_is_named(fault: str) -> None:
     done = verify_resume("--steps", "20", "--stops", "2", "--", str(SCRIPT), fault)
     assert done.returncode == 1, done.stderr
@@ -53,7 +49,7 @@ def test_a_hidden_fault_is_named(fault: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", slow_but(CLEAN))
+@pytest.mark.parametrize("fault", CLEAN)
 def test_a_script_without_one_is_certified(fault: str, tmp_path: Path) -> None:
     path = tmp_path / "certificate.json"
     words = ("--steps", "20", "--stops", "2", "--to", str(path), "--", str(SCRIPT), fault)

@@ -87,6 +87,7 @@ def bundle(champion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return stage.run.bundle
 
 
+@pytest.mark.slow
 def test_the_bundle_has_every_part_and_the_proof_that_they_translate_alike(bundle: Path) -> None:
     manifest = consumer.verify_files(bundle)
     assert {
@@ -106,6 +107,7 @@ def test_the_bundle_has_every_part_and_the_proof_that_they_translate_alike(bundl
     assert "nrefs:var|" in manifest["description"]
 
 
+@pytest.mark.slow
 def test_every_part_has_its_row_of_parity_its_latency_and_its_line_in_the_model_card(
     bundle: Path,
 ) -> None:
@@ -119,6 +121,7 @@ def test_every_part_has_its_row_of_parity_its_latency_and_its_line_in_the_model_
         assert f"| `{row['name']}`" in (bundle / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_golden_samples_prove_each_part_on_the_consumers_machine(
     bundle: Path, tmp_path: Path
 ) -> None:
@@ -138,6 +141,7 @@ def test_golden_samples_prove_each_part_on_the_consumers_machine(
         consumer.verify_golden(copy)
 
 
+@pytest.mark.slow
 def test_a_part_that_would_be_read_from_elsewhere_is_refused(bundle: Path) -> None:
     manifest = consumer.read_manifest(bundle)
     manifest["parts"] = {"../../elsewhere": manifest["parts"]["encoder"]}
@@ -146,12 +150,14 @@ def test_a_part_that_would_be_read_from_elsewhere_is_refused(bundle: Path) -> No
         consumer.parse_manifest(consumer.canonical_bytes(manifest))
 
 
+@pytest.mark.slow
 def test_a_partial_pull_leaves_out_the_other_formats_of_parts(bundle: Path) -> None:
     wanted = consumer.chosen_files(consumer.read_manifest(bundle), ["weights"])
     assert not [name for name in wanted if name.endswith(".onnx")]
     assert "tokenizer.json" in wanted
 
 
+@pytest.mark.slow
 def test_the_documented_program_translates_as_pytorch_does(bundle: Path) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     found, model = translation(), trained_model(1)
