@@ -5,14 +5,16 @@ Reads JSON only, and takes a run at any moment of its life: whatever is not ther
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.training.bundles.summary import promotion_fields, promotion_line, published_name
-from holdfast.training.errors import StorageError
+from holdfast.training.errors import InputError, StorageError
 from holdfast.training.runs.directory import (
     RunDirectory,
+    Script,
     SegmentRecord,
     ledger_outcome,
     parse_step,
@@ -111,14 +113,25 @@ def summarize(run: RunDirectory) -> RunSummary:
 def experiment_reference(run: RunDirectory) -> str:
     """How the run's experiment was named when the run was begun.
 
-    A file that is not found from here is named by where it was found from then.
+    A file that is not found from here is named by where it was found from then. Raises InputError
+    for the run of a script, which has its own loop and no experiment.
     """
     record = read_run_record(run)
+    if record.script is not None:
+        raise InputError(
+            f"{run.path} is the run of a script with its own loop: what follows training is not "
+            f"for it yet, and it goes on with {script_command_line(record.script)}"
+        )
     file, _, name = record.experiment.rpartition(":")
     is_elsewhere = file.endswith(".py") and not Path(file).exists()
     if is_elsewhere and record.folder is not None and (Path(record.folder) / file).exists():
         return f"{Path(record.folder) / file}:{name}"
     return record.experiment
+
+
+def script_command_line(script: Script) -> str:
+    """What starts a script again."""
+    return f"holdfast exec {shlex.join([script.path, *script.arguments])}"
 
 
 def history_of(run: RunDirectory) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ import click
 from holdfast.flows.command_line.options import EXIT_CODES, JSON_OPTION, STORE_OPTION
 from holdfast.flows.command_line.stores import find_run, find_runs
 from holdfast.tasks.preflight import store_path
-from holdfast.tasks.run_summary import RunSummary, summarize
+from holdfast.tasks.run_summary import RunSummary, script_command_line, summarize
 from holdfast.training.errors import HoldfastError
-from holdfast.training.runs.directory import RunDirectory
+from holdfast.training.runs.directory import RunDirectory, read_run_record
 from holdfast.training.runs.losses import ComparedLosses, compare_losses
 from holdfast.training.runs.shown_text import shown
 
@@ -39,7 +39,9 @@ def command(run: str | None, store: str, is_json: bool) -> None:
         found = find_run(folder, run)
         summary, losses = summarize(found), compare_losses(found)
         whole = {**summary.as_json(), "losses": losses.as_json()}
-        click.echo(json.dumps(whole, indent=2) if is_json else _page(summary, losses))
+        click.echo(
+            json.dumps(whole, indent=2) if is_json else _page(summary, losses, _go_on(found))
+        )
         return
     rows = [_row(found) for found in find_runs(folder)]
     if is_json:
@@ -81,7 +83,13 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             click.echo(shown(f"{row['name']}: {row['error']}"), err=True)
 
 
-def _page(summary: RunSummary, losses: ComparedLosses) -> str:
+def _go_on(run: RunDirectory) -> str:
+    """The command that goes on with a run."""
+    script = read_run_record(run).script
+    return f"holdfast resume {run.path}" if script is None else script_command_line(script)
+
+
+def _page(summary: RunSummary, losses: ComparedLosses, go_on: str) -> str:
     told: dict[str, Any] = {
         "run": summary.name,
         "state": summary.state,
@@ -104,7 +112,7 @@ def _page(summary: RunSummary, losses: ComparedLosses) -> str:
     }
     lines = [f"{name:<14}{shown(value)}" for name, value in told.items() if value not in (None, "")]
     if summary.state in ("preempted", "failed", "killed", "trained"):
-        lines.append(f"to go on: holdfast resume {shown(summary.path)}")
+        lines.append(f"to go on: {shown(go_on)}")
     return "\n".join(lines)
 
 

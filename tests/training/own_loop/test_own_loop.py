@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from holdfast.flows.command_line.group import holdfast
+from holdfast.tasks.run_summary import experiment_reference
+from holdfast.training.errors import InputError
 from holdfast.training.exactness.reproducibility import child_environment
 from holdfast.training.runs.directory import read_run_record, read_segments
 from holdfast.training.runs.losses import compare_losses
@@ -150,3 +154,12 @@ def test_metrics_are_where_selection_looks(tmp_path: Path) -> None:
     state = json.loads((run_in(tmp_path).checkpoint(40) / "state.json").read_text())
     assert [record["step"] for record in state["history"]] == [8, 16, 24, 32, 40]
     assert all(record["metrics"]["loss"] > 0 for record in state["history"])
+
+
+def test_the_command_line_says_how_a_script_goes_on(tmp_path: Path) -> None:
+    script("steps", "7:SIGTERM", folder=tmp_path)
+    told = CliRunner().invoke(holdfast, ["status", "one", "--store", str(tmp_path / "store")])
+    again = f"holdfast exec {SCRIPT} steps store 7:SIGTERM"
+    assert told.output.rstrip().endswith(f"to go on: {again}")
+    with pytest.raises(InputError, match=f"it goes on with {again}"):
+        experiment_reference(run_in(tmp_path))
