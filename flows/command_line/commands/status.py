@@ -39,9 +39,8 @@ def command(run: str | None, store: str, is_json: bool) -> None:
         found = find_run(folder, run)
         summary, losses = summarize(found), compare_losses(found)
         whole = {**summary.as_json(), "losses": losses.as_json()}
-        click.echo(
-            json.dumps(whole, indent=2) if is_json else _page(summary, losses, _go_on(found))
-        )
+        page = json.dumps(whole, indent=2) if is_json else _page(summary, losses, _go_on(found))
+        click.echo(page)
         return
     rows = [_row(found) for found in find_runs(folder)]
     if is_json:
@@ -85,7 +84,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 def _go_on(run: RunDirectory) -> str:
     """The command that goes on with a run."""
-    script = read_run_record(run).script
+    try:
+        script = read_run_record(run).script
+    except FileNotFoundError:
+        script = None
     return f"holdfast resume {run.path}" if script is None else script_command_line(script)
 
 
