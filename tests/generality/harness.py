@@ -9,6 +9,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from holdfast.training.exactness.trial import Trial
 from holdfast.training.runs.losses import compare_losses
 from holdfast.training.runs.paths import RunDirectory
 from tests.faults.campaign import Segment, Training, complete, differences, final_state
@@ -28,8 +29,7 @@ def assert_exact(
 ) -> RunDirectory:
     """Train calm, and again with a signal after each of the given steps; compare the last bytes.
 
-    ``experiment`` is ``path/to/file.py:Class``. A training must be long enough for the last stop
-    to find it at work: its steps take a millisecond or less. Returns the calm run.
+    ``experiment`` is ``path/to/file.py:Class``. Returns the calm run.
     """
     calm = Training(folder / "calm", "one", experiment, (*OFTEN, *overrides))
     complete(calm)
@@ -47,11 +47,9 @@ def assert_exact(
 def stop_after(
     training: Training, number: signal.Signals, step: int, arguments: Sequence[str] = ()
 ) -> Segment:
-    """Run a segment, and send it a signal once it has told a step from ``step`` on."""
-    segment = training.start(arguments=arguments)
-    while (event := segment.wait_for("progress")) is not None and int(str(event["step"])) < step:
-        pass
-    segment.kill(number)
+    """Run a segment that sends itself a signal after ``step``, before that step can be saved."""
+    trial = Trial(stop_at=step, stop_signal=number.name)
+    segment = training.start(trial.environment(), arguments)
     code = segment.finish()
     expected = 75 if number == signal.SIGTERM else -number
     assert code == expected, f"exit code {code}\n{''.join(segment.errors)}"
