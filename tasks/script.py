@@ -23,11 +23,11 @@ from holdfast.tasks.attempts import newest_step
 from holdfast.tasks.child import EXIT_BAD_INPUT, FINAL_ERRORS
 from holdfast.tasks.deathwatch import EXIT_PREEMPTED, watched
 from holdfast.tasks.limits import Limits
-from holdfast.training.errors import HoldfastError
+from holdfast.training.errors import HoldfastError, InputError
+from holdfast.training.own_loop.environment import OUTCOME
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.stored_json import read_json
 
-OUTCOME_VARIABLE = "HOLDFAST_OUTCOME"
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STAYS = ("signal", "wall_time")  # notices after which this machine may go on
 
@@ -91,7 +91,7 @@ class ScriptRunner:
 
     def _start(self, outcome_file: Path) -> _Ended:
         outcome_file.unlink(missing_ok=True)
-        environment = {**self.environment, OUTCOME_VARIABLE: str(outcome_file)}
+        environment = {**self.environment, OUTCOME: str(outcome_file)}
         child = subprocess.Popen(
             watched([*self.command]), stdin=subprocess.DEVNULL, env=environment, process_group=0
         )
@@ -137,8 +137,6 @@ def script_command(arguments: Sequence[str], python: str) -> list[str]:
 
     Raises InputError where there is no such script.
     """
-    from holdfast.training.errors import InputError
-
     first = arguments[0]
     if first == "-m" and len(arguments) > 1:
         return [python, *arguments]

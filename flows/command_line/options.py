@@ -24,13 +24,6 @@ TIME_LIMIT_OPTION = click.option(
     show_default=True,
     help="End a model that runs longer.",
 )
-SET_OPTION = click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="SECTION.KEY=VALUE",
-    help="Override one configuration value; may be repeated.",
-)
 STRICT_OPTION = click.option(
     "--strict",
     "is_strict",

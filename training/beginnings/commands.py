@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from holdfast.training.configuration.option import CONFIG_OPTION
+from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
 from holdfast.training.errors import HoldfastError
 from holdfast.training.exactness.reproducibility import (
     child_environment,
@@ -82,13 +82,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--store", required=True, type=PATH_TYPE, help="Folder that holds all runs."),
         click.option("--run-id", required=True, help="Name of the run."),
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="SECTION.KEY=VALUE",
-            help="Override one value of the configuration; may be repeated.",
-        ),
+        SET_OPTION,
         JSON_OPTION,
     ]
     for option in reversed(options):

@@ -10,9 +10,9 @@ from typing import Any
 
 from holdfast.training.certificate.lives import Lives, Target, chosen_stops
 from holdfast.training.certificate.verdict import Verdict, compare_runs, last_step, not_kept
+from holdfast.training.checkpointing.manifest import read_manifest
 from holdfast.training.errors import ExperimentError
 from holdfast.training.exactness.trial import Trial
-from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.runs.directory import read_run_record, read_segments, utc_now
 from holdfast.training.runs.losses import loss_files
 
@@ -162,13 +162,8 @@ def _rehearsed(target: Target, lives: Lives) -> list[str]:
 
     if target.experiment is None:
         return []
-    overrides = tuple(
-        value
-        for key, value in zip(target.options, target.options[1:], strict=False)
-        if key == "--set"
-    )
-    asked = Asked(target.experiment, lives.store, lives.num_threads, None, overrides, "step")
-    report = rehearse(asked)
+    wanted = target.config_file, target.overrides
+    report = rehearse(Asked(target.experiment, lives.store, lives.num_threads, *wanted, "step"))
     return [] if report is None else [finding.message for finding in report.findings]
 
 
@@ -207,12 +202,13 @@ def _told_apart(step: int, one: tuple[Path, Path], other: tuple[Path, Path]) -> 
 
 
 def _made_with(lives: Lives) -> dict[str, Any]:
-    record = read_run_record(lives.run("calm"))
+    calm = lives.run("calm")
+    record, manifest = read_run_record(calm), read_manifest(calm.checkpoint(last_step(calm)))
     segments = read_segments(lives.run("stopped"))
     return {
         "made_at": utc_now(),
-        "device": device_name("cpu"),
-        "versions": library_versions(),
+        "device": manifest.device,
+        "versions": manifest.versions,
         "num_threads": lives.num_threads,
         "surroundings": record.surroundings,
         "code_digest": record.experiment_digest,

@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from holdfast.training.certificate.lives import Target
 
-from holdfast.training.configuration.option import CONFIG_OPTION
+from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import default_num_threads
 
@@ -45,13 +45,10 @@ EXIT_CODES = (
     help=HELP,
     epilog=EXIT_CODES,
     short_help="Try whether a resume is exact.",
-    context_settings={"ignore_unknown_options": False},
 )
 @click.argument("target", nargs=-1, required=True, type=click.UNPROCESSED)
 @CONFIG_OPTION
-@click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one value."
-)
+@SET_OPTION
 @click.option(
     "--stops",
     "num_stops",
@@ -142,6 +139,5 @@ def _target(
         raise InputError(
             f"expected one experiment, found {' '.join(words)}; a script comes after --"
         )
-    options = ("--config", str(config_file.absolute())) if config_file else ()
-    sets = tuple(word for override in overrides for word in ("--set", override))
-    return Target(experiment=words[0], options=(*options, *sets))
+    config_file = config_file.absolute() if config_file else None
+    return Target(experiment=words[0], config_file=config_file, overrides=overrides)

@@ -17,6 +17,7 @@ from holdfast.training.errors import ExperimentError
 from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.exactness.trial import Trial
 from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.own_loop.environment import RUN_ID, STORE
 from holdfast.training.runs.paths import RunDirectory
 
 
@@ -29,11 +30,12 @@ class Target:
     """What is tried: an experiment, or a script with its arguments.
 
     Attributes:
-        options: of the experiment: ``--config`` and ``--set``.
+        config_file, overrides: of the experiment.
     """
 
     experiment: str | None = None
-    options: tuple[str, ...] = ()
+    config_file: Path | None = None
+    overrides: tuple[str, ...] = ()
     script: tuple[str, ...] = ()
 
     @property
@@ -52,11 +54,12 @@ class Target:
             given["train.max_steps"] = trial.end_at
         if trial.num_workers is not None:
             given["data.num_workers"] = trial.num_workers
-        for key, value in given.items():
-            asked += [] if value is None else ["--set", f"{key}={str(value).lower()}"]
-        return python_command(
-            "holdfast.training", "segment", *asked, *self.options, "--progress", "none"
-        )
+        told = [f"{key}={str(value).lower()}" for key, value in given.items() if value is not None]
+        for override in (*told, *self.overrides):
+            asked += ["--set", override]
+        if self.config_file is not None:
+            asked += ["--config", str(self.config_file)]
+        return python_command("holdfast.training", "segment", *asked, "--progress", "none")
 
 
 @dataclass
@@ -84,8 +87,8 @@ class Lives:
         environment = {
             **child_environment(self.num_threads),
             **trial.environment(),
-            "HOLDFAST_STORE": str(self.store),
-            "HOLDFAST_RUN_ID": run_id,
+            STORE: str(self.store),
+            RUN_ID: run_id,
         }
         log_path = self.store / f"{run_id}.log"
         with log_path.open("ab") as log:

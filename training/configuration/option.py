@@ -1,4 +1,4 @@
-"""The option ``--config``, the same for every command line."""
+"""The options ``--config`` and ``--set``, the same for every command line."""
 
 from __future__ import annotations
 
@@ -27,4 +27,11 @@ CONFIG_OPTION = click.option(
     type=click.Path(path_type=Path),
     callback=_one_file,
     help="TOML file, once; `python -m holdfast.training configuration` prints all keys.",
+)
+SET_OPTION = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override one configuration value; may be repeated.",
 )

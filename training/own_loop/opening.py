@@ -26,6 +26,7 @@ from holdfast.training.exactness.strictness import be_strict, warn_of_inexactnes
 from holdfast.training.exactness.surroundings import surroundings
 from holdfast.training.exactness.trial import Trial, asked_trial
 from holdfast.training.exactness.versions import library_versions
+from holdfast.training.own_loop.environment import ALLOW_MISMATCH, IS_STRICT, RUN_ID, STORE
 from holdfast.training.preemption.notices import PreemptionMonitor
 from holdfast.training.preemption.sources import build_sources
 from holdfast.training.runs.directory import (
@@ -39,9 +40,6 @@ from holdfast.training.runs.directory import (
 from holdfast.training.runs.paths import checked_store
 from holdfast.training.runs.progress import Progress
 
-STORE, RUN_ID = "HOLDFAST_STORE", "HOLDFAST_RUN_ID"
-IS_STRICT, ALLOW_MISMATCH = "HOLDFAST_STRICT", "HOLDFAST_ALLOW_MISMATCH"
-"""Set by ``holdfast exec``; what a script itself says is its default."""
 DEFAULTS: dict[str, Any] = {"ema": {"decays": []}}
 VALIDATING = ("train.steps_per_epoch", "checkpoint.weights_every_steps")
 OWN = ("data", "optimizer", "scheduler", "warmup", "early_stopping", "rehearsal")
@@ -132,11 +130,9 @@ def run_config(seed: int, config: object, settings: Mapping[str, Any] | None) ->
     Raises InputError.
     """
     table: dict[str, Any] = {name: dict(section) for name, section in DEFAULTS.items()}
+    allowed = [key for key in RunConfig.model_fields if key not in (*OWN, "experiment", "seed")]
     for key, value in {**(settings or {}), **asked_trial().settings()}.items():
         section, _, name = key.partition(".")
-        allowed = [
-            name for name in RunConfig.model_fields if name not in (*OWN, "experiment", "seed")
-        ]
         if section in OWN:
             raise InputError(f"settings: {key!r} is the script's own matter; leave it out")
         if key in VALIDATING:

@@ -36,6 +36,7 @@ from holdfast.training.loop.saving import Saver
 from holdfast.training.loop.segment_record import RecordKeeper
 from holdfast.training.loop.state import Counters, EpochRecord, TrainState
 from holdfast.training.loop.state_validation import validate_state
+from holdfast.training.own_loop.environment import OUTCOME
 from holdfast.training.own_loop.kept import Kept
 from holdfast.training.own_loop.looking import Traced, seen_variables
 from holdfast.training.own_loop.opening import Opened
@@ -52,8 +53,6 @@ from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.segment_log import SegmentLog, log_path
 
 logger = logging.getLogger(__name__)
-
-OUTCOME = "HOLDFAST_OUTCOME"
 
 
 @dataclass

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
-from holdfast.flows.command_line.options import JSON_OPTION, SET_OPTION, STORE_OPTION
+from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
 from holdfast.flows.command_line.stores import find_run
 from holdfast.flows.command_line.training_commands import call_training, run_arguments
 from holdfast.tasks.preflight import store_path
 from holdfast.training.beginnings.commands import AT_HELP, SCORE_EXIT_CODES
+from holdfast.training.configuration.option import SET_OPTION
 
 HELP = """Score one checkpoint of RUN on validation data; of kind full or weights.
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from holdfast.flows.command_line.options import JSON_OPTION, SET_OPTION, STORE_OPTION
+from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
 from holdfast.flows.command_line.stores import find_run
 from holdfast.flows.command_line.training_commands import call_training, run_arguments
 from holdfast.tasks.preflight import store_path
 from holdfast.training.beginnings.commands import AT_HELP, FORK_EXIT_CODES
-from holdfast.training.configuration.option import CONFIG_OPTION
+from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
 
 HELP = """Begin a new run, NEW_ID, with the full state of a checkpoint of RUN.
 

@@ -11,6 +11,7 @@ from holdfast.flows.command_line.options import STRICT_OPTION
 from holdfast.tasks.limits import Limits
 from holdfast.tasks.script import ScriptRunner, script_command
 from holdfast.training.exactness.reproducibility import child_environment, default_num_threads
+from holdfast.training.own_loop.environment import ALLOW_MISMATCH, IS_STRICT, RUN_ID, STORE
 
 HELP = """Start a training script of your own, and start it again until it has completed.
 
@@ -65,10 +66,10 @@ def command(  # one per option
     """Start it."""
     command_line = script_command(script, sys.executable)
     asked = {
-        "HOLDFAST_STORE": str(Path(store).absolute()) if store else None,
-        "HOLDFAST_RUN_ID": run_id,
-        "HOLDFAST_STRICT": "1" if is_strict else None,
-        "HOLDFAST_ALLOW_MISMATCH": "1" if is_mismatch_allowed else None,
+        STORE: str(Path(store).absolute()) if store else None,
+        RUN_ID: run_id,
+        IS_STRICT: "1" if is_strict else None,
+        ALLOW_MISMATCH: "1" if is_mismatch_allowed else None,
     }
     environment = child_environment(default_num_threads())
     environment |= {name: value for name, value in asked.items() if value is not None}

@@ -19,7 +19,6 @@ from holdfast.flows.command_line.local_run import (
 from holdfast.flows.command_line.options import (
     JSON_OPTION,
     RUN_EXIT_CODES,
-    SET_OPTION,
     STORE_OPTION,
     STRICT_OPTION,
 )
@@ -28,7 +27,7 @@ from holdfast.flows.command_line.stores import DEFAULT_STORE
 from holdfast.tasks.deathwatch import EXIT_PREEMPTED
 from holdfast.tasks.job import Job
 from holdfast.tasks.preflight import check_job, store_path
-from holdfast.training.configuration.option import CONFIG_OPTION
+from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.run_ids import DEFAULT_TEMPLATE, fill_run_id
 from holdfast.training.runs.shown_text import shown

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
-from holdfast.flows.command_line.options import JSON_OPTION, SET_OPTION, STORE_OPTION, STRICT_OPTION
+from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION, STRICT_OPTION
 from holdfast.flows.command_line.progress_view import ProgressView, open_view
 from holdfast.tasks.preflight import store_path
 from holdfast.training.configuration.loading import asked_num_threads
-from holdfast.training.configuration.option import CONFIG_OPTION
+from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
 from holdfast.training.errors import HoldfastError
 from holdfast.training.exactness.reproducibility import default_num_threads
 from holdfast.training.experiment.loading import experiment_name

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from typing import Any
 
 import click
 
+from holdfast.flows.command_line.training_commands import call_training
 from holdfast.training.certificate.command import EXIT_CODES, HELP, verify_resume
-from holdfast.training.exactness.reproducibility import python_command
 
 
 class _Forwarded(click.Command):
@@ -22,8 +21,7 @@ class _Forwarded(click.Command):
 
 @click.pass_context
 def _forward(context: click.Context, /, **_: Any) -> int:
-    argv = python_command("holdfast.training", "verify-resume", *context.meta[__name__])
-    return subprocess.run(argv, check=False).returncode
+    return call_training(["verify-resume", *context.meta[__name__]])
 
 
 command = _Forwarded(
