@@ -143,10 +143,9 @@ def promote(
         reason, is_good = "the first of its name", True
         if holder is not None:
             bundles = registry.bundle(name, version), registry.bundle(name, holder.version)
-            if differences := port_differences(*bundles):
+            if obstacle := _obstacle(*bundles, alias):
                 reason = (
-                    f"version {holder.version} held it, and whoever serves {alias} would break: "
-                    f"{'; '.join(differences)}. Once they are ready for it, move the alias by hand "
+                    f"version {holder.version} held it, and {obstacle}, move the alias by hand "
                     f"with holdfast alias {name}@{version} {alias} --store {registry.folder.parent}"
                 )
                 return PromotionDecision(name, version, alias, False, reason)
@@ -159,6 +158,23 @@ def promote(
         if registry.move_alias(name, alias, version, reason=reason, after=holder):
             return PromotionDecision(name, version, alias, True, reason)
     raise ExportError(f"{name}@{alias} moved {MAX_ATTEMPTS} times meanwhile; try again")
+
+
+def _obstacle(new: Path, holder: Path, alias: str) -> str:
+    """Why the two cannot be compared, and when the alias may move all the same; empty if they can.
+
+    The holder is verified before it is opened: it may have been spoilt since it was published.
+    """
+    try:
+        consumer.verify_files(holder)
+    except consumer.RefusedBundleError as error:
+        return f"cannot be compared: {error}. If that is known and the new one good"
+    if differences := port_differences(new, holder):
+        return (
+            f"whoever serves {alias} would break: {'; '.join(differences)}. "
+            f"Once they are ready for it"
+        )
+    return ""
 
 
 def port_differences(new: Path, holder: Path) -> list[str]:

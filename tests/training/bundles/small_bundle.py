@@ -17,13 +17,19 @@ CONTENT = {
 
 
 def make_bundle(folder: Path, number: int = 0) -> Path:
-    files: dict[str, Any] = {}
     for name, content in CONTENT.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content + bytes([number]))
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        files[name] = {"sha256": digest, "size_bytes": len(content) + 1}
+    return seal(folder, number)
+
+
+def seal(folder: Path, number: int = 0) -> Path:
+    """Write a manifest that names the folder's files as they are."""
+    files = {
+        name: {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+        for name, content in files_of(folder).items()
+    }
     manifest: dict[str, Any] = {
         "champion": {"test_metrics": {"loss": 0.25 + number}},
         "files": files,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from holdfast.training.bundles.promotion import (
 )
 from holdfast.training.bundles.registry import Registry
 from holdfast.training.configuration.schema import PromotionConfig, RunConfig, SelectionConfig
+from tests.training.bundles.small_bundle import seal
 
 
 class MeanLoss:
@@ -105,6 +107,11 @@ class TwoVersions(Registry):
         return sorted(self._folders)
 
 
+def sealed(case: Any, folder: Path) -> Path:
+    """A copy of what was exported, with a manifest."""
+    return seal(Path(shutil.copytree(case.place.bundle, folder)))
+
+
 def test_a_worse_champion_is_kept_but_not_promoted(exported: Any, tmp_path: Path) -> None:
     import onnx
     from onnx import numpy_helper
@@ -117,7 +124,7 @@ def test_a_worse_champion_is_kept_but_not_promoted(exported: Any, tmp_path: Path
             tensor.CopyFrom(numpy_helper.from_array(worse, tensor.name))
     (tmp_path / "worse/1").mkdir(parents=True)
     onnx.save(model, tmp_path / "worse/1/model.onnx")
-    registry = TwoVersions(tmp_path, {1: case.place.bundle, 2: tmp_path / "worse"})
+    registry = TwoVersions(tmp_path, {1: sealed(case, tmp_path / "1"), 2: tmp_path / "worse"})
 
     before_moves: list[dict[str, int]] = []
 
@@ -142,7 +149,8 @@ def test_a_model_with_other_inputs_is_kept_but_cannot_take_the_alias(
     exported: Any, tmp_path: Path
 ) -> None:
     case, other = exported["Pictures"], exported["Sequences"]
-    registry = TwoVersions(tmp_path, {1: other.place.bundle, 2: case.place.bundle})
+    holder = sealed(other, tmp_path / "holder")
+    registry = TwoVersions(tmp_path, {1: holder, 2: case.place.bundle})
     registry.move_alias("p", "champion", 1, reason="the first of its name", after=None)
     decision = promote(registry, ("p", 2), "champion", case.experiment, RunConfig())
     assert not decision.is_promoted
@@ -152,4 +160,21 @@ def test_a_model_with_other_inputs_is_kept_but_cannot_take_the_alias(
     assert decision.reason.endswith(
         f"move the alias by hand with holdfast alias p@2 champion --store {tmp_path}"
     )
+    assert registry.aliases("p") == {"champion": 1}
+
+
+@pytest.mark.parametrize("name", ["1/model.onnx", "manifest.json"])
+def test_a_holder_that_somebody_spoilt_is_not_opened(
+    exported: Any, tmp_path: Path, name: str
+) -> None:
+    case = exported["Pictures"]
+    holder = sealed(case, tmp_path / "holder")
+    (holder / name).write_bytes(b"no such thing")
+    registry = TwoVersions(tmp_path, {1: holder, 2: case.place.bundle})
+    registry.move_alias("p", "champion", 1, reason="the first of its name", after=None)
+    decision = promote(registry, ("p", 2), "champion", case.experiment, RunConfig())
+    assert not decision.is_promoted
+    assert "version 1 held it, and cannot be compared: " in decision.reason
+    assert name in decision.reason
+    assert f"holdfast alias p@2 champion --store {tmp_path}" in decision.reason
     assert registry.aliases("p") == {"champion": 1}
