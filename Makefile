@@ -11,6 +11,8 @@
 PYTHON ?= python3
 KILLS ?= 50
 FILES ?= tests
+# A third of the time tests wait: for leases, servers, and processes that start.
+WORKERS ?= $(shell echo $$(( $$(nproc) * 3 / 2 )))
 ENVIRONMENT ?= .venv
 BIN := .venv/bin
 READY := .venv/.ready
@@ -28,10 +30,10 @@ run: setup
 	$(BIN)/holdfast run digits --store runs
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 10 -r s
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 10 -r s
 
 slow: setup
-	$(BIN)/pytest -m slow --numprocesses auto --dist loadfile --durations 10 -r s $(FILES)
+	$(BIN)/pytest -m slow --numprocesses $(WORKERS) --dist loadfile --durations 10 -r s $(FILES)
 
 lint: setup
 	$(BIN)/ruff format --check .
