@@ -12,7 +12,7 @@ PYTHON ?= python3
 KILLS ?= 50
 FILES ?= tests
 # A third of the time tests wait: for leases, servers, and processes that start.
-WORKERS ?= $(shell echo $$(( $$(nproc) * 3 / 2 )))
+WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 )))
 ENVIRONMENT ?= .venv
 BIN := .venv/bin
 READY := .venv/.ready
