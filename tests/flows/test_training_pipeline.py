@@ -20,6 +20,10 @@ from tests.flows.prefect_server import environment, wait_until
 
 SETTINGS = ("--set", "train.num_epochs=60", "--set", "train.num_threads=1")
 SETTINGS += ("--set", 'export.formats=["weights","onnx"]', "--set", "export.num_latency_runs=10")
+SECRETS = {
+    name: f"{name}-of-this-test".lower()
+    for name in ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "PREFECT_API_KEY", "WANDB_API_KEY")
+}
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -50,7 +54,7 @@ class Terminal:
 def terminal(tmp_path_factory: pytest.TempPathFactory, database_template: Path) -> Terminal:
     home = tmp_path_factory.mktemp("home")
     (home / "prefect.db").write_bytes(database_template.read_bytes())
-    return Terminal(tmp_path_factory.mktemp("store"), environment(home))
+    return Terminal(tmp_path_factory.mktemp("store"), environment(home, **SECRETS))
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +191,15 @@ def test_a_completed_run_is_not_done_again(
     assert "champion" in out
     assert read_segments(run) == segments
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.slow
+def test_no_file_of_a_store_holds_a_secret_of_the_environment(
+    resumed: tuple[RunDirectory, Any], terminal: Terminal
+) -> None:
+    assert resumed[0].bundle.is_dir()
+    files = [path for path in terminal.store.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    for path in files:
+        content = path.read_bytes().lower()
+        assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path
