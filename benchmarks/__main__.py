@@ -140,6 +140,11 @@ SPEED = (
         ),
     ),
     Section(
+        "Steps per second of a script's own loop",
+        "against the script without `holdfast.run`, saves included in both; at least 0.99",
+        (("own_loop_speed.py",),),
+    ),
+    Section(
         "Deterministic algorithms against speed mode",
         "what `train.mode=speed` would win; below 1 the deterministic mode is slower",
         (
@@ -180,12 +185,34 @@ SPEED = (
     ),
 )
 
+PEERS = (
+    Section(
+        "Digits, stopped twice",
+        "every run that Holdfast keeps is exact",
+        (("peers/compare.py",),),
+        "Dropout, batch norm, and items that draw their augmentation; 75 steps. A run is stopped "
+        "twice at seeded steps, started again as its trainer's documentation says, and its "
+        "weights are compared with those of a calm run of the same seed. Alone means: "
+        "Transformers with `save_steps=10`, a callback that saves at SIGTERM, and "
+        "`resume_from_checkpoint`; Lightning with "
+        "`ModelCheckpoint(every_n_train_steps=10, save_on_exception=True)` and `ckpt_path`; "
+        "Accelerate with `save_state` every ten steps and at SIGTERM, `load_state`, "
+        "`skip_first_batches` and a seedable sampler.",
+    ),
+)
+
 
 PAGES = {
     "speed": Page(
         Path("docs", "benchmarks.md"),
         "# Benchmarks\n\nEvery ratio is the median of rivals that took turns within one run.",
         SPEED,
+    ),
+    "peers": Page(
+        Path("docs", "peers.md"),
+        "# Trainers, stopped and gone on with\n\nWhat is exact of trainings that people have, "
+        "with [integrations.md](integrations.md) and without.",
+        PEERS,
     ),
     "averaging": Page(
         Path("docs", "averaging.md"),

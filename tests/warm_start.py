@@ -37,14 +37,18 @@ class WarmProcess:
         environment: Mapping[str, str],
         folder: Path | None = None,
         script: Path | None = None,
+        imported: tuple[str, ...] = (),
     ) -> None:
-        """Start ``python -m holdfast.training``, or a script, in a session of its own."""
+        """Start ``python -m holdfast.training``, or a script, in a session of its own.
+
+        ``imported`` are further modules that it finds imported.
+        """
         outputs = [os.pipe() for _ in range(3)]
         asked: dict[str, object] = {"arguments": [*arguments], "environment": {**environment}}
         asked["script"] = None if script is None else os.fspath(script)
         asked["folder"] = os.fspath(folder or Path.cwd())
         writing = [end for _, end in outputs]
-        socket.send_fds(_server(), [json.dumps(asked).encode()], writing)
+        socket.send_fds(_server(imported), [json.dumps(asked).encode()], writing)
         for end in writing:
             os.close(end)
         (out, _), (err, _), (told, _) = outputs
@@ -81,10 +85,10 @@ class WarmProcess:
 
 
 @cache
-def _server() -> socket.socket:
+def _server(imported: tuple[str, ...]) -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server = subprocess.Popen(
-        [*python_command("tests.warm_start"), str(theirs.fileno())],
+        [*python_command("tests.warm_start"), str(theirs.fileno()), *imported],
         env=child_environment(1),
         pass_fds=[theirs.fileno()],
     )
@@ -155,9 +159,9 @@ def _run(asked: Mapping[str, object]) -> None:
     main(prog_name="python -m holdfast.training")
 
 
-def _import() -> None:
+def _import(names: Sequence[str]) -> None:
     # What training and exports import when they need it.
-    for name in ("onnxscript", "torch._dynamo", "torch.onnx"):  # onnxruntime starts threads
+    for name in ("onnxscript", "torch._dynamo", "torch.onnx", *names):  # onnxruntime starts threads
         import_module(name)
     import holdfast.training.bundles.stage
     import holdfast.training.champion.candidates
@@ -168,5 +172,5 @@ def _import() -> None:
 
 
 if __name__ == "__main__":
-    _import()
+    _import(sys.argv[2:])
     _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -117,6 +117,11 @@ class Loader:
         """The data set that microbatches are fetched from."""
         return self._dataset
 
+    @property
+    def plan(self) -> BatchPlan:
+        """The order that microbatches come in."""
+        return self._plan
+
     def steps(self, epoch: int, step_in_epoch: int) -> Iterator[Microbatch]:
         """The microbatches from the start of a step on, over all later epochs, without an end.
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from holdfast.training.data.loader import FixedSizePlan, Loader, Microbatch, WorkerInit
+import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+
+from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, Microbatch, WorkerInit
+from holdfast.training.data.sampled_plan import SampledPlan
 from holdfast.training.errors import InputError
 from holdfast.training.experiment.protocol import require_map_style
 
@@ -47,7 +51,7 @@ class RunLoader:
     got there, on ``num_workers``, or on prefetching.
     """
 
-    def __init__(self, run: Steps, plan: FixedSizePlan, loader: Loader) -> None:
+    def __init__(self, run: Steps, plan: BatchPlan, loader: Loader) -> None:
         self._run = run
         self._plan = plan
         self._loader = loader
@@ -80,6 +84,13 @@ class RunLoader:
     def state_dict(self) -> dict[str, Any]:
         """The place of the next batch, by what was taken; what was prefetched does not count."""
         return {"epoch": self._epoch, "step_in_epoch": self._step_in_epoch}
+
+    def move_to(self, epoch: int, step_in_epoch: int) -> None:
+        """Let the next batch be this one of its epoch; nothing is done where it is that already."""
+        place = (self._epoch, self._step_in_epoch)
+        is_end = step_in_epoch == 0 and place == (epoch - 1, self._plan.num_steps(self._epoch))
+        if place != (epoch, step_in_epoch) and not is_end:
+            self.load_state_dict({"epoch": epoch, "step_in_epoch": step_in_epoch})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a place."""
@@ -116,3 +127,38 @@ def build_loader(  # noqa: PLR0913  # the names of torch's DataLoader
         start_method="fork",  # as DataLoader: a script rarely guards its main module
     )
     return RunLoader(run, plan, loader)
+
+
+def adopted_loader(
+    run: Steps, loader: DataLoader[Any], seed: int, num_workers: int | None
+) -> RunLoader:
+    """The batches of a DataLoader as part of the run; ``num_workers`` in the place of its own.
+
+    Raises InputError where it gives none that could be gone back to.
+    """
+    dataset, batch_sampler = loader.dataset, loader.batch_sampler
+    require_map_style(dataset, "train")
+    if batch_sampler is None:
+        raise InputError(
+            "DataLoader(batch_size=None): its items are batches; give it items and a batch_size, "
+            "or a batch_sampler"
+        )
+    exact = Loader(
+        _Collated(dataset, loader.collate_fn),
+        _plan_of(dataset, batch_sampler, seed),
+        num_workers=loader.num_workers if num_workers is None else num_workers,
+        prefetch_factor=loader.prefetch_factor or 2,
+        seed=seed,
+        should_pin=loader.pin_memory and torch.cuda.is_available(),
+        worker_init_fn=loader.worker_init_fn,
+        start_method="fork",
+    )
+    return RunLoader(run, exact.plan, exact)
+
+
+def _plan_of(dataset: Any, batch_sampler: Any, seed: int) -> BatchPlan:
+    sampler = getattr(batch_sampler, "sampler", None)
+    is_plain = type(batch_sampler) is BatchSampler and type(sampler) is RandomSampler
+    if is_plain and not sampler.replacement and sampler.num_samples == len(dataset):
+        return FixedSizePlan(len(dataset), batch_sampler.batch_size, batch_sampler.drop_last, seed)
+    return SampledPlan(batch_sampler, seed)

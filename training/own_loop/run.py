@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from holdfast.training.data.loader import WorkerInit
 from holdfast.training.errors import InputError
 from holdfast.training.exactness.seeding import derive_seed
 from holdfast.training.own_loop.ending import Ending
 from holdfast.training.own_loop.kept import Kept
-from holdfast.training.own_loop.loader import Collate, RunLoader, build_loader
+from holdfast.training.own_loop.loader import Collate, RunLoader, adopted_loader, build_loader
+from holdfast.training.own_loop.newest import Newest, newest_state
 from holdfast.training.own_loop.opening import Opened, open_run
 from holdfast.training.own_loop.segment import Place, ScriptSegment
 from holdfast.training.stage import EXIT_PREEMPTED
@@ -102,6 +104,19 @@ class Run:
             pin_memory=pin_memory,
             seed=derive_seed(self._opened.seed, name),
         )
+        return self._added(name, loader)
+
+    def adopted_loader(self, loader: DataLoader[Any]) -> RunLoader:
+        """The batches of a DataLoader that a trainer has made, as batches of this run.
+
+        Its sampler draws each epoch from (seed, epoch), its items from (seed, epoch, position).
+        """
+        name = f"loader-{len(self._loaders) + 1}"
+        seed = derive_seed(self._opened.seed, name)
+        adopted = adopted_loader(self, loader, seed, self._opened.trial.num_workers)
+        return self._added(name, adopted)
+
+    def _added(self, name: str, loader: RunLoader) -> RunLoader:
         if self._segment is not None:
             raise InputError("run.loader(…) came after training had begun: make it before")
         self._loaders[name] = loader
@@ -113,19 +128,44 @@ class Run:
         Within ``run.epochs`` they are the steps of this epoch. After the last one everything is
         saved, unless epochs go on.
         """
-        segment = self._begin()
+        self.restore()
         while self._place.step < num_steps and not self._is_finished:
-            self._answer_notice(segment)
-            self._is_in_step = True
+            self.begin_step()
             yield self._place.step
-            self._is_in_step = False
-            self._place.step += 1
-            logged, self._logged = self._logged, {}
-            segment.after_step(logged, None if self._is_in_epochs else num_steps)
-            if not self._save_validated(segment):
-                segment.save_if_due()
+            self.end_step(None if self._is_in_epochs else num_steps)
         if not self._is_in_epochs:
             self.finish()
+
+    def begin_step(self) -> None:
+        """What ``steps`` does before each step, for a trainer that has a loop of its own.
+
+        Before the first one, everything that was kept is put back. At a notice the state is saved
+        and the process exits with 75.
+        """
+        self._answer_notice(self._begin())
+        self._is_in_step = True
+
+    def end_step(self, num_steps: int | None = None) -> None:
+        """The state is whole again: saves where that is due. ``num_steps`` is shown."""
+        segment = self._begin()
+        self._is_in_step = False
+        self._place.step += 1
+        logged, self._logged = self._logged, {}
+        segment.after_step(logged, num_steps)
+        if not self._save_validated(segment):
+            segment.save_if_due()
+
+    def restore(self) -> None:
+        """Put back everything that was kept, where a step has not done so already."""
+        self._begin()
+
+    def newest(self, name: str) -> Newest | None:
+        """What the newest checkpoint has of an object that was kept, before it is restored.
+
+        None where there is no checkpoint. Takes no lease: whoever restores makes sure that it was
+        this one.
+        """
+        return newest_state(self._opened.run, name)
 
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """The numbers of the epochs that are left of ``num_epochs``, from 0.
@@ -232,6 +272,16 @@ class Run:
 
 
 _current: Run | None = None
+
+
+def current_run(who: str) -> Run:
+    """The run of this process. Raises InputError, in the name of ``who``, where there is none."""
+    if _current is None:
+        raise InputError(
+            f"{who} found no run: call holdfast.run(experiment, run_id, seed=…) before models and "
+            f"data are made"
+        )
+    return _current
 
 
 def run(
