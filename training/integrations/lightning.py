@@ -3,7 +3,8 @@
 Names of Lightning that are not public, and what for: the loops' progress is read and put back by
 ``fit_loop.state_dict``; ``fit_loop._data_fetcher`` counts batches, too; ``_logger_connector`` and
 ``epoch_loop._results`` hold what was logged in the epoch so far, which callbacks and schedulers
-look at.
+look at; ``_signal_connector`` remembers a SIGTERM, and would end training by it;
+``_val_check_time_interval`` tells of validations by the clock.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Exact(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Lightning ends training at SIGTERM at once; notices are the run's to answer."""
-        del trainer, pl_module
+        del pl_module
+        trainer._signal_connector.received_sigterm = False  # of one that came before the loops
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -157,7 +157,7 @@ def adopted_loader(
 
 
 def _plan_of(dataset: Any, batch_sampler: Any, seed: int) -> BatchPlan:
-    sampler = getattr(batch_sampler, "sampler", None)
+    sampler: Any = getattr(batch_sampler, "sampler", None)
     is_plain = type(batch_sampler) is BatchSampler and type(sampler) is RandomSampler
     if is_plain and not sampler.replacement and sampler.num_samples == len(dataset):
         return FixedSizePlan(len(dataset), batch_sampler.batch_size, batch_sampler.drop_last, seed)

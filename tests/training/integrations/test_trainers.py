@@ -81,6 +81,12 @@ def test_a_callback_that_raises_is_recorded_and_the_next_start_goes_on(
     assert (code, told.split()[:2]) == (0, ["done", "16"]), errors
 
 
+def test_a_notice_before_the_first_step_is_answered(tmp_path: Path) -> None:
+    code, _, errors = script("lightning", "--fault=early notice", folder=tmp_path)
+    assert code == 75, errors
+    assert [segment.outcome for segment in read_segments(run_in(tmp_path))] == ["preempted"]
+
+
 REFUSED = {
     ("transformers", "no run"): "Trainer.train() found no run: call holdfast.run(",
     ("transformers", "hidden"): "the callback Ema has a AveragedModel in .average and tells no",

@@ -32,12 +32,15 @@ NUM_POINTS, NUM_EPOCHS, ACCUMULATED = 60, 4, 2  # 8 batches and 4 updates an epo
 class Points:
     """Points around the origin, and on which side of it they lie."""
 
+    def __init__(self, noise: float = 0.1) -> None:
+        self.noise = noise
+
     def __len__(self) -> int:
         return NUM_POINTS
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         point = torch.randn(6, generator=torch.Generator().manual_seed(index))
-        return {"x": point + 0.1 * torch.randn(6), "labels": (point[0] > 0).long()}
+        return {"x": point + self.noise * torch.randn(6), "labels": (point[0] > 0).long()}
 
 
 class Net(nn.Module):
