@@ -65,6 +65,13 @@ class Exact(Callback):  # type: ignore[misc]
             return self._adopted(trainer, processed) if trainer.training else processed
 
         trainer.strategy.process_dataloader = process_dataloader
+        after_all: Callable[[], None] = trainer.strategy.on_train_end
+
+        def on_train_end() -> None:
+            after_all()
+            self._finish()
+
+        trainer.strategy.on_train_end = on_train_end  # called after all callbacks'
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Everything is built: the loops begin where the run stands."""
@@ -74,12 +81,13 @@ class Exact(Callback):  # type: ignore[misc]
         if self._stepped is not None and self._stepped.newest is not None:
             restore_place(trainer, self._stepped.newest.state)
 
+    def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning has just taken the signals over."""
+        self._take_signals_back(trainer, pl_module)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lightning ends training at SIGTERM at once; notices are the run's to answer."""
-        del pl_module
-        trainer._signal_connector.received_sigterm = False  # of one that came before the loops
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        """As before a sanity check, where there is none."""
+        self._take_signals_back(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -98,11 +106,21 @@ class Exact(Callback):  # type: ignore[misc]
             self._stepped.validated(told_metrics(trainer))
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Training is over."""
+        """Where there was nothing left to train: the module gets its weights."""
         del trainer, pl_module
-        if self._stepped is not None and self._state is not None:
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._stepped is not None and self._state is not None and not self._state.is_over:
             self._state.is_over = True
             self._stepped.finish()
+
+    def _take_signals_back(self, trainer: Any, pl_module: Any) -> None:
+        """Lightning ends training at SIGTERM at once; notices are the run's to answer."""
+        del pl_module
+        trainer._signal_connector.received_sigterm = False  # of one that came before
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
 
     def _adopted(self, trainer: Any, loader: Any) -> _Batches:
         if self._loader is not None:

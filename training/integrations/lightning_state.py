@@ -48,9 +48,8 @@ class TrainerPart:
         """Put everything back; the model was before."""
         trainer = self._trainer
         restore_place(trainer, saved)
-        trainer.fit_loop._data_fetcher.fetched = (
-            trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        )
+        if (fetcher := trainer.fit_loop._data_fetcher) is not None:  # None: all is trained
+            fetcher.fetched = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         connector = trainer._logger_connector
         device = trainer.strategy.root_device
         for name, value in saved["logged"].items():

@@ -40,7 +40,8 @@ class Points:
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         point = torch.randn(6, generator=torch.Generator().manual_seed(index))
-        return {"x": point + self.noise * torch.randn(6), "labels": (point[0] > 0).long()}
+        drawn = torch.randn(6) if self.noise else torch.zeros(6)
+        return {"x": point + self.noise * drawn, "labels": (point[0] > 0).long()}
 
 
 class Net(nn.Module):
