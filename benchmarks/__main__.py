@@ -192,7 +192,8 @@ PEERS = (
         (("peers/compare.py",),),
         "Dropout, batch norm, and items that draw their augmentation; 75 steps. A run is stopped "
         "twice at seeded steps, started again as its trainer's documentation says, and its "
-        "weights are compared with those of a calm run of the same seed. Alone means: "
+        "weights are compared with those of a calm run of the same seed, which is the same when it "
+        "is repeated. Alone means: "
         "Transformers with `save_steps=10`, a callback that saves at SIGTERM, and "
         "`resume_from_checkpoint`; Lightning with "
         "`ModelCheckpoint(every_n_train_steps=10, save_on_exception=True)` and `ckpt_path`; "

@@ -78,13 +78,19 @@ def stops(workers: int, signal_name: str, seed: int) -> list[str]:
 def trained(
     rival: str, seed: int, workers: int, folder: Path, outcomes: Outcomes, at: Sequence[str]
 ) -> Generator[Life, int, None]:
-    """Calm and stopped runs of one seed: asks for lives, and is told their exit codes."""
+    """Calm and stopped runs of one seed: asks for lives, and is told their exit codes.
+
+    Raises RuntimeError where two calm runs differ: then nothing can be said of a stopped one.
+    """
     words = ("--seed", str(seed), "--workers", str(workers))
-    calm = folder / "calm"
-    code = yield rival, words, calm
+    calm, again = folder / "calm", folder / "calm again"
+    for each in (calm, again):
+        code = yield rival, words, each
+        if code or not (each / "weights.txt").exists():
+            raise RuntimeError(f"{rival} did not train: {(each / 'log.txt').read_text()[-2000:]}")
     expected = calm / "weights.txt"
-    if code or not expected.exists():
-        raise RuntimeError(f"{rival} did not train: {(calm / 'log.txt').read_text()[-2000:]}")
+    if expected.read_text() != (again / "weights.txt").read_text():
+        raise RuntimeError(f"{rival}: two calm runs of seed {seed} differ")
     for name in at:
         stopped = folder / name
         for stop in stops(workers, name, seed):

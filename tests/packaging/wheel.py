@@ -71,7 +71,9 @@ def problems(wheel: Path) -> list[str]:
         for path in (REPOSITORY / "deployments").rglob("*")
         if path.is_file()
     }
-    wanted |= {"holdfast/__init__.py", "holdfast/__main__.py", "holdfast/py.typed"}
+    face = ["holdfast/py.typed", "holdfast/*.py", "holdfast/integrations/*.py"]
+    found = (path for pattern in face for path in REPOSITORY.glob(pattern))
+    wanted |= {path.relative_to(REPOSITORY).as_posix() for path in found}
     packed = {name for name in names if ".dist-info/" not in name}
     links = [entry.filename for entry in entries if stat.S_ISLNK(entry.external_attr >> 16)]
     return [
