@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -58,26 +58,36 @@ class Exact(Callback):  # type: ignore[misc]
         self._state = TrainerPart(trainer, self)
         self._stepped = SteppedRun(run, lambda: self._kept(trainer), lambda: trainer.global_step)
         self._handlers = {number: signal.getsignal(number) for number in NOTICE_SIGNALS}
-        theirs: Callable[[Any], Any] = trainer.strategy.process_dataloader
+        self._take_part(trainer, trainer.strategy)
+
+    def _take_part(self, trainer: Any, strategy: Any) -> None:
+        """Be called by the strategy, where callbacks are not."""
+        process, load, end = (
+            strategy.process_dataloader,
+            strategy.load_checkpoint,
+            strategy.on_train_end,
+        )
 
         def process_dataloader(loader: Any) -> Any:
-            processed = theirs(loader)
+            processed = process(loader)
             return self._adopted(trainer, processed) if trainer.training else processed
 
-        trainer.strategy.process_dataloader = process_dataloader
-        after_all: Callable[[], None] = trainer.strategy.on_train_end
+        def load_checkpoint(*arguments: Any, **named: Any) -> Any:
+            if trainer.training:
+                raise InputError("Trainer.fit: ckpt_path: the run goes on by itself; leave it out")
+            return load(*arguments, **named)
 
-        def on_train_end() -> None:
-            after_all()
+        def on_train_end() -> None:  # after all callbacks'
+            end()
             self._finish()
 
-        trainer.strategy.on_train_end = on_train_end  # called after all callbacks'
+        strategy.process_dataloader = process_dataloader
+        strategy.load_checkpoint = load_checkpoint
+        strategy.on_train_end = on_train_end
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Everything is built: the loops begin where the run stands."""
         del pl_module
-        if trainer.ckpt_path is not None:
-            raise InputError("Trainer.fit: ckpt_path: the run goes on by itself; leave it out")
         if self._stepped is not None and self._stepped.newest is not None:
             restore_place(trainer, self._stepped.newest.state)
 

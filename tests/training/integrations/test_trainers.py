@@ -68,6 +68,7 @@ def test_a_training_that_ended_does_nothing_when_it_is_started_again(
     assert len(read_segments(run_in(tmp_path))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_callback_that_raises_is_recorded_and_the_next_start_goes_on(
     tmp_path: Path, trainer: str
@@ -100,7 +101,7 @@ REFUSED = {
     ("lightning", "no run"): "Trainer.fit() found no run: call holdfast.run(",
     ("lightning", "hidden"): "the callback Hidden has a AveragedModel in .average and tells no",
     ("lightning", "resume"): "ckpt_path: the run goes on by itself; leave it out",
-    ("lightning", "list"): "train_dataloader is a list, which cannot be gone back into",
+    ("lightning", "no loader"): "train_dataloader is a Batches, which cannot be gone back into",
     ("lightning", "two loaders"): "there is a second DataLoader for training",
     ("lightning", "clock"): "max_time and Timer end training by the clock",
 }
