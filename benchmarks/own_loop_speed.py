@@ -34,7 +34,7 @@ class Turns:
     def __init__(self, names: tuple[str, str]) -> None:
         self._gates = {name: threading.Semaphore(0) for name in names}
         self._steps = dict.fromkeys(names, 0)
-        self._start_s = 0.0
+        self._start_s, self._is_one_over = 0.0, False
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
         self._gates[names[0]].release()
         register_optimizer_step_post_hook(lambda *_: self._after_step())
@@ -45,7 +45,8 @@ class Turns:
         self._start_s = time.perf_counter()
 
     def end(self) -> None:
-        """This thread's script is over."""
+        """This thread's script is over; the other one is not waited for any more."""
+        self._is_one_over = True
         self._other.release()
 
     def _after_step(self) -> None:
@@ -53,8 +54,9 @@ class Turns:
         self._steps[name] += 1
         if self._steps[name] % STEPS_OF_A_TURN == 0:
             self.seconds[name].append(time.perf_counter() - self._start_s)
-            self._other.release()
-            self.begin()
+            if not self._is_one_over:
+                self._other.release()
+                self.begin()
 
     @property
     def _name(self) -> str:
