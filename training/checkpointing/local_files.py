@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ from holdfast.training.runs.faultpoints import reach
 from holdfast.training.runs.stored_json import NO_FOLLOW, kind_name
 
 NUM_WRITER_THREADS = 3  # one hashes, one flushes, one reads back
+
+ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class FileWriter:
     def write(self, path: Path, parts: Sequence[Bytes]) -> WrittenFile:
         """Make the file with one write per part. Raises OSError; FileExistsError if it exists."""
         reach("write.before-file")
-        digest = self._pool.submit(digest_of, parts)
+        digest = self._submit(digest_of, parts)
         # Mode as any program's files: the umask decides who may read it.
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
@@ -81,9 +84,20 @@ class FileWriter:
             path,
             size_bytes,
             digest,
-            _flush=self._pool.submit(_flush_and_close, descriptor),
-            _read_back=self._pool.submit(_read_back, path),
+            _flush=self._submit(_flush_and_close, descriptor),
+            _read_back=self._submit(_read_back, path),
         )
+
+    def _submit(self, work: Callable[..., ResultT], *arguments: Any) -> Future[ResultT]:
+        try:
+            return self._pool.submit(work, *arguments)
+        except RuntimeError:  # the interpreter is leaving, and starts no thread any more
+            done: Future[ResultT] = Future()
+            try:
+                done.set_result(work(*arguments))
+            except Exception as error:  # noqa: BLE001  # told by whoever asks for the result
+                done.set_exception(error)
+            return done
 
 
 def read_file(
