@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from holdfast.training.bundles.summary import promotion_fields, promotion_line, published_name
 from holdfast.training.errors import InputError, StorageError
+from holdfast.training.experiment.loading import located_reference
 from holdfast.training.runs.directory import (
     RunDirectory,
     Script,
@@ -122,11 +123,7 @@ def experiment_reference(run: RunDirectory) -> str:
             f"{run.path} is the run of a script with its own loop: what follows training is not "
             f"for it yet, and it goes on with {script_command_line(record.script)}"
         )
-    file, _, name = record.experiment.rpartition(":")
-    is_elsewhere = file.endswith(".py") and not Path(file).exists()
-    if is_elsewhere and record.folder is not None and (Path(record.folder) / file).exists():
-        return f"{Path(record.folder) / file}:{name}"
-    return record.experiment
+    return located_reference(record.experiment, record.folder)
 
 
 def script_command_line(script: Script) -> str:

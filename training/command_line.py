@@ -15,6 +15,7 @@ import click
 
 from holdfast.training.beginnings.commands import convert_command, fork_command, score_command
 from holdfast.training.certificate.command import verify_resume
+from holdfast.training.certificate.replay_command import replay_command
 from holdfast.training.checkpointing.commands import checkpoints
 from holdfast.training.configuration.loading import asked_num_threads
 from holdfast.training.configuration.option import CONFIG_OPTION
@@ -143,6 +144,7 @@ main.add_command(fork_command)
 main.add_command(score_command)
 main.add_command(configuration)
 main.add_command(verify_resume)
+main.add_command(replay_command)
 
 
 def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, Any]) -> int:

@@ -19,12 +19,13 @@ from holdfast.training.runs.shown_text import shown, shown_lines
 
 PACKAGES = {
     "checkpoint_commands": ("checkpoints", "evaluate", "fork"),
-    "examination_commands": ("check", "verify-resume", "doctor"),
+    "examination_commands": ("check", "verify-resume", "replay", "doctor"),
 }
 """Of commands that are not in ``commands/``."""
 COMMANDS = {
     "run": "Train an experiment, from seed to verified bundle.",
     "verify-resume": "Try whether a resume is exact.",
+    "replay": "Do steps again, and compare their losses.",
     "check": "Find what would go wrong, before training.",
     "exec": "Start a training script, again and again.",
     "resume": "Go on with a run that was stopped or failed.",

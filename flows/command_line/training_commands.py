@@ -5,17 +5,17 @@ The command line must not import torch; what needs it is done by a process that 
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 
 from holdfast.tasks.run_summary import experiment_reference
 from holdfast.training.exactness.reproducibility import python_command
+from holdfast.training.preemption.passing_on import run_passing_on
 from holdfast.training.runs.directory import RunDirectory
 
 
 def call_training(arguments: list[str]) -> int:
     """Run ``python -m holdfast.training ...`` with this terminal; its exit code."""
-    return subprocess.run(python_command("holdfast.training", *arguments), check=False).returncode
+    return run_passing_on(python_command("holdfast.training", *arguments))
 
 
 def run_arguments(run: RunDirectory, overrides: Sequence[str], *, is_json: bool) -> list[str]:

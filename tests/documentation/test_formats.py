@@ -15,6 +15,7 @@ from holdfast.tasks.attempts import AttemptLog
 from holdfast.training.averages.soup import GreedyStep
 from holdfast.training.bundles.promotion import PromotionDecision
 from holdfast.training.bundles.registry import AliasMove
+from holdfast.training.certificate.kept import KeptCertificate
 from holdfast.training.champion.candidate_plan import Candidate, Source
 from holdfast.training.champion.candidates import run_candidates
 from holdfast.training.champion.selection import Measured, choice_json, run_evaluation
@@ -66,6 +67,7 @@ WRITTEN: dict[str, Iterable[str]] = {
     "choice": CHOICE,
     "choice.candidates": CHOICE["candidates"][0],
     "ArtifactReport.as_json": ArtifactReport("onnx").as_json(),
+    "KeptCertificate": names(KeptCertificate),
     "PromotionDecision": names(PromotionDecision),
     "AliasMove": names(AliasMove) - {"number"},  # the file's name
     "generators": {*capture_generators(), "torch.cuda.<n>", "loss_sum"},

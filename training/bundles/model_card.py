@@ -41,6 +41,7 @@ def model_card(
             f"Trained by Holdfast in run {_code(manifest['run']['run_id'])}; the champion is the "
             f"candidate {_code(manifest['champion']['name'])}.",
             "",
+            *_about_certificate(manifest.get("measured", {}).get("certificate")),
             *_about_members(num_members(manifest["champion"]["name"])),
             *_metrics_table(manifest["champion"]["test_metrics"]),
             *_port_table("Inputs", manifest["interface"]["inputs"], {}),
@@ -58,6 +59,18 @@ def model_card(
             "",
         ]
     )
+
+
+def _about_certificate(certificate: Mapping[str, Any] | None) -> list[str]:
+    """Of one that certifies this training, what does not depend on when or where it was made."""
+    if certificate is None or certificate["differs_in"] or not certificate["is_exact"]:
+        return []
+    return [
+        f"A training of this code and configuration that was stopped {certificate['num_stops']} "
+        f"times in {certificate['num_steps']} steps had the bytes of one that was not "
+        f"(`measured.certificate` in `manifest.json`).",
+        "",
+    ]
 
 
 def _about_members(num: int | None) -> list[str]:

@@ -23,6 +23,7 @@ from holdfast.training.bundles.bundle import (
     require_replaceable,
     verified,
 )
+from holdfast.training.certificate.kept import read_certificate
 from holdfast.training.errors import (
     BundleError,
     ExportError,
@@ -113,6 +114,9 @@ class Export:
             "latency": latency,
             "losses": compare_losses(self.stage.run).as_json(),
         }
+        certificate = read_certificate(self.stage.run, self.stage.record)
+        if certificate is not None:
+            measured["certificate"] = certificate.as_json()
         facts = self._facts(*interfaces, reports, measured)
         manifest = complete_bundle(self.staging, facts, self.scratch)
         require_own_proof(self.staging, self.stage.config.export.timeout_s)

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from holdfast.training.errors import ExperimentError
+from holdfast.training.errors import ExperimentError, InputError
 from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.exactness.trial import Trial
-from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.experiment.loading import experiment_name, located_reference
 from holdfast.training.own_loop.environment import RUN_ID, STORE
+from holdfast.training.runs.directory import RunRecord, read_run_record
+from holdfast.training.runs.durable_json import create_json_durably
 from holdfast.training.runs.paths import RunDirectory
 
 
@@ -31,12 +33,45 @@ class Target:
 
     Attributes:
         config_file, overrides: of the experiment.
+        record: of the run whose experiment or script it is, with its configuration and seeds.
     """
 
     experiment: str | None = None
     config_file: Path | None = None
     overrides: tuple[str, ...] = ()
     script: tuple[str, ...] = ()
+    record: RunRecord | None = None
+
+    @staticmethod
+    def of_run(run: RunDirectory) -> Target:
+        """What a run trains. Raises InputError where it is not there, or its script is not."""
+        try:
+            record = read_run_record(run)
+        except FileNotFoundError:
+            raise InputError(f"there is no run at {run.path}") from None
+        if record.script is None:
+            reference = located_reference(record.experiment, record.folder)
+            return Target(experiment=reference, record=record)
+        if not Path(record.script.path).is_file():
+            raise InputError(
+                f"the run's script {record.script.path} is not here: try it where it is, or put it "
+                f"there"
+            )
+        return Target(script=(record.script.path, *record.script.arguments), record=record)
+
+    @property
+    def folder(self) -> str | None:
+        """Where its script is started; None for here."""
+        begun = None if self.record is None else self.record.folder
+        return begun if self.script and begun and Path(begun).is_dir() else None
+
+    def plant(self, run: RunDirectory) -> None:
+        """Let a life of an experiment find the configuration and seeds of the run that is meant."""
+        if self.record is None or self.experiment is None or run.run_json.exists():
+            return
+        run.path.mkdir(parents=True)
+        planted = self.record.model_copy(update={"run_id": run.path.name, "lineage": None})
+        create_json_durably(run.run_json, planted.model_dump(mode="json"))
 
     @property
     def name(self) -> str:
@@ -50,8 +85,6 @@ class Target:
             return [python, *self.script]
         asked = ["--experiment", self.experiment, "--store", str(store), "--run-id", run_id]
         given = {**trial.settings(), "rehearsal.depth": "none"}
-        if trial.end_at is not None:
-            given["train.max_steps"] = trial.end_at
         if trial.num_workers is not None:
             given["data.num_workers"] = trial.num_workers
         told = [f"{key}={str(value).lower()}" for key, value in given.items() if value is not None]
@@ -59,6 +92,8 @@ class Target:
             asked += ["--set", override]
         if self.config_file is not None:
             asked += ["--config", str(self.config_file)]
+        if self.record is not None:
+            asked.append("--resume")
         return python_command("holdfast.training", "segment", *asked, "--progress", "none")
 
 
@@ -90,9 +125,12 @@ class Lives:
             STORE: str(self.store),
             RUN_ID: run_id,
         }
+        if self.target.experiment is not None:
+            self.target.plant(self.run(run_id))
         log_path = self.store / f"{run_id}.log"
         with log_path.open("ab") as log:
-            code = _wait(self.target.command(self.store, run_id, trial), environment, log, left_s)
+            command = self.target.command(self.store, run_id, trial)
+            code = _wait(command, environment, log, left_s, self.target.folder)
         expected = (0, 75) if trial.stop_at is None else (0, 75, -signal.SIGKILL)
         if code not in expected:
             raise ExperimentError(
@@ -123,10 +161,15 @@ def chosen_stops(num_steps: int, num_stops: int, seed: int) -> list[tuple[int, s
 
 
 def _wait(
-    command: Sequence[str], environment: Mapping[str, str], log: IO[bytes], left_s: float
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: IO[bytes],
+    left_s: float,
+    folder: str | None,
 ) -> int:
     process = subprocess.Popen(
         command,
+        cwd=folder,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,

@@ -323,6 +323,20 @@ class LoggingConfig(Section):
     """Write TensorBoard event files into the run directory."""
 
 
+class TrackingConfig(Section):
+    """Trackers that a run is sent to, by a process of its own. Never changes the result."""
+
+    to: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        (), json_schema_extra=OUTSIDE_DIGEST
+    )
+    """Which: event files in the run directory; the MLflow server of MLFLOW_TRACKING_URI; Weights &
+    Biases, offline unless WANDB_API_KEY or WANDB_MODE says otherwise."""
+    project: str | None = Field(None, min_length=1, json_schema_extra=OUTSIDE_DIGEST)
+    """MLflow's experiment, W&B's project. Unset: the experiment's name."""
+    timeout_s: float = Field(60.0, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
+    """How long a completed training waits until trackers have got the rest."""
+
+
 class ExportConfig(Section):
     """What is exported from the champion, and what it must prove. Never changes the training."""
 
@@ -399,6 +413,7 @@ class RunConfig(Section):
     selection: SelectionConfig = SelectionConfig()
     preemption: PreemptionConfig = PreemptionConfig()
     logging: LoggingConfig = LoggingConfig()
+    tracking: TrackingConfig = TrackingConfig()
     export: ExportConfig = ExportConfig()
     promotion: PromotionConfig = PromotionConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()

@@ -1,4 +1,4 @@
-"""What ``holdfast verify-resume`` asks of the processes that it starts, by a variable.
+"""What ``verify-resume`` and ``replay`` ask of the processes that they start, by a variable.
 
 Nobody else sets HOLDFAST_TRIAL. A process that finds it stops itself by a real signal at a step
 that was chosen before, so that two trials with one seed are the same trial.
@@ -29,6 +29,8 @@ class Trial:
         look_at: before these steps, what lies in the script's variables is written down.
         look_file: where.
         trace_step: the step whose operators are written down, to ``trace_file``.
+        replay_steps: the first and the last step that a script is to do again, saving nothing.
+        replay_file: where what came of it is written.
     """
 
     stop_at: int | None = None
@@ -40,6 +42,8 @@ class Trial:
     look_file: str | None = None
     trace_step: int | None = None
     trace_file: str | None = None
+    replay_steps: tuple[int, int] | None = None
+    replay_file: str | None = None
 
     def environment(self) -> dict[str, str]:
         """The variable that asks for it."""

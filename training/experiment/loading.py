@@ -46,6 +46,15 @@ def experiment_name(reference: str) -> str:
     return f"{Path(source).stem if _is_file(source) else source}.{class_name}"
 
 
+def located_reference(reference: str, folder: str | None) -> str:
+    """The same experiment; a file that is not found from here is named from ``folder``."""
+    file, _, name = reference.rpartition(":")
+    if not _is_file(file) or folder is None or Path(file).exists():
+        return reference
+    begun = Path(folder) / file
+    return f"{begun}:{name}" if begun.exists() else reference
+
+
 def load_experiment(reference: str) -> type[Experiment]:
     """The experiment's class, checked to have the five methods of ``Experiment``.
 
@@ -123,9 +132,17 @@ def source_digest(
     if path is None:
         return None
     package = experiment_class.__module__.rpartition(".")[0]
-    contents: dict[Path, bytes] = {}
     modules = {(reference or "").rpartition(":")[0] for reference in references}
-    waiting = {path.resolve(), *_beside(path.resolve(), package, modules)}
+    return code_digest(path, package, modules)
+
+
+def code_digest(path: Path, package: str = "", modules: Iterable[str] = ()) -> str | None:
+    """``sha256:...`` of a file, of ``modules`` beside it, and of what they import beside them.
+
+    ``package`` is what the file is part of. None where one can't be read.
+    """
+    contents: dict[Path, bytes] = {}
+    waiting = {path.resolve(), *_beside(path.resolve(), package, set(modules))}
     try:
         while waiting:
             file = waiting.pop()

@@ -72,6 +72,12 @@ class LossRecord:
                 if found is not None:
                     self._tell(found)
 
+    def sync(self) -> None:
+        """Have all of them on disk, before a checkpoint is made of their steps. As ``flush``."""
+        self.flush()
+        if self._file is not None:
+            os.fsync(self._file)
+
     def close(self) -> None:
         """Write the rest. No other call may follow."""
         try:

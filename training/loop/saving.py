@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,6 +44,9 @@ class Saver:
     A light checkpoint never takes the place of a full one of the same step, and is made full where
     a full one is due as well: then its trigger and its metrics stay, so that what may be selected
     does not depend on when full ones are written.
+
+    Attributes:
+        before_save: called before each snapshot is taken.
     """
 
     def __init__(  # noqa: PLR0913  # the parts of a segment that saving needs
@@ -79,6 +82,7 @@ class Saver:
         self._measured_step = state.counters.step if is_measured else None
         self._has_advance_notice = False
         self._is_grace_checked = False
+        self.before_save: Callable[[], None] = lambda: None
 
     def is_light_due(self) -> bool:
         """Whether this step, within an epoch, is to be validated and was not yet."""
@@ -203,6 +207,7 @@ class Saver:
 
     def _save(self, trigger: Trigger, metrics: Mapping[str, float], kind: Kind = "full") -> None:
         self._guard.check()
+        self.before_save()
         with self._costs.measured("saving"):
             self._wait()
             tensors, state = self._state.capture()

@@ -48,6 +48,8 @@ from holdfast.training.runs.event_log import check_event_log, event_file, told_t
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.segment_log import log_path
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
+from holdfast.training.tracking.sending import tracked
+from holdfast.training.tracking.tracker import check_trackers
 from holdfast.training.weights.frozen import frozen_of
 
 
@@ -58,6 +60,7 @@ def run_segment(stage: Stage) -> StageOutcome:
     was written to the segment's record.
     """
     check_event_log(stage.config.logging)
+    check_trackers(stage.config.tracking)
     costs = Costs()
     with costs.measured("startup"):
         trainer = build_trainer(stage, costs)
@@ -66,8 +69,14 @@ def run_segment(stage: Stage) -> StageOutcome:
     with stage.writing() as lease:
         keeper = RecordKeeper(stage.run, lease, costs.seconds, stage.config.logging.every_s)
         stage.log.open(log_path(stage.run.logs, keeper.number))
-        with keeper.failure_recorded(), closing(trainer.loader):
-            return _train(stage, trainer, lease, keeper)
+        with (
+            keeper.failure_recorded(),
+            tracked(stage.run, stage.config.tracking, stage.progress) as trackers,
+            closing(trainer.loader),
+        ):
+            ended = _train(stage, trainer, lease, keeper)
+            trackers.is_completed = ended.outcome == "completed"
+            return ended
 
 
 def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -> StageOutcome:
@@ -92,6 +101,7 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
             LossRecord(stage.run, keeper.number, start_step, stage.config.logging.every_s)
         ) as losses,
     ):
+        saver.before_save = losses.sync
 
         def after_step(step: int) -> None:
             losses.add(trainer.train_step.last_loss)
@@ -132,7 +142,7 @@ def build_trainer(stage: Stage, costs: Costs) -> Trainer:
     )
     return Trainer(
         experiment=experiment,
-        config=config,
+        config=_ended_by_trial(config),
         state=state,
         plan=plan,
         loader=loader,
@@ -142,6 +152,15 @@ def build_trainer(stage: Stage, costs: Costs) -> Trainer:
         progress=stage.progress,
         costs=costs,
     )
+
+
+def _ended_by_trial(config: RunConfig) -> RunConfig:
+    """What the loop goes by: a trial ends it sooner, and its digest is that of the whole run."""
+    end_at, train = asked_trial().end_at, config.train
+    if end_at is None:
+        return config
+    ended = train.model_copy(update={"max_steps": min(end_at, train.max_steps or end_at)})
+    return config.model_copy(update={"train": ended})
 
 
 def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainState:

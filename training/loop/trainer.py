@@ -6,9 +6,9 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from holdfast.training.configuration.schema import RunConfig, TrainConfig
 from holdfast.training.data.batch_plan import place_of
@@ -16,7 +16,6 @@ from holdfast.training.data.loader import BatchPlan, Loader, Microbatch
 from holdfast.training.experiment.protocol import Dataset, Experiment
 from holdfast.training.loop.early_stopping import EarlyStopping
 from holdfast.training.loop.evaluation import evaluate, metrics_of
-from holdfast.training.loop.saving import Saver
 from holdfast.training.loop.state import Counters, EpochRecord, TrainState
 from holdfast.training.loop.train_step import TrainStep
 from holdfast.training.optimizers.schedule import named_metric
@@ -39,6 +38,30 @@ class SegmentOutcome:
     outcome: Literal["completed", "preempted"]
     step: int
     notice: Notice | None = None
+
+
+class Saving(Protocol):
+    """What decides when to save: ``Saver``, or nothing where steps are only done again."""
+
+    def is_light_due(self) -> bool:
+        """Whether this step, within an epoch, is to be validated and was not yet."""
+        ...
+
+    def after_step(self, measured: Mapping[str, float] | None = None) -> None:
+        """A step is done, and was validated where ``measured`` has metrics."""
+        ...
+
+    def after_epoch(self, metrics: Mapping[str, float], *, is_last: bool) -> None:
+        """An epoch is done and validated."""
+        ...
+
+    def finish(self) -> None:
+        """Training is done."""
+        ...
+
+    def stop(self, notice: Notice) -> None:
+        """A notice came."""
+        ...
 
 
 class _Pace:
@@ -68,7 +91,7 @@ class Trainer:
     costs: Costs
     _num_steps: int | None = field(default=None, init=False)
 
-    def fit(self, saver: Saver, on_step: Callable[[int], None]) -> SegmentOutcome:
+    def fit(self, saver: Saving, on_step: Callable[[int], None]) -> SegmentOutcome:
         """Train until the configured end or a notice. ``on_step`` is told each step that is done.
 
         After return with ``completed`` the final checkpoint is durable; with ``preempted``, too,
@@ -154,7 +177,7 @@ class Trainer:
         is_last_step = counters.step_in_epoch >= length
         return is_last_step or counters.step == self.config.train.max_steps
 
-    def _has_done_what_is_due(self, saver: Saver) -> bool:
+    def _has_done_what_is_due(self, saver: Saving) -> bool:
         """End the epoch, or measure a light checkpoint. False where a notice cut it short."""
         if self._is_at_epoch_end():
             return self._end_epoch(saver)
@@ -165,7 +188,7 @@ class Trainer:
             saver.after_step(metrics)
         return True
 
-    def _end_epoch(self, saver: Saver) -> bool:
+    def _end_epoch(self, saver: Saving) -> bool:
         """Validate, record, adapt the rate, save. False where a notice cut validation short."""
         metrics = self._validate()
         if metrics is None:
@@ -227,7 +250,7 @@ class Trainer:
         metric, mode = self.config.early_stopping_ranking
         return self.state.early_stopping.after(metrics[metric], self.config.early_stopping, mode)
 
-    def _stop(self, saver: Saver) -> SegmentOutcome:
+    def _stop(self, saver: Saving) -> SegmentOutcome:
         notice = self.monitor.notice
         assert notice is not None
         self.progress.emit("notice", source=notice.source, reason=notice.reason)

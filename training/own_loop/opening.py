@@ -26,6 +26,7 @@ from holdfast.training.exactness.strictness import be_strict, warn_of_inexactnes
 from holdfast.training.exactness.surroundings import surroundings
 from holdfast.training.exactness.trial import Trial, asked_trial
 from holdfast.training.exactness.versions import library_versions
+from holdfast.training.experiment.loading import code_digest
 from holdfast.training.own_loop.environment import ALLOW_MISMATCH, IS_STRICT, RUN_ID, STORE
 from holdfast.training.preemption.notices import PreemptionMonitor
 from holdfast.training.preemption.sources import build_sources
@@ -99,6 +100,7 @@ def open_run(
     monitor = PreemptionMonitor(build_sources(resolved.preemption))
     monitor.start()
     seed_generators(seed)
+    script = _script()
     record = RunRecord(
         run_id=run_id,
         experiment=experiment,
@@ -107,10 +109,11 @@ def open_run(
         seeds={"script": seed},
         versions=library_versions(),
         num_threads=num_threads,
-        surroundings={} if run.run_json.exists() else surroundings(_script()),
+        experiment_digest=None if script is None else code_digest(script),
+        surroundings={} if run.run_json.exists() else surroundings(script),
         created_at=utc_now(),
         folder=str(Path.cwd()),
-        script=Script(path=str(_script() or ""), arguments=sys.argv[1:]),
+        script=Script(path=str(script or ""), arguments=sys.argv[1:]),
     )
     return Opened(
         run=run,

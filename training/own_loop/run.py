@@ -20,6 +20,7 @@ from holdfast.training.own_loop.kept import Kept
 from holdfast.training.own_loop.loader import Collate, RunLoader, adopted_loader, build_loader
 from holdfast.training.own_loop.newest import Newest, newest_state
 from holdfast.training.own_loop.opening import Opened, open_run
+from holdfast.training.own_loop.replayed import ReplayedSegment
 from holdfast.training.own_loop.segment import Place, ScriptSegment
 from holdfast.training.stage import EXIT_PREEMPTED
 
@@ -233,22 +234,34 @@ class Run:
         """Training ends here, also before the loop's own end. Saves, and lets the run go."""
         if self._segment is not None and not self._is_finished:
             self._is_finished = True
-            self._segment.finish()
+            with self._failure_recorded(self._segment):
+                self._segment.finish()
 
     def _begin(self) -> ScriptSegment:
         if self._segment is None:
-            self._segment = ScriptSegment(self._opened, self._kept, self._loaders, self._place)
+            is_replay = self._opened.trial.replay_steps is not None
+            kind = ReplayedSegment if is_replay else ScriptSegment
+            self._segment = kind(self._opened, self._kept, self._loaders, self._place)
         return self._segment
 
     def _answer_notice(self, segment: ScriptSegment) -> None:
         notice = segment.before_step()
         if notice is not None:
             self._is_finished = True
-            segment.stop(notice)
+            with self._failure_recorded(segment):
+                segment.stop(notice)
             sys.exit(EXIT_PREEMPTED)
-        if self.step == self._opened.trial.end_at:
+        if segment.is_over():
             self.finish()
             sys.exit(0)
+
+    @contextmanager
+    def _failure_recorded(self, segment: ScriptSegment) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            segment.fail(error)
+            raise
 
     def _save_validated(self, segment: ScriptSegment) -> bool:
         metrics, self._metrics = self._metrics, {}

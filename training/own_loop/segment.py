@@ -43,6 +43,7 @@ from holdfast.training.own_loop.opening import Opened
 from holdfast.training.own_loop.rates import KeptRates
 from holdfast.training.preemption.notices import Notice, reclaim_signals
 from holdfast.training.preemption.signals import current_signal_flag
+from holdfast.training.replay.nothing_saved import NothingSaved
 from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.directory import (
     read_segments,
@@ -51,6 +52,8 @@ from holdfast.training.runs.directory import (
 )
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.segment_log import SegmentLog, log_path
+from holdfast.training.tracking.sending import Trackers
+from holdfast.training.tracking.tracker import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +107,16 @@ class ScriptSegment:
         self._losses: LossRecord | None = None
         self._start_step = 0
         self._tracing = ExitStack()
+        check_trackers(opened.config.tracking)
+        self._trackers = Trackers(opened.run, opened.config.tracking, opened.progress)
         whole = _Whole(kept, loaders, place)
         _require_plain(kept)
         self.state = _state(kept, opened, whole)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Become the run's only writer, and put back what the newest good checkpoint has."""
+        opened = self._opened
         record = write_run_record_once(opened.run, opened.record)
         self._lease = self._closing.enter_context(
             Lease.acquire(opened.run, self._config.preemption.lease_ttl_s)
@@ -131,7 +141,7 @@ class ScriptSegment:
         self._manager = CheckpointManager(opened.run, self._lease, identity, retention)
         with self._costs.measured("restore"):
             self._restore()
-        self._saver = self._build_saver()
+        self._saver: Saver | NothingSaved = self._build_saver()
 
     @property
     def step(self) -> int:
@@ -145,27 +155,38 @@ class ScriptSegment:
             self._keeper.begin(self.step)
             leave_word(run=str(self._opened.run.path), start_step=self.step)
             self._opened.progress.emit("started", step=self.step, segment=self._keeper.number)
-            self._pace, self._start_step = (time.monotonic(), self.step), self.step
+            self._mark_beginning()
             self._losses = LossRecord(
                 self._opened.run, self._keeper.number, self.step, self._config.logging.every_s
             )
+            self._trackers.start()
         self._look()
         return self._opened.monitor.notice
 
+    def is_over(self) -> bool:
+        """Whether a trial ends here, before the script's own end."""
+        return self.step == self._opened.trial.end_at
+
     def after_step(self, logged: Mapping[str, Any], num_steps: int | None) -> None:
         """The state is whole: count the step, tell of it, and save where that is due."""
-        state, counters = self.state, self.state.counters
-        state.counters = replace(
-            counters, step=counters.step + 1, step_in_epoch=counters.step_in_epoch + 1
-        )
-        state.averages.update(state.model, self.step)
-        state.schedule.after_step()
+        self._count()
         self._take_loss(logged.get("loss"))
         if self._opened.progress.is_due():
             self._tell(logged, num_steps)
         self._keeper.advance(self.step)
         self._tracing.close()
         self._opened.trial.after_step(self.step)
+
+    def _mark_beginning(self) -> None:
+        self._pace, self._start_step = (time.monotonic(), self.step), self.step
+
+    def _count(self) -> None:
+        state, counters = self.state, self.state.counters
+        state.counters = replace(
+            counters, step=counters.step + 1, step_in_epoch=counters.step_in_epoch + 1
+        )
+        state.averages.update(state.model, self.step)
+        state.schedule.after_step()
 
     def save_if_due(self) -> None:
         """Save where the schedule says so."""
@@ -208,8 +229,12 @@ class ScriptSegment:
     def finish(self) -> None:
         """Save what is not saved yet, and let the run go."""
         if self._pace is not None:
+            self._sync_losses()
             self._saver.last()
             self._end("completed", None)
+        else:  # there was nothing left to do, but maybe to send
+            self._trackers.start()
+            self._trackers.is_completed = True
         self.close()
         current_signal_flag().uninstall()  # what the script does now, signals may end
 
@@ -228,8 +253,14 @@ class ScriptSegment:
         if self._losses is not None:
             self._losses.close()
             self._losses = None
+        self._trackers.close()
         self._closing.close()
         self._opened.monitor.stop()
+
+    def _sync_losses(self) -> None:
+        """A checkpoint covers steps whose losses are on disk; one that differs may stop it."""
+        if self._losses is not None:
+            self._losses.sync()
 
     def _look(self) -> None:
         trial = self._opened.trial
@@ -241,6 +272,7 @@ class ScriptSegment:
     def _end(self, outcome: str, notice: Notice | None) -> None:
         if self._losses is not None:
             self._losses.flush()
+        self._trackers.is_completed = outcome == "completed"
         self._keeper.end(outcome, self.step, notice, self._manager.save_s())
         self._opened.progress.emit("outcome", outcome=outcome, step=self.step)
         self.close()
@@ -280,7 +312,7 @@ class ScriptSegment:
 
     def _build_saver(self) -> Saver:
         config = self._config
-        return Saver(
+        saver = Saver(
             manager=self._manager,
             schedule=build_schedule(config.checkpoint),
             crossings=build_crossings(config.checkpoint),
@@ -295,6 +327,8 @@ class ScriptSegment:
             progress=self._opened.progress,
             costs=self._costs,
         )
+        saver.before_save = self._sync_losses
+        return saver
 
 
 def leave_word(**values: str | int) -> None:

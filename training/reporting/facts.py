@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.training.bundles.summary import artifact_rows, promotion_fields
+from holdfast.training.certificate.kept import KeptCertificate, read_certificate
 from holdfast.training.champion.candidate_plan import used_steps
 from holdfast.training.champion.candidates import LATENCY_NAME
 from holdfast.training.checkpointing.json_state import decode
@@ -115,6 +116,7 @@ class RunFacts:
     segments: tuple[SegmentFacts, ...] = ()
     ledger: Ledger = field(default_factory=lambda: ledger([]))
     losses: ComparedLosses = field(default_factory=ComparedLosses)
+    certificate: KeptCertificate | None = None
     history: tuple[Epoch, ...] = ()
     rates: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     candidates: tuple[CandidateFacts, ...] = ()
@@ -162,6 +164,7 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
         ),
         ledger=ledger(records),
         losses=compare_losses(run),
+        certificate=read_certificate(run, record),
         history=history,
         rates=rates,
         candidates=candidates,

@@ -60,6 +60,8 @@ def create_json_durably(path: Path, value: Json) -> bool:
 
     Returns whether this call wrote it. Raises StorageError as ``write_json_durably`` does.
     """
+    if path.exists():
+        return False  # not even a temporary file: who only looks may have no leave to write
     try:
         _write_durably(path, json_bytes(value), _link_then_unlink)
     except FileExistsError:

@@ -71,7 +71,7 @@ class EventLog:
         if self._writer is None or not scalars or not isinstance(step, int):
             return
         try:
-            self._write_scalars(step, scalars)
+            self.write_scalars(step, scalars)
         except OSError as error:
             self._give_up(error)
 
@@ -90,7 +90,8 @@ class EventLog:
         mark = SessionLog(status=SessionLog.START)
         self._write(Event(step=start_step + 1, session_log=mark))
 
-    def _write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write scalars of one step by tag. Raises OSError."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 

@@ -356,7 +356,7 @@ def _is_stuck_in_the_future(run: RunDirectory, held: LeaseView) -> bool:
 def _require_own_folders(run: RunDirectory) -> None:
     """Raise StorageError where a folder of the run is a link: nothing is changed behind one."""
     own = (run.lease, run.staging, run.checkpoints, run.candidates, run.segments, run.logs)
-    for path in (*own, run.bundle, run.tensorboard):
+    for path in (*own, run.bundle, run.tensorboard, run.tracking):
         try:
             is_link = stat.S_ISLNK(path.lstat().st_mode)
         except FileNotFoundError:

@@ -66,6 +66,11 @@ class RunDirectory:
         return self.path / "promotion.json"
 
     @property
+    def certificate_json(self) -> Path:
+        """What ``holdfast verify-resume --run`` found, where it was asked."""
+        return self.path / "certificate.json"
+
+    @property
     def bundle(self) -> Path:
         """Folder that is handed to other teams."""
         return self.path / "bundle"
@@ -74,6 +79,11 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         """Folder with one TensorBoard event file per segment, where they are asked for."""
         return self.path / "tensorboard"
+
+    @property
+    def tracking(self) -> Path:
+        """Folder of what trackers keep on this disk, where they are asked for."""
+        return self.path / "tracking"
 
     @property
     def lease(self) -> Path:

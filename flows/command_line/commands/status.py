@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -11,9 +12,10 @@ from holdfast.flows.command_line.options import EXIT_CODES, JSON_OPTION, STORE_O
 from holdfast.flows.command_line.stores import find_run, find_runs
 from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import RunSummary, script_command_line, summarize
+from holdfast.training.certificate.kept import KeptCertificate, read_certificate
 from holdfast.training.errors import HoldfastError
 from holdfast.training.runs.directory import RunDirectory, read_run_record
-from holdfast.training.runs.losses import ComparedLosses, compare_losses
+from holdfast.training.runs.losses import compare_losses
 from holdfast.training.runs.shown_text import shown
 
 HELP = """Show the runs of a store, or one run with all that is known of it.
@@ -37,9 +39,15 @@ def command(run: str | None, store: str, is_json: bool) -> None:
     folder = store_path(store)
     if run is not None:
         found = find_run(folder, run)
-        summary, losses = summarize(found), compare_losses(found)
-        whole = {**summary.as_json(), "losses": losses.as_json()}
-        page = json.dumps(whole, indent=2) if is_json else _page(summary, losses, _go_on(found))
+        summary, losses, certificate = summarize(found), compare_losses(found), _certificate(found)
+        whole = {**summary.as_json(), "losses": losses.as_json(), "certificate": None}
+        if certificate is not None:
+            whole["certificate"] = certificate.as_json()
+        told = [
+            losses.told(summary.num_repeated_steps),
+            None if certificate is None else certificate.told(),
+        ]
+        page = json.dumps(whole, indent=2) if is_json else _page(summary, told, _go_on(found))
         click.echo(page)
         return
     rows = [_row(found) for found in find_runs(folder)]
@@ -91,7 +99,16 @@ def _go_on(run: RunDirectory) -> str:
     return f"holdfast resume {run.path}" if script is None else script_command_line(script)
 
 
-def _page(summary: RunSummary, losses: ComparedLosses, go_on: str) -> str:
+def _certificate(run: RunDirectory) -> KeptCertificate | None:
+    """What ``verify-resume`` has found of this run."""
+    try:
+        return read_certificate(run, read_run_record(run))
+    except FileNotFoundError:
+        return None
+
+
+def _page(summary: RunSummary, proofs: Sequence[str | None], go_on: str) -> str:
+    losses, certificate = proofs
     told: dict[str, Any] = {
         "run": summary.name,
         "state": summary.state,
@@ -107,7 +124,8 @@ def _page(summary: RunSummary, losses: ComparedLosses, go_on: str) -> str:
         "promotion": summary.promotion,
         "seconds": ", ".join(f"{name} {value:.1f}" for name, value in summary.ledger_s.items()),
         "goodput": f"{summary.goodput:.0%}" if summary.goodput is not None else None,
-        "losses": losses.told(summary.num_repeated_steps),
+        "losses": losses,
+        "certificate": certificate,
         "bundle": summary.bundle,
         "report": summary.report,
         "last error": summary.error,

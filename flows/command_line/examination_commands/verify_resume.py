@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import click
 
+from holdfast.flows.command_line.stores import DEFAULT_STORE, find_run
 from holdfast.flows.command_line.training_commands import call_training
+from holdfast.tasks.preflight import store_path
 from holdfast.training.certificate.command import EXIT_CODES, HELP, verify_resume
 
 
@@ -20,8 +24,13 @@ class _Forwarded(click.Command):
 
 
 @click.pass_context
-def _forward(context: click.Context, /, **_: Any) -> int:
-    return call_training(["verify-resume", *context.meta[__name__]])
+def _forward(context: click.Context, /, run_folder: Path | None, **_: Any) -> int:
+    arguments = context.meta[__name__]
+    if run_folder is not None:  # the last one counts
+        store = store_path(os.environ.get("HOLDFAST_STORE") or DEFAULT_STORE)
+        run = find_run(store, str(run_folder))
+        arguments = [*arguments, "--run", str(run.path)]
+    return call_training(["verify-resume", *arguments])
 
 
 command = _Forwarded(

@@ -1,0 +1,1 @@
+"""Trackers: what a durable checkpoint covers is sent to them, once, by a process of its own."""
