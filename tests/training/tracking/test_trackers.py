@@ -234,7 +234,7 @@ def test_a_training_that_is_killed_has_one_run_in_each_tracker(tmp_path: Path) -
     tracking = 'tracking.to=["tensorboard","mlflow","wandb"]'
     training = Training(tmp_path, "one", overrides=(*OFTEN, "train.num_epochs=2", tracking))
     stop_after(training, signal.SIGKILL, 7)
-    stop_after(training, signal.SIGKILL, 25)
+    stop_after(training, signal.SIGKILL, 16)
     for process in psutil.process_iter(["cmdline"]):  # the machine takes the tracker with it
         if str(training.run.path) in (process.info["cmdline"] or []):
             process.kill()
