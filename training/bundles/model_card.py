@@ -65,9 +65,11 @@ def _about_certificate(certificate: Mapping[str, Any] | None) -> list[str]:
     """Of one that certifies this training, what does not depend on when or where it was made."""
     if certificate is None or certificate["differs_in"] or not certificate["is_exact"]:
         return []
+    num_stops = certificate["num_stops"]
+    times = "once" if num_stops == 1 else f"{num_stops} times"
     return [
-        f"A training of this code and configuration that was stopped {certificate['num_stops']} "
-        f"times in {certificate['num_steps']} steps had the bytes of one that was not "
+        f"A training of this code and configuration that was stopped {times} in "
+        f"{certificate['num_steps']} steps had the bytes of one that was not "
         f"(`measured.certificate` in `manifest.json`).",
         "",
     ]
