@@ -64,6 +64,7 @@ class StageCommand:
         options += ["--strict"] if job.is_strict else []
         options += ["--config", str(job.config_file)] if job.config_file else []
         options += [part for override in job.overrides for part in ("--set", override)]
+        options += [f"--argument={argument}" for argument in job.arguments]
         return python_command("holdfast.training", self.stage, *options)
 
 
@@ -78,6 +79,7 @@ class StageOutcome:
         error: ``type`` and ``message``, where it failed with an error of its own.
         notice: ``source`` and ``reason``, where a notice stopped it.
         log_tail: the last lines of its log.
+        has_champion: False for a script that has trained and hands no champion over.
     """
 
     outcome: Literal["completed", "preempted", "failed"]
@@ -86,6 +88,7 @@ class StageOutcome:
     error: Event | None = None
     notice: Event | None = None
     log_tail: tuple[str, ...] = ()
+    has_champion: bool = True
 
     @property
     def is_final(self) -> bool:
@@ -172,6 +175,7 @@ class _Listener:
             error=self._last.get("error"),
             notice=self._notice,
             log_tail=tuple(self._tail),
+            has_champion=self._last.get("has_champion", True),
         )
 
 

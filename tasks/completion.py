@@ -65,8 +65,8 @@ class Listener(Protocol):
         ...
 
 
-def complete_stage(stage: Stage, job: Job, limits: Limits, listener: Listener) -> None:
-    """Run a stage until it completes. To be called in the main thread.
+def complete_stage(stage: Stage, job: Job, limits: Limits, listener: Listener) -> StageOutcome:
+    """Run a stage until it completes. To be called in the main thread. Returns how it did.
 
     Raises:
         StageInputError: the stage refused its input.
@@ -90,6 +90,7 @@ def complete_stage(stage: Stage, job: Job, limits: Limits, listener: Listener) -
             listener.warn(f"{stage} crashed ({outcome.explain()}); again in {pause_s:.0f} s")
         time.sleep(pause_s)
     listener.event({"event": "stage", "stage": stage, "state": "finished"})
+    return outcome
 
 
 def grace_period_s(limits: Limits) -> float:

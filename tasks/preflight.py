@@ -10,18 +10,16 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import ConfigDict
 
-from holdfast.tasks.job import Job
+from holdfast.tasks.job import Job, require_code
 from holdfast.training.configuration.loading import resolve_config
 from holdfast.training.configuration.schema import RunConfig, Section
 from holdfast.training.errors import (
     DataNotFoundError,
-    ExperimentError,
     InputError,
     StorageError,
     StorageFullError,
 )
 from holdfast.training.experiment.loading import experiment_name
-from holdfast.training.experiments import EXPERIMENTS
 from holdfast.training.runs.directory import read_run_record, validate_run_id
 from holdfast.training.runs.durable_json import FULL_ERRNOS
 from holdfast.training.runs.paths import checked_store
@@ -45,7 +43,13 @@ def check_job(job: Job) -> RunConfig:
         StorageError: the store is not writable, or full.
     """
     validate_run_id(job.run_id)
-    _check_experiment(job.experiment)
+    experiment_name(job.experiment)
+    require_code(job)
+    if job.is_script and job.config_file is not None:
+        raise InputError(
+            f"{job.config_file}: a script has its settings in holdfast.run(settings=…); leave "
+            f"--config out, and say what differs with --set"
+        )
     config = resolve_config(
         settings_class=AnySettings,
         defaults=_recorded_config(job) if job.is_resume else None,
@@ -129,11 +133,3 @@ def _recorded_config(job: Job) -> dict[str, Any]:
         return read_run_record(job.run).config
     except FileNotFoundError:
         raise InputError(f"there is no run to resume at {job.run.path}") from None
-
-
-def _check_experiment(reference: str) -> None:
-    experiment_name(reference)
-    source = reference.rpartition(":")[0]
-    is_own_file = reference not in EXPERIMENTS and source.endswith(".py")
-    if is_own_file and not Path(source).expanduser().is_file():
-        raise ExperimentError(f"experiment file {source} does not exist; check the path")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.training.bundles.summary import promotion_fields, promotion_line, published_name
-from holdfast.training.errors import InputError, StorageError
+from holdfast.training.errors import StorageError
 from holdfast.training.experiment.loading import located_reference
 from holdfast.training.runs.directory import (
     RunDirectory,
@@ -114,15 +114,12 @@ def summarize(run: RunDirectory) -> RunSummary:
 def experiment_reference(run: RunDirectory) -> str:
     """How the run's experiment was named when the run was begun.
 
-    A file that is not found from here is named by where it was found from then. Raises InputError
-    for the run of a script, which has its own loop and no experiment.
+    A file that is not found from here is named by where it was found from then. The run of a
+    script is named by its folder and the script.
     """
     record = read_run_record(run)
     if record.script is not None:
-        raise InputError(
-            f"{run.path} is the run of a script with its own loop: what follows training is not "
-            f"for it yet, and it goes on with {script_command_line(record.script)}"
-        )
+        return f"{run.path.absolute().parent.name}={record.script.path}"
     return located_reference(record.experiment, record.folder)
 
 

@@ -12,9 +12,12 @@ from holdfast.tasks.reporter import Reporter
 
 
 @task(name="train", persist_result=False, cache_policy=NO_CACHE)
-def train(job: Job, limits: Limits, reporter: Reporter) -> None:
-    """Segments, one after another, until training is completed."""
-    complete_stage("segment", job, limits, reporter)
+def train(job: Job, limits: Limits, reporter: Reporter) -> bool:
+    """Segments, one after another, until training is completed.
+
+    Returns whether a champion is to be chosen: a script may hand nothing over for it.
+    """
+    return complete_stage("segment", job, limits, reporter).has_champion
 
 
 @task(name="candidates", persist_result=False, cache_policy=NO_CACHE)

@@ -78,7 +78,8 @@ def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
             "--experiment",
             required=True,
             metavar="NAME",
-            help="digits, turbofan, …, package.module:Class or path/to/file.py:Class.",
+            help="digits, turbofan, …, package.module:Class, path/to/file.py:Class, or "
+            "NAME=path/to/train.py for a script with its own loop.",
         ),
         click.option("--store", required=True, type=path, help="Folder that holds all runs."),
         click.option("--run-id", required=True, help="Name of the run; its folder in the store."),
@@ -116,6 +117,12 @@ def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Lines for people on stderr, or JSON lines on stdout.",
         ),
         click.option("--outcome-file", type=path, help="Write the outcome there as JSON, too."),
+        click.option(
+            "--argument",
+            "script_arguments",
+            multiple=True,
+            help="Of a script with its own loop, for each of its arguments.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)

@@ -66,6 +66,7 @@ class StageArguments:
         should_allow_mismatch: restore checkpoints of another configuration or model, too.
         should_decide_again: of the promotion; what was decided before is replaced.
         is_strict: warnings about exactness are errors.
+        script_arguments: of a script with its own loop.
     """
 
     experiment: str
@@ -79,6 +80,7 @@ class StageArguments:
     should_decide_again: bool = False
     is_strict: bool = False
     progress_format: ProgressFormat = "text"
+    script_arguments: tuple[str, ...] = ()
     folder: Path = field(default_factory=Path.cwd)
     """Where the program was started: an experiment may change the folder."""
 
@@ -102,6 +104,7 @@ class StageOutcome:
         step: optimizer steps that are done.
         notice: source and reason, where a notice ended the stage.
         error: type, message and traceback, where the stage failed.
+        has_champion: of a script's training, whether it handed a champion over.
     """
 
     outcome: Literal["completed", "preempted", "failed"]
@@ -109,10 +112,14 @@ class StageOutcome:
     step: int | None = None
     notice: dict[str, Json] | None = None
     error: dict[str, Json] | None = None
+    has_champion: bool | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For outcome files and progress lines."""
-        return asdict(self)
+        told = asdict(self)
+        if self.has_champion is None:
+            del told["has_champion"]
+        return told
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from holdfast.training.errors import HoldfastError, LoaderError
 from holdfast.training.exactness.strictness import strictness
 from holdfast.training.experiment.error_places import described
+from holdfast.training.experiment.loading import is_script
 from holdfast.training.rehearsal.before_run import rehearse_before_run
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.progress import Progress, ProgressFormat, as_text
@@ -27,7 +28,7 @@ from holdfast.training.stage import (
     prepared_stage,
 )
 
-FIRST_STAGE = "segment"
+FIRST_STAGE, REPORT_STAGE = "segment", "report"
 STAGES = {
     "segment": "holdfast.training.loop.segment:run_segment",
     "candidates": "holdfast.training.champion.candidates:run_candidates",
@@ -56,19 +57,33 @@ def run_stage(name: str, options: dict[str, Any]) -> StageOutcome:
 
 
 def _outcome_of(name: str, arguments: StageArguments, log: SegmentLog) -> StageOutcome:
-    rehearse = rehearse_before_run if name == FIRST_STAGE else None
     try:
-        with (
-            strictness(arguments.is_strict),
-            prepared_stage(arguments, rehearse, log) as stage,
-        ):
-            return _stage_function(name)(stage)
+        with strictness(arguments.is_strict):
+            is_own_loop = is_script(arguments.experiment)
+            work = _script_stage if is_own_loop else _experiment_stage
+            return work(name, arguments, log)
     except NoticeCameError as error:
         return _preempted(error)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 the process boundary
         outcome = failed_outcome(error)
         _tell(error, outcome, arguments)
         return outcome
+
+
+def _experiment_stage(name: str, arguments: StageArguments, log: SegmentLog) -> StageOutcome:
+    rehearse = rehearse_before_run if name == FIRST_STAGE else None
+    with prepared_stage(arguments, rehearse, log) as stage:
+        return _stage_function(name)(stage)
+
+
+def _script_stage(name: str, arguments: StageArguments, log: SegmentLog) -> StageOutcome:
+    from holdfast.training.own_loop import hosting
+
+    if name == FIRST_STAGE:
+        return hosting.run_script_segment(arguments, log)
+    if name == REPORT_STAGE:
+        return _stage_function(name)(hosting.reported_stage(arguments, log))
+    return hosting.run_script_stage(arguments, _stage_function(name), log)
 
 
 def _preempted(error: NoticeCameError) -> StageOutcome:
@@ -121,4 +136,5 @@ def _summary(outcome: StageOutcome, has_error: bool) -> dict[str, Any]:
         "step": outcome.step,
         "exit_code": outcome.exit_code,
         "error": error,
+        **({} if outcome.has_champion is None else {"has_champion": outcome.has_champion}),
     }

@@ -23,7 +23,7 @@ PACKAGES = {
 }
 """Of commands that are not in ``commands/``."""
 COMMANDS = {
-    "run": "Train an experiment, from seed to verified bundle.",
+    "run": "Train an experiment or script, from seed to verified bundle.",
     "verify-resume": "Try whether a resume is exact.",
     "replay": "Do steps again, and compare their losses.",
     "check": "Find what would go wrong, before training.",

@@ -16,7 +16,7 @@ from prefect.runtime import flow_run
 
 from holdfast.flows.pipeline.attempt import attempt
 from holdfast.tasks.artifacts import show_run
-from holdfast.tasks.job import Job
+from holdfast.tasks.job import Job, code_here
 from holdfast.tasks.limits import Limits
 from holdfast.tasks.preflight import store_path
 from holdfast.tasks.prepare import prepare
@@ -28,6 +28,10 @@ from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.run_ids import DEFAULT_TEMPLATE, fill_run_id
 
 DEFAULT_LIMITS = Limits()
+NO_CHAMPION = (
+    "the script hands over no champion: the run ends with its checkpoints; for a bundle call "
+    "run.champion(model=…, evaluate=…, example_inputs=…) after its loop, and resume"
+)
 
 
 def name_flow_run() -> str:
@@ -55,12 +59,14 @@ def training_pipeline(  # noqa: PLR0913, PLR0917  # one per parameter of the dep
     is_resume: bool = False,
     limits: Limits = DEFAULT_LIMITS,
     is_strict: bool = False,
+    arguments: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Train an experiment, choose its champion, export it, and publish a verified bundle.
 
     Args:
         experiment: Name in the table (digits, turbofan, ...), package.module:Class, or
-            path/to/file.py:Class.
+            path/to/file.py:Class. A script with its own loop: path/to/train.py, or
+            NAME=path/to/train.py for runs in the folder NAME.
         run_id: Name of the run. Placeholders: {experiment}, {date}, {time}, {flow_run}; times are
             those of the scheduled start, in UTC. The same name again resumes the run.
         store: Folder that holds all runs; all workers must see it under this name.
@@ -69,16 +75,19 @@ def training_pipeline(  # noqa: PLR0913, PLR0917  # one per parameter of the dep
         is_resume: Take the configuration from the run's run.json.
         limits: Grace period and crash budget.
         is_strict: Warnings about exactness are errors.
+        arguments: Those of a script.
     """
-    job = requested_job(experiment, run_id, store, config_file, overrides, is_resume)
-    job = prepare(replace(job, is_strict=is_strict))
-    with attempt(job):
+    asked = requested_job(experiment, run_id, store, config_file, overrides, is_resume)
+    asked = prepare(replace(asked, is_strict=is_strict, arguments=tuple(arguments)))
+    with attempt(asked), code_here(asked) as job:
         with Reporter(job) as reporter:
-            train(job, limits, reporter)
-            make_candidates(job, limits, reporter)
-            evaluate(job, limits, reporter)
-            export(job, limits, reporter)
-            promote(job, limits, reporter)
+            if train(job, limits, reporter):
+                make_candidates(job, limits, reporter)
+                evaluate(job, limits, reporter)
+                export(job, limits, reporter)
+                promote(job, limits, reporter)
+            else:
+                reporter.warn(NO_CHAMPION)
             write_report(job, limits, reporter)
         show_run(job)
     return summarize(job.run).as_json()

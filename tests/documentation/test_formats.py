@@ -20,6 +20,7 @@ from holdfast.training.champion.candidate_plan import Candidate, Source
 from holdfast.training.champion.candidates import run_candidates
 from holdfast.training.champion.selection import Measured, choice_json, run_evaluation
 from holdfast.training.checkpointing.manifest import DIGEST_KEY, FileEntry, Manifest
+from holdfast.training.code.archive import index_json
 from holdfast.training.exactness.seeding import capture_generators
 from holdfast.training.loop.early_stopping import EarlyStopping
 from holdfast.training.loop.segment import run_segment
@@ -69,6 +70,7 @@ WRITTEN: dict[str, Iterable[str]] = {
     "ArtifactReport.as_json": ArtifactReport("onnx").as_json(),
     "KeptCertificate": names(KeptCertificate),
     "PromotionDecision": names(PromotionDecision),
+    "code": index_json("sha256:0", "train.py", {}),
     "AliasMove": names(AliasMove) - {"number"},  # the file's name
     "generators": {*capture_generators(), "torch.cuda.<n>", "loss_sum"},
 }

@@ -136,9 +136,12 @@ class Cluster:
         """Add a line to the timeline."""
         self.events.append((time.time(), text))
 
-    def start_machine(self, name: str, *options: str, **variables: str) -> Machine:
-        """Start a worker."""
-        process = self._start(name, ["worker", "--pool", POOL, "--name", name, *options], variables)
+    def start_machine(
+        self, name: str, *options: str, folder: Path | None = None, **variables: str
+    ) -> Machine:
+        """Start a worker, in a folder."""
+        arguments = ["worker", "--pool", POOL, "--name", name, *options]
+        process = self._start(name, arguments, variables, folder)
         machine = Machine(name, self.unique(name), self.folder, process)
         self.machines[name] = machine
         self.note(f"{name}: started")
@@ -153,7 +156,11 @@ class Cluster:
         return machine
 
     def _start(
-        self, name: str, arguments: list[str], variables: dict[str, str]
+        self,
+        name: str,
+        arguments: list[str],
+        variables: dict[str, str],
+        folder: Path | None = None,
     ) -> subprocess.Popen[bytes]:
         home = self.folder / f"home-{name}"
         home.mkdir(exist_ok=True)
@@ -164,6 +171,7 @@ class Cluster:
                 env=environment(home, **more, **variables),
                 stdout=log,
                 stderr=log,
+                cwd=folder,
                 start_new_session=True,
             )
 

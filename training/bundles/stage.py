@@ -32,7 +32,7 @@ from holdfast.training.errors import (
     StorageFullError,
 )
 from holdfast.training.experiment.loading import experiment_name
-from holdfast.training.experiment.protocol import Experiment
+from holdfast.training.experiment.protocol import Experiment, has_test_data
 from holdfast.training.export.artifacts import chosen_formats, open_champion, write_artifacts
 from holdfast.training.export.formats import formats
 from holdfast.training.export.parts import FOLDER, part_artifacts, write_parts
@@ -211,7 +211,9 @@ class Export:
             for name, path in paths.items()
         ]
         test = self.champion.test_metrics
-        if test is None:
+        if test is None and not has_test_data(stage.experiment):
+            test = {}
+        elif test is None:
             test = {name: two["champion"] for name, two in reports["weights"]["metrics"].items()}
         return BundleFacts(
             name=experiment_name(stage.arguments.experiment),

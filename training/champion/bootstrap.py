@@ -12,7 +12,7 @@ record, so that metrics which count by unit see as many units as there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,6 +123,11 @@ def resampled_metrics(
         {name: np.array([row[name] for row in rows], dtype=np.float64) for name in rows[0]}
         for rows in found
     ]
+
+
+def unknown_spread(metrics: Sequence[Mapping[str, float]]) -> list[Resampled]:
+    """In the place of ``resampled_metrics`` of one unit, which says nothing of chance."""
+    return [{name: np.array([math.nan]) for name in one} for one in metrics]
 
 
 def interval(value: float | None, resampled: npt.NDArray[np.float64]) -> Interval:

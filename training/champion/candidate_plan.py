@@ -22,7 +22,7 @@ from holdfast.training.checkpointing.storage import LocalReader
 from holdfast.training.configuration.schema import Ranking, RunConfig
 from holdfast.training.errors import SelectionError
 from holdfast.training.loop.early_stopping import EarlyStopping
-from holdfast.training.runs.directory import read_run_record, run_identity
+from holdfast.training.runs.directory import read_run_record, read_segments, run_identity
 from holdfast.training.runs.paths import RunDirectory, parse_step
 from holdfast.training.runs.stored_json import STATE, read_json
 
@@ -125,6 +125,8 @@ def final_step(run: RunDirectory, config: RunConfig, manifests: dict[int, Manife
     if not newest:
         raise SelectionError(f"{run.path} has no checkpoint: run the stage 'segment' first")
     (step,) = newest
+    if read_run_record(run).script is not None:
+        return _last_of_script(run, step)
     state: Any = read_json(run.checkpoint(step) / "state.json", STATE)
     counters, max_steps = state["counters"], config.train.max_steps
     is_ended = counters["step_in_epoch"] == 0 and (
@@ -137,6 +139,17 @@ def final_step(run: RunDirectory, config: RunConfig, manifests: dict[int, Manife
             f"training of {run.path} has not finished: {counters['epoch']} of "
             f"{config.train.num_epochs} epochs are done; run the stage 'segment' until it exits "
             "with 0"
+        )
+    return step
+
+
+def _last_of_script(run: RunDirectory, step: int) -> int:
+    """What a script's loop has left to do, its last segment tells alone."""
+    segments = read_segments(run)
+    if not segments or segments[-1].outcome != "completed":
+        raise SelectionError(
+            f"training of {run.path} has not finished: {step} steps are done; let its script run "
+            f"until it exits with 0"
         )
     return step
 

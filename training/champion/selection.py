@@ -23,6 +23,7 @@ from holdfast.training.champion.bootstrap import (
     interval,
     resampled_metrics,
     units_of,
+    unknown_spread,
 )
 from holdfast.training.champion.candidate_plan import used_steps
 from holdfast.training.champion.candidates import (
@@ -42,7 +43,12 @@ from holdfast.training.configuration.schema import Json, Split
 from holdfast.training.errors import DataFormatError, SelectionError
 from holdfast.training.exactness.seeding import derive_seed, seed_generators
 from holdfast.training.experiment.model_call import call_form
-from holdfast.training.experiment.protocol import Dataset, Records, example_inputs
+from holdfast.training.experiment.protocol import (
+    Dataset,
+    Records,
+    example_inputs,
+    has_test_data,
+)
 from holdfast.training.loop.evaluation import evaluate, metrics_of
 from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.loop.record_file import RecordFile
@@ -107,12 +113,14 @@ def run_evaluation(stage: Stage) -> StageOutcome:
     with stage.writing() as lease:
         choice = _choice(stage, lease, made)
         _measure_latencies(stage, lease, made)
-        test = _test(stage, lease, made, choice) if choice is not None else None
-        if choice is None or test is None:
+        has_test = has_test_data(stage.experiment)
+        test = _test(stage, lease, made, choice) if choice is not None and has_test else None
+        if choice is None or (test is None and has_test):
             return preempted(stage)
         publish_json(lease, stage.run.evaluation_json, {**choice, "test": test})
     champion = choice["champion"]["name"]
-    stage.progress.emit("chosen", champion=champion, test_metrics=test["metrics"])
+    test_metrics = {} if test is None else test["metrics"]
+    stage.progress.emit("chosen", champion=champion, test_metrics=test_metrics)
     return StageOutcome("completed", 0)
 
 
@@ -285,17 +293,21 @@ def _test(
         if records is None:
             return None
         found.append(records)
-    resampled = resampled_metrics(
-        experiment,
-        found,
-        num_resamples=stage.config.selection.num_bootstrap,
-        seed=derive_seed(stage.config.seed, "bootstrap"),
-        should_stop=stage.should_stop,
+    metrics = [metrics_of(experiment, records) for records in found]
+    units = units_of(experiment, found[0])
+    resampled = (
+        unknown_spread(metrics)
+        if len(units) == 1
+        else resampled_metrics(
+            experiment,
+            found,
+            num_resamples=stage.config.selection.num_bootstrap,
+            seed=derive_seed(stage.config.seed, "bootstrap"),
+            should_stop=stage.should_stop,
+        )
     )
     if resampled is None:
         return None
-    metrics = [metrics_of(experiment, records) for records in found]
-    units = units_of(experiment, found[0])
     return {
         **_tested(metrics[0], resampled[0]),
         "bootstrap": {

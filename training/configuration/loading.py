@@ -32,6 +32,7 @@ __all__ = [
     "experiment_settings",
     "is_choice_only",
     "nearest",
+    "parsed_override",
     "read_toml",
     "resolve_config",
     "validated",
@@ -189,13 +190,18 @@ def _as_before(settings: BaseModel) -> set[str]:
     }
 
 
-def _parse_override(override: str) -> Table:
+def parsed_override(override: str) -> tuple[str, Any]:
+    """Dotted key and value of ``section.key=value``. Raises ConfigError."""
     key, separator, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not separator or not all(parts):
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    value: Any = parse_value(text.strip())
-    for part in reversed(parts):
+    return ".".join(parts), parse_value(text.strip())
+
+
+def _parse_override(override: str) -> Table:
+    key, value = parsed_override(override)
+    for part in reversed(key.split(".")):
         value = {part: value}
     return dict(value)
 

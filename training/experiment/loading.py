@@ -1,7 +1,9 @@
 """Find an experiment by the name that the user gave.
 
 A reference is a row of the table in ``holdfast.training.experiments``, ``package.module:Class``, or
-``path/to/file.py:Class``. Nothing here imports torch until a class is loaded.
+``path/to/file.py:Class``. A training script with its own loop is named ``path/to/train.py``, or
+``name=path/to/train.py`` where its runs lie in the folder ``name``. Nothing here imports torch
+until a class is loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.training.errors import ExperimentError
 from holdfast.training.experiments import EXPERIMENTS, SAME_BYTES
+from holdfast.training.runs.paths import RUN_ID, validate_run_id
 
 if TYPE_CHECKING:
     from holdfast.training.configuration.schema import Section
@@ -36,12 +39,16 @@ def experiment_name(reference: str) -> str:
     """Name of the experiment's directory in a store. Imports nothing of the experiment.
 
     The table's own name; ``package.module.Class`` or, for a file, ``file.Class`` for the others.
+    For a script the name that the reference gives, or that of its file.
 
     Raises:
-        ExperimentError: the reference is neither in the table nor of one of the two forms.
+        ExperimentError: the reference is neither in the table nor of one of the other forms.
+        InputError: the name of a script cannot be that of a folder.
     """
     if reference in EXPERIMENTS:
         return reference
+    if is_script(reference):
+        return validate_run_id(_script_parts(reference)[0])
     source, class_name = _parts(reference)
     return f"{Path(source).stem if _is_file(source) else source}.{class_name}"
 
@@ -55,12 +62,43 @@ def located_reference(reference: str, folder: str | None) -> str:
     return f"{begun}:{name}" if begun.exists() else reference
 
 
+def is_script(reference: str) -> bool:
+    """Whether a reference names a training script with its own loop."""
+    return _is_file(reference)
+
+
+def script_path(reference: str) -> Path:
+    """The file of a script."""
+    return Path(_script_parts(reference)[1])
+
+
+def own_file(reference: str) -> Path | None:
+    """The user's file that a reference names; None for a built-in experiment and for a module."""
+    if is_script(reference):
+        return script_path(reference)
+    source = "" if reference in EXPERIMENTS else reference.rpartition(":")[0]
+    return Path(source).expanduser() if _is_file(source) else None
+
+
+def with_file(reference: str, path: Path) -> str:
+    """The same experiment or script, in another file; the folder of its runs stays."""
+    if is_script(reference):
+        return f"{experiment_name(reference)}={path}"
+    return f"{path}:{reference.rpartition(':')[2]}"
+
+
 def load_experiment(reference: str) -> type[Experiment]:
     """The experiment's class, checked to have the five methods of ``Experiment``.
 
     Raises:
         ExperimentError: it cannot be found or imported, or is no experiment.
     """
+    if is_script(reference):
+        raise ExperimentError(
+            f"{script_path(reference)} is a training script, and no experiment: holdfast run, exec "
+            f"and verify-resume take scripts; of a file that holds an experiment write "
+            f"{script_path(reference)}:Class"
+        )
     source, class_name = _parts(EXPERIMENTS.get(reference, reference))
     with _drawing_the_same():
         module = _load_file(Path(source)) if _is_file(source) else _load_module(source)
@@ -129,11 +167,9 @@ def source_digest(
     the data often are. None where one can't be read.
     """
     path = source_file(experiment_class)
-    if path is None:
-        return None
     package = experiment_class.__module__.rpartition(".")[0]
     modules = {(reference or "").rpartition(":")[0] for reference in references}
-    return code_digest(path, package, modules)
+    return None if path is None else code_digest(path, package, modules)
 
 
 def code_digest(path: Path, package: str = "", modules: Iterable[str] = ()) -> str | None:
@@ -202,6 +238,13 @@ def _drawing_the_same() -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+
+
+def _script_parts(reference: str) -> tuple[str, str]:
+    """Name and path of a script."""
+    name, separator, path = reference.partition("=")
+    is_named = bool(separator and RUN_ID.fullmatch(name))
+    return (name, path) if is_named else (Path(reference).stem, reference)
 
 
 def _is_file(source: str) -> bool:

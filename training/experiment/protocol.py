@@ -78,6 +78,15 @@ class Dataset(Sized, Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+@runtime_checkable
+class MeasuredWhole(Protocol):
+    """A data set that measures a model by itself, in the place of ``score`` on its batches."""
+
+    def measured(self, model: nn.Module) -> Records:
+        """Records of all samples."""
+        ...
+
+
 class NoSettings(Section):
     """Settings of an experiment that has none."""
 
@@ -267,6 +276,11 @@ class HasOptimizers(HasTrainingStep, Protocol):
     def optimizers(self, model: nn.Module) -> Mapping[str, Optimizer]:
         """Optimizers by name. Each trainable parameter is in one of them."""
         ...
+
+
+def has_test_data(experiment: object) -> bool:
+    """Whether there is a test split; a script with its own loop may have none."""
+    return bool(getattr(experiment, "has_test", True))
 
 
 def hook(experiment: object, name: str) -> Any:

@@ -17,6 +17,7 @@ from holdfast.training.experiment.nests import with_each
 from holdfast.training.experiment.protocol import (
     Dataset,
     Experiment,
+    MeasuredWhole,
     Records,
     concatenate,
 )
@@ -71,6 +72,8 @@ def evaluate(
     """
     _require_samples(dataset)
     known = kept.load()
+    if isinstance(dataset, MeasuredWhole):
+        return _measured(dataset, model, known, kept)
     parts = [] if known is None else [known]
     first = 0 if known is None else -(-num_samples(known) // batch_size)
     batches = enumerate(evaluation_batches(dataset, batch_size, first), first)
@@ -86,6 +89,17 @@ def evaluate(
             kept.offer(parts, is_last=False)
     kept.offer(parts, is_last=True)
     return concatenate(parts)
+
+
+def _measured(
+    dataset: MeasuredWhole, model: nn.Module, known: Records | None, kept: KeptRecords
+) -> Records:
+    if known is None:
+        with preserved_generators(), evaluation_mode(model), torch.no_grad():
+            seed_scoring(0)
+            known = dataset.measured(model)
+        kept.offer([known], is_last=True)
+    return known
 
 
 def num_samples(records: Records) -> int:

@@ -18,6 +18,7 @@ from holdfast.training.checkpointing.policy import (
     build_schedule,
     mean_time_between_preemptions_s,
 )
+from holdfast.training.code.archive import keep_code
 from holdfast.training.configuration.loading import (
     config_digest,
     config_from_record,
@@ -31,6 +32,7 @@ from holdfast.training.exactness.reproducibility import compile_statically
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.exactness.trial import asked_trial
 from holdfast.training.exactness.versions import device_name, library_versions
+from holdfast.training.experiment.loading import own_file
 from holdfast.training.experiment.protocol import Dataset
 from holdfast.training.loop.loss_record import LossRecord
 from holdfast.training.loop.revalidation import repeat_validation
@@ -67,6 +69,8 @@ def run_segment(stage: Stage) -> StageOutcome:
         if not stage.run.run_json.exists():
             trainer.state.schedule.require_length(trainer.num_steps(), trainer.epoch_ends())
     with stage.writing() as lease:
+        if (file := own_file(stage.arguments.experiment)) is not None:
+            keep_code(stage.run, lease, stage.arguments.folder / file)
         keeper = RecordKeeper(stage.run, lease, costs.seconds, stage.config.logging.every_s)
         stage.log.open(log_path(stage.run.logs, keeper.number))
         with (

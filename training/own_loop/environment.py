@@ -1,7 +1,12 @@
-"""The variables by which ``holdfast exec`` speaks to a script, and the script to it. No torch."""
+"""The variables by which whoever starts a script speaks to it, and the script to them. No torch."""
 
 STORE = "HOLDFAST_STORE"
+EXPERIMENT = "HOLDFAST_EXPERIMENT"
 RUN_ID = "HOLDFAST_RUN_ID"
+SETTINGS = "HOLDFAST_SETTINGS"
+"""What ``--set`` said, as a JSON list of ``section.key=value``."""
+ARGUMENTS = "HOLDFAST_SCRIPT_ARGUMENTS"
+"""Those of the script, as a JSON list, for processes that a stage of it starts."""
 IS_STRICT = "HOLDFAST_STRICT"
 ALLOW_MISMATCH = "HOLDFAST_ALLOW_MISMATCH"
 OUTCOME = "HOLDFAST_OUTCOME"

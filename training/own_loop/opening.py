@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 import threading
@@ -13,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.training.checkpointing.json_state import encode
-from holdfast.training.configuration.loading import config_digest, nearest, validated
+from holdfast.training.configuration.loading import (
+    config_digest,
+    nearest,
+    parsed_override,
+    validated,
+)
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import InputError, UnsupportedStateError
 from holdfast.training.exactness.reproducibility import (
@@ -27,7 +33,15 @@ from holdfast.training.exactness.surroundings import surroundings
 from holdfast.training.exactness.trial import Trial, asked_trial
 from holdfast.training.exactness.versions import library_versions
 from holdfast.training.experiment.loading import code_digest
-from holdfast.training.own_loop.environment import ALLOW_MISMATCH, IS_STRICT, RUN_ID, STORE
+from holdfast.training.own_loop.environment import (
+    ALLOW_MISMATCH,
+    EXPERIMENT,
+    IS_STRICT,
+    RUN_ID,
+    SETTINGS,
+    STORE,
+)
+from holdfast.training.own_loop.host import Host, current_host
 from holdfast.training.preemption.notices import PreemptionMonitor
 from holdfast.training.preemption.sources import build_sources
 from holdfast.training.runs.directory import (
@@ -40,6 +54,7 @@ from holdfast.training.runs.directory import (
 )
 from holdfast.training.runs.paths import checked_store
 from holdfast.training.runs.progress import Progress
+from holdfast.training.runs.segment_log import SegmentLog
 
 DEFAULTS: dict[str, Any] = {"ema": {"decays": []}}
 VALIDATING = ("train.steps_per_epoch", "checkpoint.weights_every_steps")
@@ -55,6 +70,8 @@ class Opened:
         seed: the root of every random number.
         is_mismatch_allowed: checkpoints of another configuration are gone on from.
         trial: what ``holdfast verify-resume`` asks of this process.
+        script: its file.
+        log: of the process, where it is not the script's own.
     """
 
     run: RunDirectory
@@ -64,6 +81,8 @@ class Opened:
     progress: Progress
     is_mismatch_allowed: bool
     trial: Trial
+    script: Path | None = None
+    log: SegmentLog | None = None
 
     @property
     def seed(self) -> int:
@@ -88,7 +107,8 @@ def open_run(
         be_strict()
     folder = checked_store(Path(os.environ.get(STORE) or store).absolute())
     run_id = validate_run_id(os.environ.get(RUN_ID) or run_id)
-    run = RunDirectory(folder / validate_run_id(experiment) / run_id)
+    experiment = validate_run_id(os.environ.get(EXPERIMENT) or experiment)
+    run = RunDirectory(folder / experiment / run_id)
     resolved = run_config(seed, config, settings)
     num_threads = _num_threads(run, resolved)
     set_up_torch(resolved.train.mode, num_threads)
@@ -97,6 +117,7 @@ def open_run(
             "the script was not started by holdfast exec: the order of sets of text may differ "
             f"from one start to the next. Write: holdfast exec {Path(sys.argv[0]).name}"
         )
+    host, script = current_host(), _script()
     monitor = PreemptionMonitor(build_sources(resolved.preemption))
     monitor.start()
     seed_generators(seed)
@@ -109,21 +130,47 @@ def open_run(
         seeds={"script": seed},
         versions=library_versions(),
         num_threads=num_threads,
-        experiment_digest=None if script is None else code_digest(script),
         surroundings={} if run.run_json.exists() else surroundings(script),
         created_at=utc_now(),
         folder=str(Path.cwd()),
-        script=Script(path=str(script or ""), arguments=sys.argv[1:]),
+        experiment_digest=None if script is None else code_digest(script),
+        script=Script(path=str(script or ""), arguments=sys.argv[1:], overrides=_asked(SETTINGS)),
     )
+    _warn_of_other_code(run, record)
     return Opened(
         run=run,
         record=record,
         config=resolved,
         monitor=monitor,
-        progress=Progress("text", resolved.logging.every_s),
+        progress=_progress(host, resolved.logging.every_s),
         is_mismatch_allowed=os.environ.get(ALLOW_MISMATCH) == "1",
         trial=asked_trial(),
+        script=script,
+        log=None if host is None else host.log,
     )
+
+
+def _warn_of_other_code(run: RunDirectory, here: RunRecord) -> None:
+    try:
+        there = read_run_record(run)
+    except FileNotFoundError:
+        return
+    digests = (there.experiment_digest, here.experiment_digest)
+    if here.script is None or None in digests or digests[0] == digests[1]:
+        return
+    warn_of_inexactness(
+        f"the run {here.run_id} was begun with other code: its script had the digest {digests[0]}, "
+        f"and {here.script.path}, with what it imports from its folder, has {digests[1]}; its "
+        "result will not be that of a run without interruptions. Go on if you mean to, as after "
+        "fixing a bug; else go back to that code, or take another run id"
+    )
+
+
+def _progress(host: Host | None, every_s: float) -> Progress:
+    if host is None:
+        return Progress("text", every_s)
+    host.progress.every_s = every_s
+    return host.progress
 
 
 def run_config(seed: int, config: object, settings: Mapping[str, Any] | None) -> RunConfig:
@@ -134,7 +181,7 @@ def run_config(seed: int, config: object, settings: Mapping[str, Any] | None) ->
     """
     table: dict[str, Any] = {name: dict(section) for name, section in DEFAULTS.items()}
     allowed = [key for key in RunConfig.model_fields if key not in (*OWN, "experiment", "seed")]
-    for key, value in {**(settings or {}), **asked_trial().settings()}.items():
+    for key, value in {**(settings or {}), **_overrides(), **asked_trial().settings()}.items():
         section, _, name = key.partition(".")
         if section in OWN:
             raise InputError(f"settings: {key!r} is the script's own matter; leave it out")
@@ -151,6 +198,15 @@ def run_config(seed: int, config: object, settings: Mapping[str, Any] | None) ->
         table.setdefault(section, {})[name] = value
     table = {**table, "seed": seed, "experiment": _plain(config)}
     return validated(RunConfig, table, prefix="settings: ")
+
+
+def _overrides() -> dict[str, Any]:
+    """What ``--set`` said, in the place of the script's own settings."""
+    return dict(map(parsed_override, _asked(SETTINGS)))
+
+
+def _asked(variable: str) -> list[str]:
+    return list(json.loads(os.environ.get(variable) or "[]"))
 
 
 def _plain(config: object) -> dict[str, Any]:

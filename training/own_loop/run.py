@@ -15,13 +15,25 @@ from torch.utils.data import DataLoader
 from holdfast.training.data.loader import WorkerInit
 from holdfast.training.errors import InputError
 from holdfast.training.exactness.seeding import derive_seed
+from holdfast.training.export.specification import Dimensions, ExportSpec
+from holdfast.training.loop.evaluation import model_device
+from holdfast.training.own_loop.champion import (
+    Build,
+    Evaluate,
+    HandedOver,
+    Metrics,
+    require_usable,
+)
 from holdfast.training.own_loop.ending import Ending
+from holdfast.training.own_loop.finished import FinishedTraining, has_ended
+from holdfast.training.own_loop.host import ChampionReachedError, current_host
 from holdfast.training.own_loop.kept import Kept
 from holdfast.training.own_loop.loader import Collate, RunLoader, adopted_loader, build_loader
 from holdfast.training.own_loop.newest import Newest, newest_state
 from holdfast.training.own_loop.opening import Opened, open_run
 from holdfast.training.own_loop.replayed import ReplayedSegment
-from holdfast.training.own_loop.segment import Place, ScriptSegment
+from holdfast.training.own_loop.segment import ScriptSegment
+from holdfast.training.own_loop.state import Place, Whole
 from holdfast.training.stage import EXIT_PREEMPTED
 
 
@@ -44,7 +56,7 @@ class Run:
         self._loaders: dict[str, RunLoader] = {}
         self._place = Place()
         self._is_in_epochs = self._is_in_step = self._is_finished = False
-        self._segment: ScriptSegment | None = None
+        self._segment: ScriptSegment | FinishedTraining | None = None
         self._logged: dict[str, Any] = {}
         self._metrics: dict[str, float] = {}
         self.values = self._kept.values
@@ -129,7 +141,9 @@ class Run:
         Within ``run.epochs`` they are the steps of this epoch. After the last one everything is
         saved, unless epochs go on.
         """
-        self.restore()
+        segment = self._begin()
+        if isinstance(segment, FinishedTraining):
+            return
         while self._place.step < num_steps and not self._is_finished:
             self.begin_step()
             yield self._place.step
@@ -143,12 +157,12 @@ class Run:
         Before the first one, everything that was kept is put back. At a notice the state is saved
         and the process exits with 75.
         """
-        self._answer_notice(self._begin())
+        self._answer_notice(self._training())
         self._is_in_step = True
 
     def end_step(self, num_steps: int | None = None) -> None:
         """The state is whole again: saves where that is due. ``num_steps`` is shown."""
-        segment = self._begin()
+        segment = self._training()
         self._is_in_step = False
         self._place.step += 1
         logged, self._logged = self._logged, {}
@@ -175,6 +189,8 @@ class Run:
         interrupted begins again with the steps that are left of it.
         """
         segment = self._begin()
+        if isinstance(segment, FinishedTraining):
+            return
         while self._place.epoch < num_epochs and not self._is_finished:
             self._is_in_epochs = True
             yield self._place.epoch
@@ -232,17 +248,93 @@ class Run:
 
     def finish(self) -> None:
         """Training ends here, also before the loop's own end. Saves, and lets the run go."""
-        if self._segment is not None and not self._is_finished:
+        if isinstance(self._segment, ScriptSegment) and not self._is_finished:
             self._is_finished = True
             with self._failure_recorded(self._segment):
                 self._segment.finish()
 
-    def _begin(self) -> ScriptSegment:
+    def champion(  # what an experiment has six methods for
+        self,
+        *,
+        model: Build | None = None,
+        evaluate: Evaluate | None = None,
+        example_inputs: Any = None,
+        metrics: Metrics | None = None,
+        spec: ExportSpec | None = None,
+        dynamic_dimensions: Dimensions | None = None,
+    ) -> None:
+        """Hand over what is needed for candidates, choice, test, export and bundle.
+
+        To be called after the loop, once. ``holdfast run`` and ``holdfast resume`` make of it
+        what they make of an experiment; else it is looked at, and nothing more.
+
+        Args:
+            model: the model that is kept, or a function that makes one like it.
+            evaluate: of (model), or of (model, split) with the split ``validation`` or ``test``.
+                Returns numbers by name, or tensors with one number for each sample by name, whose
+                means are the metrics: then intervals are found, too. A lone number is
+                ``selection.metric``. Who has no test data writes one of (model).
+            example_inputs: what the model is called with, for some samples: a tensor, a tuple or a
+                dict of tensors.
+            metrics: metrics of such tensors, where they are no means.
+            spec, dynamic_dimensions: as an experiment's ``export_spec`` and ``dynamic_dimensions``.
+
+        Raises InputError, which says what was expected, also where training has not ended.
+        """
+        if self._segment is None or self._is_in_step or self._is_in_epochs or not self._has_ended:
+            raise InputError(
+                f"run.champion(…) came after {self.step} steps, and training had not ended: call "
+                f"it after the loop over run.steps or run.epochs"
+            )
+        whole, kept = Whole(self._kept, self._loaders, self._place), self._kept.model()
+        found = HandedOver(
+            build=model,
+            evaluate=evaluate,
+            inputs=example_inputs,
+            metric=self._opened.config.selection.metric,
+            whole=whole,
+            own_metrics=metrics,
+            spec=spec or ExportSpec(),
+            dynamic_dimensions=dynamic_dimensions or {},
+            fingerprint=self._opened.record.experiment_digest,
+            device_type="cuda" if model_device(kept).type == "cuda" else "cpu",
+        )
+        require_usable(found, kept)
+        host = current_host()
+        if host is None:
+            path = self._opened.run.path
+            self._opened.progress.emit("champion", next=f"holdfast resume {path}")
+            return
+        host.champion = found
+        if not host.is_training:
+            raise ChampionReachedError
+
+    @property
+    def opened(self) -> Opened:
+        """What the run was opened with."""
+        return self._opened
+
+    @property
+    def _has_ended(self) -> bool:
+        return self._is_finished or isinstance(self._segment, FinishedTraining)
+
+    def _begin(self) -> ScriptSegment | FinishedTraining:
         if self._segment is None:
-            is_replay = self._opened.trial.replay_steps is not None
-            kind = ReplayedSegment if is_replay else ScriptSegment
-            self._segment = kind(self._opened, self._kept, self._loaders, self._place)
+            self._segment = self._kind()(self._opened, self._kept, self._loaders, self._place)
         return self._segment
+
+    def _kind(self) -> type[ScriptSegment] | type[FinishedTraining]:
+        if self._opened.trial.replay_steps is not None:
+            return ReplayedSegment
+        host = current_host()
+        is_over = host is not None and (not host.is_training or has_ended(self._opened.run))
+        return FinishedTraining if is_over else ScriptSegment
+
+    def _training(self) -> ScriptSegment:
+        segment = self._begin()
+        if isinstance(segment, FinishedTraining):
+            raise InputError(f"{self.directory}: training has ended, and there is no step left")
+        return segment
 
     def _answer_notice(self, segment: ScriptSegment) -> None:
         notice = segment.before_step()
@@ -271,7 +363,7 @@ class Run:
 
     def end(self, error: BaseException | None) -> int:
         """What is left to do at the end of the process. Returns the exit code that it deserves."""
-        if self._is_finished or self._segment is None:
+        if self._is_finished or not isinstance(self._segment, ScriptSegment):
             return 0
         self._is_finished = True
         if error is None:
@@ -327,7 +419,11 @@ def run(
         raise InputError(
             "holdfast.run was called twice in one process: train one run in each process"
         )
-    ending = Ending()
+    host = current_host()
+    ending = Ending() if host is None else None
     _current = Run(open_run(experiment, run_id, store, seed, config, settings))
-    ending.watch(_current.end)
+    if ending is not None:
+        ending.watch(_current.end)
+    elif host is not None:
+        host.run = _current
     return _current

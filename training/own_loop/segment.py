@@ -9,14 +9,13 @@ import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.checkpointing.json_state import encode
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
 from holdfast.training.checkpointing.policy import (
@@ -25,22 +24,24 @@ from holdfast.training.checkpointing.policy import (
     build_schedule,
     mean_time_between_preemptions_s,
 )
+from holdfast.training.code.archive import keep_code
 from holdfast.training.configuration.loading import digested_values
 from holdfast.training.errors import InputError, UnsupportedStateError
 from holdfast.training.exactness.versions import device_name, library_versions
-from holdfast.training.loop.evaluation import model_device
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.loop.loss_guard import LossGuard
 from holdfast.training.loop.loss_record import LossRecord
 from holdfast.training.loop.saving import Saver
 from holdfast.training.loop.segment_record import RecordKeeper
-from holdfast.training.loop.state import Counters, EpochRecord, TrainState
+from holdfast.training.loop.state import Counters, EpochRecord
 from holdfast.training.loop.state_validation import validate_state
 from holdfast.training.own_loop.environment import OUTCOME
+from holdfast.training.own_loop.finished import has_ended
+from holdfast.training.own_loop.host import current_host
 from holdfast.training.own_loop.kept import Kept
 from holdfast.training.own_loop.looking import Traced, seen_variables
 from holdfast.training.own_loop.opening import Opened
-from holdfast.training.own_loop.rates import KeptRates
+from holdfast.training.own_loop.state import Place, Whole, state_of
 from holdfast.training.preemption.notices import Notice, reclaim_signals
 from holdfast.training.preemption.signals import current_signal_flag
 from holdfast.training.replay.nothing_saved import NothingSaved
@@ -56,40 +57,6 @@ from holdfast.training.tracking.sending import Trackers
 from holdfast.training.tracking.tracker import check_trackers
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Place:
-    """Where a script's loop stands.
-
-    Attributes:
-        epoch: of ``run.epochs``.
-        step: within that epoch, or of ``run.steps`` where there are no epochs.
-        num_losses: how many losses the sum since the last validation has.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    num_losses: int = 0
-
-
-class _Whole:
-    """All that a checkpoint holds beside models, optimizers and averages."""
-
-    def __init__(self, kept: Kept, loaders: Mapping[str, Stateful], place: Place) -> None:
-        self._kept = kept
-        self._loaders = loaders
-        self._place = place
-
-    def state_dict(self) -> dict[str, Any]:
-        loaders = {name: loader.state_dict() for name, loader in self._loaders.items()}
-        return {"kept": self._kept.state_dict(), "loaders": loaders, "place": vars(self._place)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._kept.load_state_dict(state["kept"])
-        for name, loader in self._loaders.items():
-            loader.load_state_dict(state["loaders"][name])
-        vars(self._place).update(state["place"])
 
 
 class ScriptSegment:
@@ -109,9 +76,9 @@ class ScriptSegment:
         self._tracing = ExitStack()
         check_trackers(opened.config.tracking)
         self._trackers = Trackers(opened.run, opened.config.tracking, opened.progress)
-        whole = _Whole(kept, loaders, place)
+        whole = Whole(kept, loaders, place)
         _require_plain(kept)
-        self.state = _state(kept, opened, whole)
+        self.state = state_of(kept, opened.config, whole)
         self._take_over()
 
     def _take_over(self) -> None:
@@ -121,12 +88,15 @@ class ScriptSegment:
         self._lease = self._closing.enter_context(
             Lease.acquire(opened.run, self._config.preemption.lease_ttl_s)
         )
+        if opened.script is not None:
+            keep_code(opened.run, self._lease, opened.script)
         self._keeper = RecordKeeper(
             opened.run, self._lease, self._costs.seconds, self._config.logging.every_s
         )
-        log = SegmentLog()
+        log = opened.log or SegmentLog()
         log.open(log_path(opened.run.logs, self._keeper.number))
-        self._closing.callback(log.close)
+        if opened.log is None:
+            self._closing.callback(log.close)
         identity = CheckpointIdentity(
             config_digest=record.config_digest,
             versions=library_versions(),
@@ -235,8 +205,12 @@ class ScriptSegment:
         else:  # there was nothing left to do, but maybe to send
             self._trackers.start()
             self._trackers.is_completed = True
+            if self.step and not has_ended(self._opened.run):  # it was killed after its last save
+                self._keeper.begin(self.step)
+                self._end("completed", None)
         self.close()
-        current_signal_flag().uninstall()  # what the script does now, signals may end
+        if current_host() is None:
+            current_signal_flag().uninstall()  # what the script does now, signals may end
 
     def fail(self, error: BaseException) -> None:
         """Let the save in flight end, record the error, and let the run go."""
@@ -274,7 +248,8 @@ class ScriptSegment:
             self._losses.flush()
         self._trackers.is_completed = outcome == "completed"
         self._keeper.end(outcome, self.step, notice, self._manager.save_s())
-        self._opened.progress.emit("outcome", outcome=outcome, step=self.step)
+        if current_host() is None:
+            self._opened.progress.emit("outcome", outcome=outcome, step=self.step)
         self.close()
 
     def _take_loss(self, loss: float | Tensor | None) -> None:
@@ -342,19 +317,3 @@ def _require_plain(kept: Kept) -> None:
         encode(kept.values, "run.values", {})
     except UnsupportedStateError as error:
         raise InputError(str(error).partition(":")[0]) from error
-
-
-def _state(kept: Kept, opened: Opened, whole: _Whole) -> TrainState:
-    model: nn.Module = kept.model()
-    device = model_device(model)
-    optimizers = kept.named_optimizers()
-    scaler = kept.scaler or torch.amp.GradScaler(device.type, enabled=False)
-    return TrainState(
-        model=model,
-        optimizers=optimizers,
-        schedule=KeptRates(optimizers),  # type: ignore[arg-type]  # all of it that a state uses
-        averages=MovingAverages(model, opened.config.ema),
-        gradient_scaler=scaler,
-        loss_sum=torch.zeros((), dtype=torch.float64, device=device),
-        experiment=whole,
-    )

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.exactness.seeding import preserved_generators, seed_scoring
-from holdfast.training.experiment.protocol import Experiment, Records, concatenate
+from holdfast.training.experiment.protocol import (
+    Experiment,
+    MeasuredWhole,
+    Records,
+    concatenate,
+)
 from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.interfaces import open_interface
 from holdfast.training.export.protocol import Runner
@@ -33,6 +38,8 @@ class RunnerModule(nn.Module):
 
     def __init__(self, run: Runner, interface: Interface) -> None:
         super().__init__()
+        # Whoever asks for the model's device finds one.
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
         self._run = run
         self._interface = interface
         self.seen: list[list[Tensor]] = []
@@ -40,9 +47,11 @@ class RunnerModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model would return, from the runner's flat outputs."""
-        flat = self._run(self._interface.form.flat(args, kwargs))
+        given = self._interface.form.flat(args, kwargs)
+        flat = self._run(tuple(moved(each, self.place.device) for each in given))
         self.seen.append(flat)
-        return self._interface.structure.rebuild(flat)
+        device = next((each.device for each in given if isinstance(each, Tensor)), None)
+        return self._interface.structure.rebuild([moved(each, device) for each in flat])
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,11 @@ class Champion:
         )
 
 
+def moved(value: Any, device: torch.device | None) -> Any:
+    """A tensor on a device; whatever else as it is. A runner's own place is the CPU."""
+    return value.to(device) if isinstance(value, Tensor) and device is not None else value
+
+
 def score_test_set(
     experiment: Experiment, interface: Interface, run: Runner, batch_size: int
 ) -> tuple[Records, list[list[Tensor]]]:
@@ -121,8 +135,12 @@ def score_test_set(
     """
     module = RunnerModule(run, interface)
     parts = []
+    dataset = experiment.dataset("test")
     with preserved_generators(), torch.no_grad():
-        for number, batch in enumerate(evaluation_batches(experiment.dataset("test"), batch_size)):
+        if isinstance(dataset, MeasuredWhole):
+            seed_scoring(0)
+            return dataset.measured(module), module.seen
+        for number, batch in enumerate(evaluation_batches(dataset, batch_size)):
             seed_scoring(number)
             scored = experiment.score(module, batch)
             parts.append(as_arrays(scored))

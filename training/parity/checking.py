@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import CheckDiedError, ExportError
 from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.experiment.building import build_experiment
-from holdfast.training.experiment.loading import load_experiment
+from holdfast.training.experiment.loading import is_script, load_experiment
 from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.loop.experiment_state import restore_experiment
 from holdfast.training.parity.merging import merged_experiment
@@ -30,6 +31,7 @@ from holdfast.training.parity.parity import ArtifactReport, Finding
 
 POLL_S = 0.1
 MAX_LOG_CHARS = 600
+HOSTING = "holdfast.training.own_loop.hosting"  # by name: it knows this room
 KILLED = "killed by"
 ERROR_LINE = re.compile(r"[\w.]+(Error|Exception|Warning)\b.*: ")
 Action = Literal["parity", "latency"]
@@ -72,9 +74,13 @@ class CheckRequest:
 
     def build_experiment(self) -> Experiment:
         """The experiment, built and restored as the run's own stages do it, merged if it merges."""
-        experiment = build_experiment(
-            load_experiment(self.experiment), self.build_config(), self.seeds
-        )
+        if is_script(self.experiment):
+            script_experiment: Any = getattr(import_module(HOSTING), "script_experiment")  # noqa: B009
+            experiment: Experiment = script_experiment(self.experiment)
+        else:
+            experiment = build_experiment(
+                load_experiment(self.experiment), self.build_config(), self.seeds
+            )
         restore_experiment(experiment, Path(self.state) if self.state else None)
         return merged_experiment(experiment_of(experiment, self.candidate))
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.exactness.seeding import preserved_generators
-from holdfast.training.experiment.protocol import input_names, model_inputs
-from holdfast.training.export.specification import TensorSpec
+from holdfast.training.experiment.protocol import MeasuredWhole, input_names, model_inputs
+from holdfast.training.export.specification import Inputs, TensorSpec
 from holdfast.training.loop.evaluation import as_arrays
-from holdfast.training.parity.champion import Champion
+from holdfast.training.parity.champion import Champion, RunnerModule
 from holdfast.training.runs.durable_json import write_json_durably
 
 RANGES = "ranges.json"
@@ -79,18 +79,29 @@ def write_ranges(path: Path, champion: Champion) -> None:
     inputs, outputs = map(_distributions, (interface.inputs, interface.outputs))
     dataset = champion.experiment.dataset("validation")
     names = input_names(champion.experiment)
+    num_samples = 0
+
+    def answer(given: Inputs) -> list[Tensor]:
+        nonlocal num_samples
+        num_samples += len(given[0])
+        answers = list(champion.eager(*given))
+        _add(inputs, interface.inputs, given)
+        _add(outputs, interface.outputs, answers)
+        return answers
+
     with preserved_generators(), torch.no_grad():
-        for batch in evaluation_batches(dataset, champion.batch_size):
-            given = model_inputs(batch, names)
-            _add(inputs, interface.inputs, given)
-            _add(outputs, interface.outputs, champion.eager(*given))
+        if isinstance(dataset, MeasuredWhole):
+            dataset.measured(RunnerModule(answer, interface))
+        else:
+            for batch in evaluation_batches(dataset, champion.batch_size):
+                answer(model_inputs(batch, names))
     write_json_durably(
         path,
         {
             "format_version": 1,
             "inputs": {name: found.as_json() for name, found in inputs.items()},
             "levels": list(LEVELS),
-            "num_samples": len(dataset),
+            "num_samples": num_samples,
             "outputs": {name: found.as_json() for name, found in outputs.items()},
         },
     )

@@ -54,7 +54,8 @@ def run_report(stage: Stage) -> StageOutcome:
 def report_facts(stage: Stage) -> RunFacts:
     """Everything that the page tells, the champion's predictions included."""
     facts = read_facts(stage.run, stage.record, stage.config)
-    return replace(facts, figures=_figures(stage)) if facts.champion is not None else facts
+    has_figures = facts.champion is not None and stage.record.script is None
+    return replace(facts, figures=_figures(stage)) if has_figures else facts
 
 
 def _figures(stage: Stage) -> Sequence[Figure]:

@@ -99,6 +99,13 @@ class Script(Record):
     path: str
     """Absolute."""
     arguments: list[str]
+    overrides: list[str] = Field(default_factory=list)
+    """What `--set` said of the script's settings; absent for nothing."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
+        return {name: value for name, value in fields.items() if value or name != "overrides"}
 
 
 class Lineage(Record):

@@ -105,6 +105,11 @@ class RunDirectory:
         """Folder with the losses of the segments' steps."""
         return self.path / "losses"
 
+    @property
+    def code(self) -> Path:
+        """Folder with the archives of the script or experiment, and an index."""
+        return self.path / "code"
+
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint of a step."""
         return self.checkpoints / f"step-{step:08d}"

@@ -8,6 +8,7 @@ import click
 
 from holdfast.flows.command_line.options import STORE_OPTION
 from holdfast.flows.command_line.stores import find_run
+from holdfast.tasks.job import Job, code_here
 from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import experiment_reference
 from holdfast.training.exactness.reproducibility import python_command
@@ -38,7 +39,13 @@ Examples:
 def command(run: str, store: str) -> int:
     """Promote it."""
     directory = find_run(store_path(store), run)
-    argv = python_command("holdfast.training", "promote", "--resume", "--again")
-    argv += ["--experiment", experiment_reference(directory), "--run-id", directory.path.name]
-    argv += ["--store", str(directory.path.absolute().parent.parent)]
-    return subprocess.run(argv, check=False).returncode
+    asked = Job(
+        experiment=experiment_reference(directory),
+        store=directory.path.absolute().parent.parent,
+        run_id=directory.path.name,
+    )
+    with code_here(asked) as job:
+        argv = python_command("holdfast.training", "promote", "--resume", "--again")
+        argv += ["--experiment", job.experiment, "--run-id", job.run_id]
+        argv += ["--store", str(job.store)]
+        return subprocess.run(argv, check=False).returncode

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import click
 
 from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
 from holdfast.flows.command_line.stores import find_run
 from holdfast.tasks.child import StageCommand
-from holdfast.tasks.job import Job
+from holdfast.tasks.job import Job, code_here
 from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import experiment_reference
 
@@ -38,14 +39,16 @@ Examples:
 def command(run: str, store: str, is_json: bool) -> int:
     """Write it."""
     directory = find_run(store_path(store), run)
-    job = Job(
+    asked = Job(
         experiment=experiment_reference(directory),
         store=directory.path.absolute().parent.parent,
         run_id=directory.path.name,
         is_resume=True,
     )
-    argv = StageCommand("report", job).argv()
-    written = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=sys.stderr, check=False)
+    # What a script has to say stands in its run: nothing of it is run.
+    with nullcontext(asked) if asked.is_script else code_here(asked) as job:
+        argv = StageCommand("report", job).argv()
+        written = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=sys.stderr, check=False)
     if written.returncode == 0:
         path = str(directory.report_html.absolute())
         click.echo(json.dumps({"report": path}) if is_json else path)

@@ -27,16 +27,19 @@ from holdfast.flows.command_line.stores import DEFAULT_STORE
 from holdfast.tasks.deathwatch import EXIT_PREEMPTED
 from holdfast.tasks.job import Job
 from holdfast.tasks.preflight import check_job, store_path
+from holdfast.training.code.naming import named_run
 from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
-from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.errors import InputError
+from holdfast.training.experiment.loading import experiment_name, is_script, script_path
 from holdfast.training.runs.run_ids import DEFAULT_TEMPLATE, fill_run_id
 from holdfast.training.runs.shown_text import shown
 
-HELP = """Train an experiment, from seed to verified bundle.
+HELP = """Train an experiment or a script, from seed to verified bundle.
 
 EXPERIMENT is a name in the table (digits, turbofan, ...), package.module:Class, or
-path/to/file.py:Class. What is done is found in the store and not done again: the same --run-id
-resumes a run.
+path/to/file.py:Class. A training script with its own loop is named by its path; its own arguments
+come after --, and its run is the one that it names itself, unless --run-id does. What is done is
+found in the store and not done again: the same --run-id resumes a run.
 
 Without a Prefect server this starts a temporary one; with PREFECT_API_URL it uses that one.
 Ctrl-C saves, says how to go on, and exits with 75.
@@ -47,6 +50,7 @@ Examples:
   holdfast run digits --set train.num_epochs=5 --set optimizer.args.lr=0.002
   holdfast run turbofan --set data.folder=/data/cmapss --run-id fd001 --store /mnt/runs
   holdfast run my_task.py:Task --config my_task.toml --json
+  holdfast run train.py --store /mnt/runs -- --lr 0.1
 """
 
 
@@ -54,9 +58,10 @@ Examples:
     "run",
     help=HELP,
     epilog=RUN_EXIT_CODES,
-    short_help="Train an experiment, from seed to verified bundle.",
+    short_help="Train an experiment or script, from seed to verified bundle.",
 )
 @click.argument("experiment")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @CONFIG_OPTION
 @SET_OPTION
 @STORE_OPTION
@@ -68,8 +73,9 @@ Examples:
 )
 @STRICT_OPTION
 @JSON_OPTION
-def command(
+def command(  # noqa: PLR0913, PLR0917  # one per option
     experiment: str,
+    arguments: tuple[str, ...],
     config_file: Path | None,
     overrides: tuple[str, ...],
     store: str,
@@ -78,6 +84,13 @@ def command(
     is_json: bool,
 ) -> int:
     """Start or go on."""
+    if is_script(experiment):
+        experiment, run_id = _named_script(experiment, run_id)
+    elif arguments:
+        raise InputError(
+            f"{experiment} is an experiment and takes no argument {arguments[0]!r}: say what "
+            f"differs with --set section.key=value"
+        )
     folder = experiment_name(experiment)
     job = Job(
         experiment=experiment,
@@ -86,8 +99,19 @@ def command(
         config_file=config_file.expanduser().absolute() if config_file else None,
         overrides=overrides,
         is_strict=is_strict,
+        arguments=arguments,
     )
     return run_job(job, is_json=is_json)
+
+
+def _named_script(reference: str, run_id: str) -> tuple[str, str]:
+    """A script with the names that it gives to its run, where they are not given here."""
+    lone = Path(reference).expanduser()
+    path = lone if lone.is_file() else script_path(reference).expanduser()
+    name, own_run_id = named_run(path)
+    given = experiment_name(reference) if path is not lone else name or path.stem
+    is_unset = run_id == DEFAULT_TEMPLATE
+    return f"{given}={path.absolute()}", own_run_id if is_unset and own_run_id else run_id
 
 
 def run_job(job: Job, *, is_json: bool) -> int:
@@ -101,6 +125,7 @@ def run_job(job: Job, *, is_json: bool) -> int:
         "overrides": list(job.overrides),
         "is_resume": job.is_resume,
         "is_strict": job.is_strict,
+        "arguments": list(job.arguments),
         "limits": {"grace_period_s": config.preemption.grace_period_s},
     }
     view = open_view(is_json=is_json)
@@ -144,6 +169,8 @@ def _tell_result(result: dict[str, Any]) -> None:
     for name, value in rows:
         if value:
             click.echo(f"{name:<14}{shown(value)}")
+    if not result["bundle"]:
+        click.echo("no bundle: the script hands over no champion (run.champion)")
 
 
 def _lives(result: dict[str, Any]) -> str:

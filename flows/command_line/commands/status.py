@@ -10,6 +10,7 @@ import click
 
 from holdfast.flows.command_line.options import EXIT_CODES, JSON_OPTION, STORE_OPTION
 from holdfast.flows.command_line.stores import find_run, find_runs
+from holdfast.tasks.engine_lease import engine_directory
 from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import RunSummary, script_command_line, summarize
 from holdfast.training.certificate.kept import KeptCertificate, read_certificate
@@ -96,7 +97,10 @@ def _go_on(run: RunDirectory) -> str:
         script = read_run_record(run).script
     except FileNotFoundError:
         script = None
-    return f"holdfast resume {run.path}" if script is None else script_command_line(script)
+    was_in_flow = engine_directory(run).path.is_dir()
+    if script is None or was_in_flow:
+        return f"holdfast resume {run.path}"
+    return script_command_line(script)
 
 
 def _certificate(run: RunDirectory) -> KeptCertificate | None:

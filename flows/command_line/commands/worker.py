@@ -8,6 +8,7 @@ import click
 
 from holdfast.flows.command_line.options import POOL_OPTION
 from holdfast.flows.fleet.server import require_server
+from holdfast.tasks.job import OWN_FILES_ONLY
 from holdfast.training.errors import InputError
 from holdfast.training.exactness.reproducibility import python_command
 
@@ -56,7 +57,8 @@ POLL_EVERY_S = 2
     multiple=True,
     metavar="PATTERN",
     help="Take up experiments of this name alone (* and ? match anything), and refuse commands, "
-    "pull steps, working folders and variables that a flow run brings; may be repeated.",
+    "pull steps, working folders and variables that a flow run brings, and code that is not on "
+    "this machine; may be repeated.",
 )
 def command(
     pool: str,
@@ -81,6 +83,8 @@ def command(
         return _start_stock_worker(pool, kind, name, limit)
     from holdfast.flows.fleet.worker import run_worker
 
+    if allowed:
+        os.environ[OWN_FILES_ONLY] = "1"  # for its engines: what may be run is what is here
     run_worker(pool, name=name, limit=limit, drain_s=drain_s, queues=queues, allowed=allowed)
     return 0
 

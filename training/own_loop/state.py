@@ -1,0 +1,71 @@
+"""The state of a script's training, and where its loop stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from holdfast.training.averages.ema import MovingAverages
+from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.loop.evaluation import model_device
+from holdfast.training.loop.experiment_state import Stateful
+from holdfast.training.loop.state import TrainState
+from holdfast.training.own_loop.kept import Kept
+from holdfast.training.own_loop.rates import KeptRates
+
+
+@dataclass
+class Place:
+    """Where a script's loop stands.
+
+    Attributes:
+        epoch: of ``run.epochs``.
+        step: within that epoch, or of ``run.steps`` where there are no epochs.
+        num_losses: how many losses the sum since the last validation has.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    num_losses: int = 0
+
+
+class Whole:
+    """All that a checkpoint holds beside models, optimizers and averages."""
+
+    def __init__(self, kept: Kept, loaders: Mapping[str, Stateful], place: Place) -> None:
+        self._kept = kept
+        self._loaders = loaders
+        self._place = place
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept beside them, and the places of loaders and loop."""
+        loaders = {name: loader.state_dict() for name, loader in self._loaders.items()}
+        return {"kept": self._kept.state_dict(), "loaders": loaders, "place": vars(self._place)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+        self._kept.load_state_dict(state["kept"])
+        for name, loader in self._loaders.items():
+            loader.load_state_dict(state["loaders"][name])
+        vars(self._place).update(state["place"])
+
+
+def state_of(kept: Kept, config: RunConfig, whole: Whole) -> TrainState:
+    """What a script keeps, as a training has it. Raises InputError where it keeps no model."""
+    model: nn.Module = kept.model()
+    device = model_device(model)
+    optimizers = kept.named_optimizers()
+    scaler = kept.scaler or torch.amp.GradScaler(device.type, enabled=False)
+    return TrainState(
+        model=model,
+        optimizers=optimizers,
+        schedule=KeptRates(optimizers),  # type: ignore[arg-type]  # all of it that a state uses
+        averages=MovingAverages(model, config.ema),
+        gradient_scaler=scaler,
+        loss_sum=torch.zeros((), dtype=torch.float64, device=device),
+        experiment=whole,
+    )
