@@ -5,11 +5,12 @@
 # make docs    the site, into build/docs
 # make wheel   build the wheel, and try it in a fresh environment of ENVIRONMENT's Python
 # make bench   the benchmarks that take minutes; DATA=folder with real data
-# make chaos KILLS=1000   kill training that many times and compare bytes
+# make chaos KILLS=1000   kill training that many times and compare bytes; PROCESSES=3 for several
 # make digests   the bytes that small runs of every experiment end with
 
 PYTHON ?= python3
 KILLS ?= 50
+PROCESSES ?= 1
 FILES ?= tests
 # A third of the time tests wait: for leases, servers, and processes that start.
 WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 )))
@@ -51,7 +52,7 @@ bench: setup
 	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA))
 
 chaos: setup
-	$(BIN)/python -m tests.faults.chaos --kills $(KILLS)
+	$(BIN)/python -m tests.faults.chaos --kills $(KILLS) --processes $(PROCESSES)
 
 digests: setup
 	@$(BIN)/python -m tests.compatibility.digests

@@ -48,6 +48,7 @@ class RunSummary:
         goodput: useful training time divided by all time that was paid for.
         num_repeated_steps: steps that a later segment did again, as far as records tell.
         error: why the last segment failed.
+        num_processes: of the last segment, where it trained by a strategy.
     """
 
     name: str
@@ -68,6 +69,7 @@ class RunSummary:
     bundle: str | None
     report: str | None
     error: str | None
+    num_processes: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -108,6 +110,7 @@ def summarize(run: RunDirectory) -> RunSummary:
         bundle=str(run.bundle) if run.bundle.is_dir() else None,
         report=str(run.report_html) if run.report_html.is_file() else None,
         error=segments[-1].error.message if segments and segments[-1].error else None,
+        num_processes=segments[-1].num_processes if segments else None,
     )
 
 

@@ -20,6 +20,7 @@ from holdfast.training.checkpointing.commands import checkpoints
 from holdfast.training.configuration.loading import asked_num_threads
 from holdfast.training.configuration.option import CONFIG_OPTION
 from holdfast.training.configuration.page import configuration
+from holdfast.training.distributed.seat import end_with_launcher, own_seat
 from holdfast.training.errors import HoldfastError, InputError, StorageError
 from holdfast.training.exactness.reproducibility import (
     child_environment,
@@ -160,6 +161,8 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
     Returns the exit code.
     """
     hold_signals()
+    if (seat := own_seat()) is not None:
+        end_with_launcher(seat)
     if outcome_file is not None:
         outcome_file = outcome_file.absolute()  # the experiment may change the folder
     try:
@@ -178,7 +181,7 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
     install_signal_flag()
     from holdfast.training.stages import run_stage
 
-    outcome = run_stage(name, {**options, "num_threads": num_threads})
+    outcome = run_stage(name, {**options, "num_threads": num_threads}, sys.argv[1:])
     _write_outcome(outcome_file, outcome)
     return outcome.exit_code
 

@@ -24,7 +24,8 @@
     │   ├── LoaderError                         a sample could not be fetched; a loader process died
     │   ├── NonFiniteLossError (ArithmeticError)
     │   ├── NonFiniteStateError (ArithmeticError)  optimizer, weights or averages hold NaN
-    │   └── OutOfMemoryError (MemoryError)
+    │   ├── OutOfMemoryError (MemoryError)
+    │   └── RankLostError                       another process of this training is gone
     ├── SelectionError (ValueError)             candidates that cannot be averaged or compared
     └── ExportError
         ├── CheckDiedError                      the process of a check was killed
@@ -165,6 +166,10 @@ class NonFiniteStateError(TrainingError, ArithmeticError):
 
 class OutOfMemoryError(TrainingError, MemoryError):
     """A step or an evaluation does not fit into memory; the same would happen again."""
+
+
+class RankLostError(TrainingError):
+    """Another process of this training has ended or hangs, and this one cannot go on."""
 
 
 class SelectionError(HoldfastError, ValueError):

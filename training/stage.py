@@ -20,6 +20,8 @@ from holdfast.training.configuration.loading import (
     resolve_config,
 )
 from holdfast.training.configuration.schema import Json, RunConfig, Split
+from holdfast.training.distributed.stopping import AgreedMonitor, sources_of_rank
+from holdfast.training.distributed.world import World
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import set_up_torch
 from holdfast.training.exactness.seeding import derive_seed
@@ -134,6 +136,8 @@ class Stage:
     monitor: PreemptionMonitor
     progress: Progress
     log: SegmentLog = field(default_factory=SegmentLog)
+    world: World | None = None
+    """The other processes of this training, where it has a strategy."""
 
     def seed(self, purpose: str) -> int:
         """The run's seed for one purpose."""
@@ -173,25 +177,36 @@ class NoticeCameError(HoldfastError):
         self.notice = notice
 
 
+Resolved = tuple[RunConfig, type[Experiment]]
+
+
 @contextmanager
 def prepared_stage(
-    arguments: StageArguments, rehearse: Rehearse | None = None, log: SegmentLog | None = None
+    arguments: StageArguments,
+    rehearse: Rehearse | None = None,
+    log: SegmentLog | None = None,
+    resolved: Resolved | None = None,
+    world: World | None = None,
 ) -> Iterator[Stage]:
     """Resolve the configuration, listen for notices, build the experiment.
 
     ``rehearse`` is called before anything is built, for a run that is not there yet. ``log`` is
-    what a segment opens and the caller closes; without one it is closed here.
+    what a segment opens and the caller closes; without one it is closed here. ``resolved`` is what
+    ``resolve_arguments`` returned, where it is known. As one of several processes, of ``world``,
+    it tells nothing but for rank 0, and stops when all do.
 
     Raises:
         InputError: the configuration, the experiment, the data or the run id are not usable.
         NoticeCameError: a notice came during the rehearsal.
     """
     run = arguments.run
-    config, experiment_class = resolve_arguments(arguments)
+    config, experiment_class = resolved or resolve_arguments(arguments)
     located = with_absolute_paths(config, arguments.folder, _begun_in(run))
     set_up_torch(config.train.mode, arguments.num_threads)
     progress = Progress(arguments.progress_format, config.logging.every_s)
-    with PreemptionMonitor(build_sources(located.preemption)) as monitor:
+    if world is not None and world.rank > 0:
+        progress.format = "none"
+    with _monitor(located, world) as monitor:
         if rehearse is not None and not run.run_json.exists():
             rehearse(arguments, config, monitor, progress)
         seeds = run_seeds(run, config)
@@ -208,9 +223,16 @@ def prepared_stage(
         if progress.format != "text":  # else they go to standard error, which the log keeps
             progress.listeners.append(lambda *event: log.write(as_text(*event)))
         try:
-            yield Stage(arguments, config, experiment, run, record, monitor, progress, log)
+            yield Stage(arguments, config, experiment, run, record, monitor, progress, log, world)
         finally:
             own_log.close()
+
+
+def _monitor(config: RunConfig, world: World | None) -> PreemptionMonitor:
+    if world is None:
+        return PreemptionMonitor(build_sources(config.preemption))
+    sources = build_sources(sources_of_rank(config.preemption, world.rank))
+    return AgreedMonitor(sources, world)
 
 
 def failed_outcome(error: BaseException) -> StageOutcome:
@@ -276,7 +298,7 @@ def _begun_in(run: RunDirectory) -> str | None:
         return None
 
 
-def resolve_arguments(arguments: StageArguments) -> tuple[RunConfig, type[Experiment]]:
+def resolve_arguments(arguments: StageArguments) -> Resolved:
     """The configuration that arguments ask for, and the class of the experiment.
 
     Raises InputError where they are not usable.

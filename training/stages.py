@@ -6,14 +6,17 @@ import importlib
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from holdfast.training.distributed.seat import Seat, own_seat
 from holdfast.training.errors import HoldfastError, LoaderError
 from holdfast.training.exactness.strictness import strictness
 from holdfast.training.experiment.error_places import described
 from holdfast.training.experiment.loading import is_script
+from holdfast.training.preemption.notices import PreemptionMonitor
+from holdfast.training.preemption.sources import build_sources
 from holdfast.training.rehearsal.before_run import rehearse_before_run
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.progress import Progress, ProgressFormat, as_text
@@ -21,11 +24,13 @@ from holdfast.training.runs.segment_log import SegmentLog, segment_log
 from holdfast.training.runs.shown_text import ShownFormatter, shown
 from holdfast.training.stage import (
     NoticeCameError,
+    Resolved,
     Stage,
     StageArguments,
     StageOutcome,
     failed_outcome,
     prepared_stage,
+    resolve_arguments,
 )
 
 FIRST_STAGE, REPORT_STAGE = "segment", "report"
@@ -39,40 +44,55 @@ STAGES = {
 }
 
 
-def run_stage(name: str, options: dict[str, Any]) -> StageOutcome:
+def run_stage(name: str, options: dict[str, Any], command_line: Sequence[str] = ()) -> StageOutcome:
     """Run a stage and tell its outcome; never raises for what a user or a machine did.
 
-    Errors are told in one line on stderr; what we did not foresee comes with its traceback.
+    ``command_line`` is what other processes of the same training are started with. Errors are told
+    in one line on stderr; what we did not foresee comes with its traceback.
     """
     arguments = StageArguments(**options)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(ShownFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     with segment_log() as log:
-        outcome = _outcome_of(name, arguments, log)
+        outcome = _outcome_of(name, arguments, log, command_line)
+        if own_seat() is not None:
+            return outcome  # told by the launcher
         if arguments.progress_format != "text":
             log.write(as_text("outcome", _summary(outcome, has_error=True)))
         emit_outcome(outcome, arguments.progress_format)
     return outcome
 
 
-def _outcome_of(name: str, arguments: StageArguments, log: SegmentLog) -> StageOutcome:
+def _outcome_of(
+    name: str, arguments: StageArguments, log: SegmentLog, command_line: Sequence[str]
+) -> StageOutcome:
+    seat = own_seat()
     try:
         with strictness(arguments.is_strict):
-            is_own_loop = is_script(arguments.experiment)
-            work = _script_stage if is_own_loop else _experiment_stage
-            return work(name, arguments, log)
+            if seat is not None:
+                return _outcome_of_rank(arguments, log, seat)
+            if is_script(arguments.experiment):
+                return _script_stage(name, arguments, log)
+            return _experiment_stage(name, arguments, log, command_line)
     except NoticeCameError as error:
         return _preempted(error)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 the process boundary
         outcome = failed_outcome(error)
-        _tell(error, outcome, arguments)
+        if seat is None:
+            _tell(error, outcome, arguments)
         return outcome
 
 
-def _experiment_stage(name: str, arguments: StageArguments, log: SegmentLog) -> StageOutcome:
-    rehearse = rehearse_before_run if name == FIRST_STAGE else None
-    with prepared_stage(arguments, rehearse, log) as stage:
+def _experiment_stage(
+    name: str, arguments: StageArguments, log: SegmentLog, command_line: Sequence[str]
+) -> StageOutcome:
+    rehearse, resolved = None, None
+    if name == FIRST_STAGE:
+        rehearse, resolved = rehearse_before_run, resolve_arguments(arguments)
+        if resolved[0].distributed.strategy != "none":
+            return _outcome_of_ranks(arguments, resolved, command_line)
+    with prepared_stage(arguments, rehearse, log, resolved) as stage:
         return _stage_function(name)(stage)
 
 
@@ -84,6 +104,39 @@ def _script_stage(name: str, arguments: StageArguments, log: SegmentLog) -> Stag
     if name == REPORT_STAGE:
         return _stage_function(name)(hosting.reported_stage(arguments, log))
     return hosting.run_script_stage(arguments, _stage_function(name), log)
+
+
+def _outcome_of_rank(arguments: StageArguments, log: SegmentLog, seat: Seat) -> StageOutcome:
+    """This process is one of several that train together."""
+    from holdfast.training.distributed.world import World
+    from holdfast.training.ranks.segment import run_rank
+
+    with World.joined(seat) as world:
+        try:
+            with prepared_stage(arguments, None, log, world=world) as stage:
+                return run_rank(stage)
+        except BaseException as error:
+            world.tell_error(error)
+            raise
+
+
+def _outcome_of_ranks(
+    arguments: StageArguments, resolved: Resolved, command_line: Sequence[str]
+) -> StageOutcome:
+    """Rehearse, have the segment done by several processes, and tell what ended it."""
+    from holdfast.training.ranks.launching import run_in_ranks
+
+    config = resolved[0]
+    progress = Progress(arguments.progress_format, config.logging.every_s)
+    if not arguments.run.run_json.exists():
+        with PreemptionMonitor(build_sources(config.preemption)) as monitor:
+            rehearse_before_run(arguments, config, monitor, progress)
+    outcome = run_in_ranks(arguments, config, progress, command_line)
+    if outcome.error is not None:
+        print(
+            f"error: {shown(' '.join(str(outcome.error['message']).splitlines()))}", file=sys.stderr
+        )
+    return outcome
 
 
 def _preempted(error: NoticeCameError) -> StageOutcome:

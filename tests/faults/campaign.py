@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from holdfast.training.checkpointing.manifest import read_manifest, verify
 from holdfast.training.checkpointing.policy import KeepTopK
@@ -22,6 +24,7 @@ from holdfast.training.runs.paths import RunDirectory, parse_step
 from tests.warm_start import WarmProcess
 
 HARD = f"{Path(__file__).with_name('hard_experiment.py')}:Hard"
+HARD_IN_SHARDS = f"{HARD}InShards"  # the class Hard, in shards
 MAX_SEGMENTS = 60
 # Each training is a run of its own, and is killed where it trains.
 UNREHEARSED = {"HOLDFAST_REHEARSAL_DEPTH": "none"}
@@ -32,7 +35,8 @@ SEGMENT_TIMEOUT_S = 240.0
 class Training:
     """A training that is to be killed: what to run, and where.
 
-    ``is_cold`` starts Python anew for each of its segments, as users do; see ``WarmProcess``.
+    ``is_cold`` starts Python anew for each of its segments, as users do; see ``WarmProcess``. With
+    ``most_processes`` each segment has another number of them, and any of them may be killed.
     """
 
     store: Path
@@ -40,6 +44,7 @@ class Training:
     experiment: str = HARD
     overrides: tuple[str, ...] = ()
     is_cold: bool = False
+    most_processes: int = 1
 
     @property
     def run(self) -> RunDirectory:
@@ -56,6 +61,10 @@ class Training:
         told += ["--store", str(self.store), "--run-id", self.run_id, *arguments]
         for override in self.overrides:
             told += ["--set", override]
+        if self.most_processes > 1:
+            number = len(list(self.run.segments.glob("*.json")))
+            width = self.most_processes - number % self.most_processes
+            told += ["--set", f"distributed.num_processes={width}"]
         surroundings = {**child_environment(1), **UNREHEARSED, **(environment or {})}
         if not self.is_cold:
             return Segment(WarmProcess(told, surroundings))
@@ -76,7 +85,7 @@ class Segment:
     """A running segment whose events are read while it works."""
 
     process: subprocess.Popen[str] | WarmProcess
-    events: list[dict[str, object]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     _queue: queue.Queue[dict[str, object] | None] = field(default_factory=queue.Queue)
 
@@ -95,10 +104,18 @@ class Segment:
             if event is None or event["event"] in names:
                 return event
 
-    def kill(self, number: signal.Signals) -> None:
-        """Send a signal to the process, unless it has ended."""
+    def kill(self, number: signal.Signals, rng: random.Random | None = None) -> None:
+        """Send a signal to the process, or with ``rng`` to one of its ranks, where it has any."""
+        ranks = [pid for event in self.events for pid in event.get("pids", [])]
+        pids = [self.process.pid, *ranks]
         if self.process.poll() is None:
-            os.kill(self.process.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rng.choice(pids) if rng is not None and ranks else pids[0], number)
+
+    def has_lost_a_rank(self) -> bool:
+        """Whether it ended because one of several processes did."""
+        error = self.events[-1].get("error") if self.events else None
+        return isinstance(error, dict) and error.get("type") == "RankLostError"
 
     def finish(self) -> int:
         """Wait for the end; returns the exit code."""
@@ -160,7 +177,8 @@ def kill_until_complete(
         check_latest_is_good(training.run)
         if code == 0:
             return deeds
-        assert code in (75, -signal.SIGKILL, -signal.SIGTERM), "".join(segment.errors)
+        is_killed = code in (75, -signal.SIGKILL, -signal.SIGTERM) or segment.has_lost_a_rank()
+        assert is_killed, "".join(segment.errors)
         deeds.append(deed)
     raise AssertionError(f"not complete after {MAX_SEGMENTS} segments: {deeds}")
 
@@ -215,7 +233,7 @@ def _kill_once(segment: Segment, rng: random.Random, longest_life_s: float) -> s
         segment.wait_for("started")
         delay_s = rng.uniform(0, longest_life_s) * rng.choice([0.2, 1.0])
     time.sleep(delay_s)
-    segment.kill(number)
+    segment.kill(number, rng)
     return f"{number.name} after {delay_s:.3f} s"
 
 

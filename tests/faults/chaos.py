@@ -12,10 +12,12 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from holdfast.training.runs.faultpoints import FAULT_POINTS
 from tests.faults.campaign import (
+    HARD_IN_SHARDS,
     Training,
     complete,
     differences,
@@ -28,12 +30,25 @@ RARE = ("restore.", "replace.")  # they need a damaged checkpoint, or the same s
 POINTS = [name for name in sorted(FAULT_POINTS) if not name.startswith(RARE)]
 
 
-def campaign(seed: int, folder: Path, num_kills: int, calm: dict[str, bytes]) -> tuple[int, str]:
+NUM_SHARDS = 4
+
+
+def the_training(folder: Path, name: str, overrides: tuple[str, ...], processes: int) -> Training:
+    """What is killed: one process, or up to ``processes``, another number in each segment."""
+    if processes == 1:
+        return Training(folder, name, overrides=overrides, is_cold=True)
+    overrides = (f"distributed.num_shards={NUM_SHARDS}", "train.num_epochs=8", *overrides)
+    return Training(folder, name, HARD_IN_SHARDS, overrides, True, processes)
+
+
+def campaign(
+    seed: int, folder: Path, num_kills: int, calm: dict[str, bytes], processes: int
+) -> tuple[int, str]:
     """Kill one run; returns how many kills it got, and what went wrong or nothing."""
     rng = random.Random(seed)
     overrides = (f"checkpoint.every_steps={rng.randint(2, 9)}",)
     overrides += (f"data.num_workers={rng.choice([0, 2])}",)
-    training = Training(folder, f"seed-{seed}", overrides=overrides, is_cold=True)
+    training = the_training(folder, f"seed-{seed}", overrides, processes)
     try:
         deeds = kill_until_complete(training, rng, num_kills, 0.6, POINTS)
     except AssertionError as error:
@@ -47,13 +62,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__)
     parser.add_argument("--kills", type=int, default=50, help="kills in all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first campaign")
+    parser.add_argument("--processes", type=int, default=1, help="most processes of a segment")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     num_runs = num_failed = num_kills = 0
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="holdfast-chaos-") as name:
         folder = Path(name)
-        calm_training = Training(folder, "calm", is_cold=True)
+        processes = arguments.processes
+        calm_training = replace(the_training(folder, "calm", (), processes), most_processes=1)
         complete(calm_training)
         calm = final_state(calm_training.run)
         with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -61,13 +78,16 @@ def main() -> int:
             while num_kills < arguments.kills and not num_failed:
                 num_missing = arguments.kills - num_kills
                 seeds = range(seed, seed - (-num_missing // KILLS_PER_RUN))
-                results = pool.map(lambda seed: campaign(seed, folder, KILLS_PER_RUN, calm), seeds)
+                results = pool.map(
+                    lambda seed: campaign(seed, folder, KILLS_PER_RUN, calm, processes), seeds
+                )
                 for seed, (num_done, problem) in zip(seeds, results, strict=True):
                     num_runs += 1
                     num_kills += num_done
                     if problem:
                         num_failed += 1
                         repeat = f"python -m tests.faults.chaos --kills 1 --seed {seed}"
+                        repeat += f" --processes {processes}"
                         print(f"FAILED seed {seed}: {problem}; repeat with: {repeat}", flush=True)
                 seed += 1
     elapsed_s = time.monotonic() - start_s

@@ -6,6 +6,8 @@ state of its own, and one item in the data set is a Python object with a NumPy a
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import time
 from collections.abc import Mapping
@@ -156,3 +158,56 @@ class Forgetful(Hard):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+class HardInShards(Hard):
+    """As hard, without state that depends on which samples a process has seen."""
+
+    defaults: ClassVar[dict[str, Any]] = {
+        **Hard.defaults,
+        "data": {"batch_size": 48},
+        "train": {"num_epochs": 3, "num_microbatches": 2, "clip_norm": 1.0},
+        "distributed": {"strategy": "ddp"},
+    }
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        features, classes = batch
+        noise = 1.0 + 0.001 * random.random() + 0.001 * float(np.random.rand())
+        return functional.cross_entropy(model(features), classes) * noise
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class CountsCalls(HardInShards):
+    """Keeps what differs from process to process."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        self._num_calls += len(batch[0]) % 5
+        return super().loss(model, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_calls": self._num_calls}
+
+
+class OtherData(HardInShards):
+    """Its data depend on the process."""
+
+    def dataset(self, split: Split) -> Spirals:
+        dataset = super().dataset(split)
+        dataset.fingerprint += f"-{os.getpid()}"
+        return dataset
+
+
+class FailsOnOne(HardInShards):
+    """Its loss fails in one process."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        rank = json.loads(os.environ.get("HOLDFAST_RANK", "{}")).get("rank")
+        self._num_calls += 1
+        if rank == 2 and self._num_calls == 4:
+            raise ValueError("this one sample")
+        return super().loss(model, batch)

@@ -203,3 +203,21 @@ def test_no_file_of_a_store_holds_a_secret_of_the_environment(
     for path in files:
         content = path.read_bytes().lower()
         assert not [name for name, secret in SECRETS.items() if secret.encode() in content], path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_of_several_processes_ends_with_a_published_bundle(terminal: Terminal) -> None:
+    run = RunDirectory(terminal.store / "digits" / "several")
+    several = [
+        "distributed.strategy=ddp",
+        "distributed.num_shards=4",
+        "distributed.num_processes=3",
+    ]
+    overrides = [part for key in [*several, "train.num_epochs=2"] for part in ("--set", key)]
+    code, out, err = terminal.run("run", "digits", "--run-id", "several", *SETTINGS, *overrides)
+    assert code == 0, err
+    assert "published     digits@" in out
+    assert [record.num_processes for record in read_segments(run)] == [3]
+    code, out, err = terminal.run("status", "several")
+    assert "processes     3" in out

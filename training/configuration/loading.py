@@ -36,6 +36,7 @@ __all__ = [
     "read_toml",
     "resolve_config",
     "validated",
+    "void_with",
 ]
 
 S = TypeVar("S", bound=BaseModel)
@@ -102,6 +103,8 @@ def digested_values(section: BaseModel) -> Table:
         value, rule = getattr(section, name), digest_rule(info)
         if rule == "no" or (rule == "unless default" and value == info.get_default()):
             continue
+        if (other := void_with(info)) is not None and getattr(section, other) is not None:
+            continue
         values[name] = digested_values(value) if isinstance(value, BaseModel) else dumped[name]
     return {name: value for name, value in values.items() if value != {} or name == "experiment"}
 
@@ -127,6 +130,13 @@ def digest_rule(info: FieldInfo) -> str:
     """Whether a field is part of the digest: ``yes``, ``no`` or ``unless default``."""
     extra = info.json_schema_extra
     return str(extra.get("digest", "yes")) if isinstance(extra, dict) else "yes"
+
+
+def void_with(info: FieldInfo) -> str | None:
+    """The field of the same section that, where it is set, takes this one out of the digest."""
+    extra = info.json_schema_extra
+    found = extra.get("unless_set") if isinstance(extra, dict) else None
+    return None if found is None else str(found)
 
 
 def is_choice_only(key: str, section: type[BaseModel] = RunConfig) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from holdfast.training.configuration.loading import digest_rule, is_choice_only
+from holdfast.training.configuration.loading import digest_rule, is_choice_only, void_with
 from holdfast.training.configuration.schema import RunConfig, Section
 
 HEAD = """\
@@ -85,6 +85,8 @@ def _table(fields: Mapping[str, FieldInfo], prefix: str) -> str:
         meaning = (info.description or "").replace("\n", " ").replace("|", "\\|")
         kind = f"{_type(info.annotation)}{_limits(info.metadata)}"
         digest = "choice" if is_choice_only(f"{prefix}{name}") else digest_rule(info)
+        if (other := void_with(info)) is not None:
+            digest += f", without `{other}`"
         described = f"{kind} | {_default(info)} | {meaning} | {digest}"
         lines.append(f"| `{prefix}{name}` | {described} |")
     return "\n".join(lines) + "\n"

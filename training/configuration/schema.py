@@ -8,8 +8,9 @@ The digest of a configuration covers what changes the result. Fields marked with
 ``OUTSIDE_DIGEST`` (folders, loader workers, when to save, logging) may differ between the
 segments of one run. A field that was added after the first release and changes the result is marked
 with ``UNLESS_DEFAULT``: at its default it is no part of the digest, so that the runs of before keep
-theirs. Those marked with ``CHOICE_ONLY`` are covered, and yet may be changed in a run that was
-begun: they change which weights win among those that training left, not the training.
+theirs. One marked with ``UNLESS_SHARDED`` is left out, too, where ``num_shards`` is set, and it
+changes nothing any more. Those marked with ``CHOICE_ONLY`` are covered, and yet may be changed in a
+run that was begun: they change which weights win among those that training left, not the training.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 OUTSIDE_DIGEST: dict[str, Any] = {"digest": "no"}
 UNLESS_DEFAULT: dict[str, Any] = {"digest": "unless default"}
+UNLESS_SHARDED: dict[str, Any] = {"digest": "unless default", "unless_set": "num_shards"}
 CHOICE_ONLY: dict[str, Any] = {"choice": True}
 
 MAX_TIME_S = 366 * 24 * 3600
@@ -107,6 +109,44 @@ class TrainConfig(Section):
     should_take_all_weights: bool = Field(True, json_schema_extra=UNLESS_DEFAULT)
     """Refuse `initial_weights` that lack a tensor of the model, or hold one that it has not;
     `false` takes what fits."""
+
+
+class DistributedConfig(Section):
+    """Several processes of one training, on one machine."""
+
+    strategy: Literal["none", "ddp"] = Field("none", json_schema_extra=UNLESS_SHARDED)
+    """`ddp`: each process has all weights, and computes the gradient of its part of each step."""
+    num_processes: int = Field(1, ge=1, le=1024, json_schema_extra=UNLESS_SHARDED)
+    """How many. May differ from segment to segment where `num_shards` is set."""
+    num_shards: int | None = Field(None, ge=1, le=2**16, json_schema_extra=UNLESS_DEFAULT)
+    """Equal parts of a step's batch whose gradients are computed by themselves, and added up in one
+    fixed order: the bytes are the same for any number of processes up to it."""
+    should_allow_other_num_processes: bool = Field(False, json_schema_extra=OUTSIDE_DIGEST)
+    """Without `num_shards`: go on with another number of processes than the run was begun with. The
+    result is not that of a run without interruptions."""
+    hang_timeout_s: float = Field(600.0, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
+    """Processes that do nothing new for so long (a step, a batch of an evaluation) hang: where they
+    stand is written down, and all are killed. Longer than a save and a step take; until the first
+    step is done it is at least ten minutes."""
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a step's batch: shards, or one for each process."""
+        return self.num_shards or self.num_processes
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.strategy == "none" and (self.num_processes > 1 or self.num_shards is not None):
+            key = "num_processes" if self.num_processes > 1 else "num_shards"
+            raise ValueError(
+                f"{key}={getattr(self, key)} needs a strategy: write distributed.strategy=ddp"
+            )
+        if self.num_processes > self.num_parts:
+            raise ValueError(
+                f"num_processes={self.num_processes} is more than num_shards={self.num_shards}: a "
+                f"process needs at least one shard; use at most {self.num_shards} processes"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -404,6 +444,7 @@ class RunConfig(Section):
     """Settings of the experiment; its own class `Settings` names and documents them."""
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    distributed: DistributedConfig = DistributedConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     warmup: WarmupConfig = WarmupConfig()
@@ -447,6 +488,7 @@ class RunConfig(Section):
                 f"train.num_microbatches={self.train.num_microbatches} is more than "
                 f"data.batch_size={self.data.batch_size}; a microbatch needs at least one sample"
             )
+        self._require_whole_shards()
         snapshot_epochs, every_epochs = (
             self.ema.posthoc_snapshot_epochs,
             self.checkpoint.every_epochs,
@@ -458,6 +500,17 @@ class RunConfig(Section):
                 f"checkpoint.every_epochs={every_epochs}: snapshots are kept in checkpoints"
             )
         return self
+
+    def _require_whole_shards(self) -> None:
+        num_parts, batch_size = self.distributed.num_parts, self.data.batch_size
+        key = "num_shards" if self.distributed.num_shards else "num_processes"
+        if self.data.batch_tokens is None and num_parts * self.train.num_microbatches > batch_size:
+            microbatches = f" of train.num_microbatches={self.train.num_microbatches} each"
+            microbatches = "" if self.train.num_microbatches == 1 else microbatches
+            raise ValueError(
+                f"distributed.{key}={num_parts} parts{microbatches} are more than "
+                f"data.batch_size={batch_size} samples; each needs at least one"
+            )
 
     def _require_light_saves(self) -> None:
         light, every_epochs = self.checkpoint.weights_every_epochs, self.checkpoint.every_epochs

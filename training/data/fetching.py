@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.training.data.permutation import Int64Array
+from holdfast.training.distributed.gradient_tree import shards_of_rank
 from holdfast.training.errors import HoldfastError, InputError, LoaderError
 from holdfast.training.exactness.seeding import IsolatedGenerators, derive_seed, seed_fetch
 from holdfast.training.experiment.error_places import described
@@ -37,6 +38,8 @@ class Place:
     num_samples_in_step: int
     first_in_step: int
     indices: Int64Array
+    shard: int = 0
+    num_shards: int = 1
 
     def __str__(self) -> str:
         return (
@@ -78,7 +81,12 @@ class Fetcher:
         self._num_samples = len(dataset) if is_told else 0
 
     def fetch_isolated(self, place: Place) -> Any:
-        """The batch, with the generators of this process untouched. Raises LoaderError."""
+        """The batch, with the generators of this process untouched. Raises LoaderError.
+
+        None for a place without samples: a rank without a shard of a step.
+        """
+        if not len(place.indices):
+            return None
         if self._generators is None:
             self._generators = IsolatedGenerators()
         if self._is_news(place):
@@ -87,6 +95,8 @@ class Fetcher:
 
     def __getitem__(self, place: Place) -> Any:
         """The batch, or why there is none, in a process that does nothing else."""
+        if not len(place.indices):
+            return None
         try:
             if self._is_news(place):
                 seed_fetch(self._epoch_seed(place))
@@ -232,6 +242,34 @@ def cut(indices: Int64Array, num_parts: int) -> list[tuple[int, Int64Array]]:
     num_parts = min(num_parts, len(indices))
     bounds = [len(indices) * part // num_parts for part in range(num_parts + 1)]
     return [(first, indices[first:end]) for first, end in pairwise(bounds)]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How steps are cut into shards, and which of them are this process's."""
+
+    num_shards: int
+    rank: int = 0
+    num_ranks: int = 1
+
+    def places(
+        self, epoch: int, step: int, indices: Int64Array, num_microbatches: int
+    ) -> Iterator[Place]:
+        """The places of this process's shards; one without samples where it has none."""
+        parts = [
+            (shard, start + first, part)
+            for shard, (start, samples) in enumerate(cut(indices, self.num_shards))
+            for first, part in cut(samples, num_microbatches)
+        ]
+        num_shards = parts[-1][0] + 1
+        own = shards_of_rank(num_shards, self.rank, self.num_ranks)
+        for number, (shard, first, part) in enumerate(parts):
+            if shard in own:
+                told = (number, len(parts), len(indices), first, part, shard, num_shards)
+                yield Place(epoch, step, *told)
+        if not own:
+            told = (0, len(parts), len(indices), 0, indices[:0], -1, num_shards)
+            yield Place(epoch, step, *told)
 
 
 def sequential_places(num_samples: int, batch_size: int) -> list[Place]:

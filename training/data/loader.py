@@ -23,7 +23,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from holdfast.training.data.batch_plan import BatchPlan, FixedSizePlan, OwnOrderPlan, TokenPlan
-from holdfast.training.data.fetching import Failure, Fetcher, Place, cut, pinned, sequential_places
+from holdfast.training.data.fetching import (
+    Failure,
+    Fetcher,
+    Place,
+    Shares,
+    cut,
+    pinned,
+    sequential_places,
+)
 from holdfast.training.data.loader_process import WorkerSetup, start_fork_server
 from holdfast.training.data.permutation import Permutation
 from holdfast.training.errors import InputError, LoaderError
@@ -61,6 +69,8 @@ class Microbatch:
     num_samples: int
     num_samples_in_step: int
     batch: Any
+    shard: int = 0
+    num_shards: int = 1
 
     @property
     def is_last_in_step(self) -> bool:
@@ -77,10 +87,12 @@ class Loader:
     """Microbatches of a data set in the order of a plan.
 
     ``num_microbatches`` cuts a step's samples into nearly equal parts, or fewer where there are
-    not enough. ``num_workers``, ``has_persistent_workers`` and ``prefetch_factor`` never change a
-    byte. With ``fork`` the data set need not be picklable, and a program's main module is not
-    imported again. ``worker_init_fn`` is called in each loader process, with its number, before
-    the first fetch; SIGINT, SIGTERM and SIGUSR1 are ignored there anyway.
+    not enough. With ``shares`` a step is cut into shards first, and each of them into
+    microbatches; the microbatches are those of the shards that are this process's.
+    ``num_workers``, ``has_persistent_workers`` and ``prefetch_factor`` never change a byte. With
+    ``fork`` the data set need not be picklable, and a program's main module is not imported again.
+    ``worker_init_fn`` is called in each loader process, with its number, before the first fetch;
+    SIGINT, SIGTERM and SIGUSR1 are ignored there anyway.
     """
 
     def __init__(  # noqa: PLR0913  # one per configured key
@@ -96,6 +108,7 @@ class Loader:
         should_pin: bool = False,
         worker_init_fn: WorkerInit | None = None,
         start_method: Literal["forkserver", "fork"] = "forkserver",
+        shares: Shares | None = None,
     ) -> None:
         self._dataset = dataset
         self._fetcher = Fetcher(dataset, seed, should_tell_epoch=True)
@@ -108,6 +121,7 @@ class Loader:
         self._should_pin = should_pin
         self._worker_init_fn = worker_init_fn
         self._start_method = start_method
+        self._shares = shares
         self._pool: _WorkerPool | None = None
         if num_workers and start_method == "forkserver":
             start_fork_server()
@@ -188,6 +202,9 @@ class Loader:
             first_step = step_in_epoch if current == epoch else 0
             for step in range(first_step, self._plan.num_steps(current)):
                 indices = self._plan.indices(current, step)
+                if self._shares is not None:
+                    yield from self._shares.places(current, step, indices, self._num_microbatches)
+                    continue
                 parts = cut(indices, self._num_microbatches)
                 for number, (first, part) in enumerate(parts):
                     yield Place(current, step, number, len(parts), len(indices), first, part)
@@ -257,14 +274,16 @@ class _WorkerPool:
                 process.join(_KILL_TIMEOUT_S)
 
 
-def evaluation_batches(dataset: Dataset, batch_size: int, first: int = 0) -> Iterator[Any]:
+def evaluation_batches(
+    dataset: Dataset, batch_size: int, first: int = 0, every: int = 1
+) -> Iterator[Any]:
     """All samples in the order of the data set, in batches; the last one may be smaller.
 
-    What items draw depends on their position alone; ``first`` batches are left out. Raises
-    LoaderError.
+    What items draw depends on their position alone; ``first`` batches are left out, and of the
+    others all but each ``every``-th. Raises LoaderError.
     """
     fetcher = Fetcher(dataset, derive_seed(0, "evaluation"))
-    for place in sequential_places(len(dataset), batch_size)[first:]:
+    for place in sequential_places(len(dataset), batch_size)[first::every]:
         yield fetcher.fetch_isolated(place)
 
 
@@ -277,6 +296,8 @@ def _microbatch(place: Place, batch: Any) -> Microbatch:
         len(place.indices),
         place.num_samples_in_step,
         batch,
+        place.shard,
+        place.num_shards,
     )
 
 

@@ -191,6 +191,17 @@ def seed_fetch(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+def seed_shard(root: int, *path: str | int) -> None:
+    """Seed all generators for one shard of a step, or for what follows a step.
+
+    Cheaper than ``seed_generators``, for it is paid for every shard.
+    """
+    seed = derive_seed(root, *path)
+    seed_fetch(seed)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+
+
 class IsolatedGenerators:
     """Runs a function with freshly seeded generators and leaves the surrounding ones untouched.
 

@@ -31,6 +31,7 @@ class Trial:
         trace_step: the step whose operators are written down, to ``trace_file``.
         replay_steps: the first and the last step that a script is to do again, saving nothing.
         replay_file: where what came of it is written.
+        rank: of several processes, the one that stops; None for all, by way of their launcher.
     """
 
     stop_at: int | None = None
@@ -44,15 +45,23 @@ class Trial:
     trace_file: str | None = None
     replay_steps: tuple[int, int] | None = None
     replay_file: str | None = None
+    rank: int | None = None
 
     def environment(self) -> dict[str, str]:
         """The variable that asks for it."""
         return {VARIABLE: json.dumps(asdict(self))}
 
-    def after_step(self, step: int) -> None:
-        """Stop here, if this is the place."""
-        if step == self.stop_at:
-            os.kill(os.getpid(), signal.Signals[self.stop_signal])
+    def after_step(
+        self, step: int, rank: int | None = None, launcher_pid: int | None = None
+    ) -> None:
+        """Stop here, if this is the place; as one of several processes, its rank is told."""
+        if step != self.stop_at:
+            return
+        number = signal.Signals[self.stop_signal]
+        if rank is None or rank == self.rank:
+            os.kill(os.getpid(), number)
+        elif self.rank is None and rank == 0 and launcher_pid is not None:
+            os.kill(launcher_pid, number)
 
     def settings(self) -> dict[str, Any]:
         """Settings of a run in the place of its own; none of them changes a byte."""

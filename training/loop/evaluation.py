@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -54,6 +55,7 @@ def evaluate(
     batch_size: int,
     should_stop: Callable[[], bool] = lambda: False,
     kept: KeptRecords = NotKept(),  # noqa: B008  # it has no state
+    share: tuple[int, int] = (0, 1),
 ) -> Records | None:
     """Records of every sample of a data set, in its order; None where ``should_stop`` said so.
 
@@ -62,7 +64,8 @@ def evaluate(
     is asked between batches.
 
     What a batch's scoring draws depends on its place in the data set alone. So the records are the
-    same, whether or not another process began them and ``kept`` has the first batches.
+    same, whether or not another process began them and ``kept`` has the first batches. A ``share``
+    of (k, n) is each n-th batch from the k-th on; one without a batch has no records.
 
     Raises:
         ExperimentError: the data set is empty, or ``score`` returned something else than one row
@@ -75,8 +78,10 @@ def evaluate(
     if isinstance(dataset, MeasuredWhole):
         return _measured(dataset, model, known, kept)
     parts = [] if known is None else [known]
-    first = 0 if known is None else -(-num_samples(known) // batch_size)
-    batches = enumerate(evaluation_batches(dataset, batch_size, first), first)
+    (offset, every), done = share, 0 if known is None else -(-num_samples(known) // batch_size)
+    first = offset + done * every
+    numbers = itertools.count(first, every)
+    batches = zip(numbers, evaluation_batches(dataset, batch_size, first, every), strict=False)
     with preserved_generators(), evaluation_mode(model), torch.no_grad():
         for number, batch in batches:
             if should_stop():
@@ -88,7 +93,7 @@ def evaluate(
             _check_alike(experiment, parts[0], parts[-1])
             kept.offer(parts, is_last=False)
     kept.offer(parts, is_last=True)
-    return concatenate(parts)
+    return concatenate(parts) if parts else {}
 
 
 def _measured(

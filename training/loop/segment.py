@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
 from holdfast.training.checkpointing.policy import (
+    CheckpointInfo,
     build_crossings,
     build_retention,
     build_schedule,
@@ -25,8 +28,20 @@ from holdfast.training.configuration.loading import (
     digested_values,
 )
 from holdfast.training.configuration.schema import RunConfig, WarmupConfig
-from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, OwnOrderPlan, TokenPlan
+from holdfast.training.data.fetching import Shares
+from holdfast.training.data.loader import (
+    BatchPlan,
+    FixedSizePlan,
+    Loader,
+    Microbatch,
+    OwnOrderPlan,
+    TokenPlan,
+)
 from holdfast.training.data.own_order import own_order
+from holdfast.training.distributed.refusals import refuse_wrappers
+from holdfast.training.distributed.sharded_step import ShardedStep
+from holdfast.training.distributed.stopping import AgreedMonitor
+from holdfast.training.distributed.world import World
 from holdfast.training.errors import CheckpointNotFoundError, ConfigError, ExperimentError
 from holdfast.training.exactness.reproducibility import compile_statically
 from holdfast.training.exactness.seeding import seed_generators
@@ -55,7 +70,31 @@ from holdfast.training.tracking.tracker import check_trackers
 from holdfast.training.weights.frozen import frozen_of
 
 
-def run_segment(stage: Stage) -> StageOutcome:
+def _nothing(*_: object) -> None:
+    """What a segment of one process tells others."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """What a segment does for the other processes of its training, where there are any.
+
+    Attributes:
+        prepare: the trainer, before anything is restored.
+        begin: is told the segment's number and the restored checkpoint, before the first step.
+        before_fit: is called when all is ready.
+        num_processes: what the segment's record says; None where it says nothing.
+    """
+
+    prepare: Callable[[Trainer], None] = _nothing
+    begin: Callable[[int, CheckpointInfo | None], None] = _nothing
+    before_fit: Callable[[], None] = _nothing
+    num_processes: int | None = None
+
+
+ALONE = Together()
+
+
+def run_segment(stage: Stage, together: Together = ALONE) -> StageOutcome:
     """Train from the newest checkpoint to the end or to a notice.
 
     A run that is finished is left as it is. Raises what ``Trainer.fit`` raises, after the error
@@ -66,6 +105,7 @@ def run_segment(stage: Stage) -> StageOutcome:
     costs = Costs()
     with costs.measured("startup"):
         trainer = build_trainer(stage, costs)
+        together.prepare(trainer)
         if not stage.run.run_json.exists():
             trainer.state.schedule.require_length(trainer.num_steps(), trainer.epoch_ends())
     with stage.writing() as lease:
@@ -78,12 +118,14 @@ def run_segment(stage: Stage) -> StageOutcome:
             tracked(stage.run, stage.config.tracking, stage.progress) as trackers,
             closing(trainer.loader),
         ):
-            ended = _train(stage, trainer, lease, keeper)
+            ended = _train(stage, trainer, lease, keeper, together)
             trackers.is_completed = ended.outcome == "completed"
             return ended
 
 
-def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -> StageOutcome:
+def _train(
+    stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper, together: Together
+) -> StageOutcome:
     manager = build_manager(stage, trainer, lease, keeper.number)
     with trainer.costs.measured("restore"):
         start_step = restore(stage, manager, trainer.state)
@@ -93,11 +135,14 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
             manager.differences,
             is_mismatch_allowed=stage.arguments.should_allow_mismatch,
         )
+    together.begin(keeper.number, manager.restored)
     if trainer.is_finished():
         return StageOutcome("completed", 0, step=start_step)
-    keeper.begin(start_step)
+    keeper.begin(start_step, together.num_processes)
+    together.before_fit()
     stage.progress.emit("started", step=start_step, segment=keeper.number)
     saver, trial = build_saver(stage, trainer, manager), asked_trial()
+    own_place = () if stage.world is None else (stage.world.rank, stage.world.launcher_pid)
     with (
         saver.settled_on_error(),
         _event_log(stage, keeper.number, start_step),
@@ -110,7 +155,7 @@ def _train(stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper) -
         def after_step(step: int) -> None:
             losses.add(trainer.train_step.last_loss)
             keeper.advance(step)
-            trial.after_step(step)
+            trial.after_step(step, *own_place)
 
         ended = trainer.fit(saver, on_step=after_step)
     keeper.end(ended.outcome, ended.step, ended.notice, manager.save_s())
@@ -133,7 +178,8 @@ def build_trainer(stage: Stage, costs: Costs) -> Trainer:
     dataset = experiment.dataset("train")
     plan = batch_plan(dataset, config, stage.seed("order"))
     state = build_state(stage, plan, device)
-    train_step = TrainStep(experiment, config.train, state, device, config.seed)
+    shards = sharded_step(stage, state, device)
+    train_step = TrainStep(experiment, config.train, state, device, config.seed, shards)
     loader = Loader(
         dataset,
         plan,
@@ -143,6 +189,7 @@ def build_trainer(stage: Stage, costs: Costs) -> Trainer:
         prefetch_factor=config.data.prefetch_factor,
         seed=stage.seed("order"),
         should_pin=device.type == "cuda",
+        shares=shares_of(config, stage.world),
     )
     return Trainer(
         experiment=experiment,
@@ -167,6 +214,38 @@ def _ended_by_trial(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"train": ended})
 
 
+def sharded_step(
+    stage: Stage, state: TrainState, device: torch.device
+) -> ShardedStep[Microbatch] | None:
+    """What does the shards of steps; None where steps have none. Raises ConfigError."""
+    config = stage.config.distributed
+    if config.strategy == "none":
+        return None
+    if device.type != "cpu" and config.num_processes > 1:
+        raise ConfigError(
+            f"distributed.num_processes={config.num_processes} train on a CPU, and train.device is "
+            f"{device.type!r} here: several GPUs are not there yet; write train.device=cpu, or one "
+            f"process"
+        )
+    monitor = stage.monitor if isinstance(stage.monitor, AgreedMonitor) else None
+    return ShardedStep(
+        state.model,
+        stage.world or World.alone(),
+        stage.seed("training"),
+        num_shards=config.num_parts,
+        is_in_tree=config.num_shards is not None,
+        monitor=monitor,
+    )
+
+
+def shares_of(config: RunConfig, world: World | None) -> Shares | None:
+    """How steps are cut into shards, and which this process has; None where they have none."""
+    if config.distributed.strategy == "none":
+        return None
+    num_parts = config.distributed.num_parts
+    return Shares(num_parts) if world is None else Shares(num_parts, world.rank, world.size)
+
+
 def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainState:
     """The state before the first step: the model, and generators for training, from the seed."""
     config = stage.config
@@ -178,6 +257,7 @@ def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainSta
     if config.train.should_compile:
         compile_statically(model)
     optimizers = build_optimizers(stage.experiment, config.optimizer, model)
+    refuse_wrappers(model, optimizers.values())
     frozen = frozen_of(model, config.checkpoint)
     state = TrainState(
         model=model,

@@ -14,6 +14,7 @@ from torch import Tensor
 from holdfast.training.checkpointing.finite import non_finite
 from holdfast.training.configuration.schema import TrainConfig
 from holdfast.training.data.loader import Microbatch
+from holdfast.training.distributed.sharded_step import ShardedStep
 from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.experiment.error_places import error_place
 from holdfast.training.experiment.protocol import Experiment, TrainingPlace, hook
@@ -56,8 +57,12 @@ class TrainStep:
         state: TrainState,
         device: torch.device,
         seed: int = 0,
+        shards: ShardedStep[Microbatch] | None = None,
     ) -> None:
-        """``seed`` is what the seeds of steps are derived from."""
+        """``seed`` is what the seeds of steps are derived from.
+
+        ``shards`` does the shards of a step and sums them up, where the steps have shards.
+        """
         self.guard = LossGuard(device, self._cause)
         self.last_loss = torch.zeros((), device=device)
         self._experiment = experiment
@@ -66,7 +71,14 @@ class TrainStep:
         self._device = device
         self._seed = seed
         self._updates = Updates(config, state, device)
+        self._shards = shards
         self._training_step = hook(experiment, "training_step")
+        if shards is not None and self._training_step is not None:
+            raise ConfigError(
+                f"distributed.strategy sums the gradients of loss(); "
+                f"{type(experiment).__name__}.training_step does its own backward passes: leave "
+                f"one of them out"
+            )
         wanted = getattr(experiment, "loss", None)
         self._wants_place = wanted is not None and "at" in inspect.signature(wanted).parameters
 
@@ -101,8 +113,12 @@ class TrainStep:
         if self._training_step is not None:
             self.last_loss = self._own_step(microbatches)
             return
-        losses = [self._backward(microbatch) for microbatch in microbatches]
-        self.last_loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        if self._shards is not None:
+            step = state.counters.step
+            self.last_loss = self._shards(step, microbatches, self._backward)
+        else:
+            losses = [self._backward(microbatch) for microbatch in microbatches]
+            self.last_loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
         self._updates.update(CONFIGURED)
         state.gradient_scaler.update()
 

@@ -75,9 +75,24 @@ class _Pace:
         return (step - self._first_step) / max(time.monotonic() - self._start_s, 1e-9)
 
 
+def _measured_here(trainer: Trainer) -> dict[str, float] | None:
+    """Validation metrics of the weights as they are; None where a notice came first."""
+    records = evaluate(
+        trainer.experiment,
+        trainer.state.model,
+        trainer.validation,
+        batch_size=trainer.config.data.evaluation_batch_size,
+        should_stop=trainer.is_preempted,
+    )
+    return None if records is None else metrics_of(trainer.experiment, records)
+
+
 @dataclass
 class Trainer:
-    """One segment's training. All parts are given; ``fit`` puts them to work."""
+    """One segment's training. All parts are given; ``fit`` puts them to work.
+
+    ``measure`` gives the validation metrics; None where a notice came first.
+    """
 
     experiment: Experiment
     config: RunConfig
@@ -89,6 +104,7 @@ class Trainer:
     monitor: PreemptionMonitor
     progress: Progress
     costs: Costs
+    measure: Callable[[Trainer], dict[str, float] | None] = field(default=_measured_here)
     _num_steps: int | None = field(default=None, init=False)
 
     def fit(self, saver: Saving, on_step: Callable[[int], None]) -> SegmentOutcome:
@@ -108,7 +124,7 @@ class Trainer:
             return self._stop(saver)
         steps, is_first = self.steps(), True
         while not self.is_finished():
-            if self._is_preempted():
+            if self.is_preempted():
                 return self._stop(saver)
             self.train_step(next(steps))
             if is_first:
@@ -165,7 +181,8 @@ class Trainer:
             return counters.epoch, counters.step_in_epoch
         return place_of(self.plan, counters.step)
 
-    def _is_preempted(self) -> bool:
+    def is_preempted(self) -> bool:
+        """Whether a notice has come."""
         return self.monitor.notice is not None
 
     def _is_at_epoch_end(self) -> bool:
@@ -202,17 +219,10 @@ class Trainer:
         reclaim_signals(f"in epoch {self.state.counters.epoch + 1}")
         self.train_step.guard.check()
         with self.costs.measured("evaluating"):
-            records = evaluate(
-                self.experiment,
-                self.state.model,
-                self.validation,
-                batch_size=self.config.data.evaluation_batch_size,
-                should_stop=self._is_preempted,
-            )
-        if records is None:
-            return None
-        reclaim_signals("after a validation")
-        return metrics_of(self.experiment, records)
+            metrics = self.measure(self)
+        if metrics is not None:
+            reclaim_signals("after a validation")
+        return metrics
 
     def _record_epoch(self, metrics: dict[str, float]) -> None:
         state, counters = self.state, self.state.counters

@@ -58,7 +58,15 @@ from holdfast.training.runs.segment_log import SegmentLog
 
 DEFAULTS: dict[str, Any] = {"ema": {"decays": []}}
 VALIDATING = ("train.steps_per_epoch", "checkpoint.weights_every_steps")
-OWN = ("data", "optimizer", "scheduler", "warmup", "early_stopping", "rehearsal")
+OWN = (
+    "data",
+    "distributed",
+    "optimizer",
+    "scheduler",
+    "warmup",
+    "early_stopping",
+    "rehearsal",
+)
 """Sections that say what a script does by itself."""
 
 

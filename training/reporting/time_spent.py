@@ -137,6 +137,8 @@ def _segments(segments: tuple[SegmentFacts, ...]) -> Html:
         Column("Ended", [one.outcome for one in segments]),
         Column("Why", [_reason(one) for one in segments]),
     ]
+    if any(record.num_processes for record in records):
+        columns.insert(1, Column("Processes", [record.num_processes or 1 for record in records]))
     return Html(element("h3", text("Segments")) + table(columns, name="segments"))
 
 

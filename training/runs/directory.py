@@ -66,6 +66,7 @@ Outcome = Literal["running", "completed", "preempted", "failed"]
 LedgerOutcome = Literal["running", "completed", "preempted", "failed", "killed"]
 ABSENT = "(absent)"
 OPTIMIZER_ARGS = "optimizer.args."
+NUM_PROCESSES = "distributed.num_processes"
 SELDOM = ("weight_files", "lineage", "script")
 
 
@@ -198,6 +199,16 @@ class SegmentRecord(Record):
     host: str
     pid: int
     versions: dict[str, str] = Field(default_factory=dict)
+    num_processes: int | None = Field(None, ge=1)
+    """How many trained together; absent where there was one, without a strategy."""
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_used(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Segments of one process have the records that they always had."""
+        fields: dict[str, Any] = write(self)
+        if fields["num_processes"] is None:
+            del fields["num_processes"]
+        return fields
 
 
 def utc_now() -> str:
@@ -358,7 +369,16 @@ def _conflicts(existing: RunRecord, record: RunRecord) -> Iterator[tuple[str, An
     if existing.config_digest != record.config_digest:
         # Where every key agrees, another version made the digest: it is the same run.
         keys = _differences(_result_keys(existing.config), _result_keys(record.config))
-        yield from (difference for difference in keys if not is_choice_only(difference[0]))
+        allowed = _allowed_key(record.config)
+        for difference in keys:
+            if not is_choice_only(difference[0]) and difference[0] != allowed:
+                yield difference
+
+
+def _allowed_key(config: dict[str, Any]) -> str | None:
+    """The key that may be another one because the configuration says so."""
+    is_allowed = config.get("distributed", {}).get("should_allow_other_num_processes", False)
+    return NUM_PROCESSES if is_allowed else None
 
 
 def _result_keys(config: dict[str, Any]) -> dict[str, Any]:

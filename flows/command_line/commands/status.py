@@ -119,6 +119,7 @@ def _page(summary: RunSummary, proofs: Sequence[str | None], go_on: str) -> str:
         "directory": summary.path,
         "step": summary.step,
         "segments": summary.num_segments,
+        "processes": summary.num_processes,
         "preemptions": summary.num_preemptions,
         "crashes": summary.num_crashes,
         "written by": summary.holder,

@@ -1,0 +1,31 @@
+"""What others wrap models and optimizers in, and what there is instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from holdfast.training.errors import ExperimentError
+
+BARE = "return the module that it wraps"
+NOT_YET = f"weights that are spread over processes are not there yet; {BARE}"
+REFUSED = {
+    "DataParallel": f"{BARE}, and write distributed.strategy=ddp",
+    "DistributedDataParallel": f"{BARE}, and write distributed.strategy=ddp",
+    "FullyShardedDataParallel": NOT_YET,
+    "FSDPModule": NOT_YET,
+    "DeepSpeedEngine": f"it steps by itself, and its checkpoints are pickles; {BARE}",
+    "ZeroRedundancyOptimizer": "its state lies in several processes; name the optimizer itself",
+}
+
+
+def refuse_wrappers(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
+    """Raise ExperimentError where a model, or an optimizer, belongs to another kind of training."""
+    for found in (*model.modules(), *optimizers):
+        for kind in type(found).__mro__:
+            if kind.__name__ in REFUSED:
+                raise ExperimentError(
+                    f"{kind.__name__} is not for an experiment: {REFUSED[kind.__name__]}"
+                )

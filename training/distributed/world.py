@@ -1,0 +1,192 @@
+"""The ranks of one training: what they tell each other, and what they do together.
+
+Everything of one training goes over the launcher's store and torch.distributed's gloo. A rank that
+waits for another that has ended, or hangs, raises ``RankLostError``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from holdfast.training.distributed.seat import Beats, Seat
+from holdfast.training.errors import RankLostError
+
+HOST = "127.0.0.1"
+ERROR = "error/{}"
+ERROR_WAIT_S = 1.0
+POLL_S = 0.02
+
+
+class World:
+    """What one rank knows of all. To be used by one thread.
+
+    Collective calls must be made by every rank, in the same order.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        size: how many there are.
+        launcher_pid: the process that has started them, where one has.
+    """
+
+    def __init__(self, rank: int, size: int, store: Any = None, beats: Beats | None = None) -> None:
+        self.rank = rank
+        self.size = size
+        self.launcher_pid: int | None = None
+        self._store = store
+        self._beats = beats
+        self._num_turns = 0
+
+    @classmethod
+    def alone(cls) -> Self:
+        """A world of one rank, without a launcher."""
+        return cls(0, 1)
+
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls, seat: Seat) -> Iterator[Self]:
+        """The world of a seat, once all ranks are there. Raises RankLostError where one is not."""
+        timeout = timedelta(seconds=seat.timeout_s)
+        try:
+            store = TCPStore(HOST, seat.port, is_master=False, timeout=timeout)
+            if seat.size > 1:
+                groups = PrefixStore("groups", store)
+                dist.init_process_group(
+                    "gloo", store=groups, rank=seat.rank, world_size=seat.size, timeout=timeout
+                )
+        except RuntimeError as error:
+            raise RankLostError(
+                f"not all of {seat.size} processes came: {_short(error)}"
+            ) from error
+        world = cls(seat.rank, seat.size, store, Beats(Path(seat.folder), seat.size))
+        world.launcher_pid = seat.launcher_pid
+        world.beat()
+        try:
+            yield world
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    def beat(self) -> None:
+        """Let the launcher know that this rank does something."""
+        if self._beats is not None:
+            self._beats.beat(self.rank)
+
+    def tell(self, key: str, value: Any) -> None:
+        """Write JSON for the others."""
+        if self._store is not None:
+            self._store.set(key, json.dumps(value))
+
+    def told(self, key: str) -> Any:
+        """The JSON that another rank writes; waits for it. Raises RankLostError."""
+        with self._lost_ranks_told():
+            return json.loads(self._store.get(key))
+
+    def told_so_far(self, key: str) -> Any | None:
+        """The JSON that another rank has written, or None. Does not wait. Raises RankLostError."""
+        if self._store is None:
+            return None
+        with self._lost_ranks_told():
+            return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def from_first(self, value: Any) -> Any:
+        """Collective. The JSON value that rank 0 gives."""
+        if self.size == 1:
+            return value
+        key = self._turn()
+        if self.rank == 0:
+            self.tell(key, value)
+            return value
+        return self.told(key)
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Collective. The JSON values of all ranks, by rank."""
+        if self.size == 1:
+            return [value]
+        key = self._turn()
+        self.tell(f"{key}/{self.rank}", value)
+        return [self.told(f"{key}/{rank}") for rank in range(self.size)]
+
+    def is_any(self, flag: bool) -> bool:
+        """Collective. Whether any rank says yes."""
+        return bool(self.sum_of(torch.tensor([float(flag)], dtype=torch.float64)).item())
+
+    def sum_of(self, values: Tensor) -> Tensor:
+        """Collective. Sums over the ranks, in place; exact where one alone is not zero."""
+        if self.size > 1:
+            with self._lost_ranks_told():
+                dist.all_reduce(values)
+        return values
+
+    def exchanged(self, parts: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Collective. ``sent[k]`` consecutive elements go to rank k; what all others sent here."""
+        taken = parts.new_empty(sum(received))
+        with self._lost_ranks_told():
+            dist.all_to_all_single(taken, parts, list(received), list(sent))
+        return taken
+
+    def joined_slices(self, slice_: Tensor, whole: Tensor) -> None:
+        """Collective. Put the slices of all ranks, of one size each, together into ``whole``."""
+        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        with self._lost_ranks_told():
+            gather(whole, slice_)
+
+    def send_to_first(self, content: Tensor) -> None:
+        """Send bytes, which rank 0 must ``receive``."""
+        with self._lost_ranks_told():
+            dist.send(content, 0)
+
+    def receive(self, num_bytes: int, rank: int) -> Tensor:
+        """As many bytes as a rank sends."""
+        content = torch.empty(num_bytes, dtype=torch.uint8)
+        with self._lost_ranks_told():
+            dist.recv(content, rank)
+        return content
+
+    def tell_error(self, error: BaseException) -> None:
+        """Let the others know why this rank ends, unless it ends because of another one."""
+        if not isinstance(error, RankLostError):
+            with contextlib.suppress(RuntimeError):  # the launcher may be gone
+                self.tell(ERROR.format(self.rank), f"{type(error).__name__}: {error}")
+
+    def _turn(self) -> str:
+        self._num_turns += 1
+        return f"turn/{self._num_turns}"
+
+    @contextlib.contextmanager
+    def _lost_ranks_told(self) -> Iterator[None]:
+        """What torch.distributed raises becomes a RankLostError that says what the others said."""
+        try:
+            yield
+        except RuntimeError as error:
+            found = self._errors_of_others()
+            told = "; ".join(found) or f"a process has ended or hangs: {_short(error)}"
+            raise RankLostError(f"rank {self.rank} of {self.size} cannot go on: {told}") from error
+
+    def _errors_of_others(self) -> list[str]:
+        """What other ranks say that ended them; they may need a moment to say it."""
+        deadline_s = time.monotonic() + ERROR_WAIT_S
+        keys = {rank: ERROR.format(rank) for rank in range(self.size) if rank != self.rank}
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < deadline_s:
+                found = [rank for rank, key in keys.items() if self._store.check([key])]
+                if found:
+                    said = {rank: json.loads(self._store.get(keys[rank])) for rank in found}
+                    return [f"rank {rank}: {text}" for rank, text in said.items()]
+                time.sleep(POLL_S)
+        return []
+
+
+def _short(error: Exception) -> str:
+    """What torch says, without the stack that it adds."""
+    return " ".join(str(error).split("Exception raised from")[0].split())[:300]

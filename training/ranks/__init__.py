@@ -1,0 +1,1 @@
+"""A segment of several processes: who starts them, what each does, and how it ends."""

@@ -1,0 +1,211 @@
+"""What one rank does: rank 0 is the run's writer, the others train along."""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import logging
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from holdfast.training.checkpointing.json_state import encode
+from holdfast.training.checkpointing.loading import RestoredCheckpoint, load_checkpoint
+from holdfast.training.checkpointing.manifest import local_folder, manifest_of
+from holdfast.training.checkpointing.policy import (
+    CheckpointInfo,
+    SaveSchedule,
+    build_schedule,
+)
+from holdfast.training.distributed.launcher import STACKS_SIGNAL
+from holdfast.training.distributed.stopping import AgreedMonitor
+from holdfast.training.distributed.world import World
+from holdfast.training.errors import ExperimentError, InputError, RankLostError
+from holdfast.training.exactness.trial import asked_trial
+from holdfast.training.loop.experiment_state import Stateful
+from holdfast.training.loop.segment import Together, build_trainer, run_segment
+from holdfast.training.loop.state import TrainState
+from holdfast.training.loop.trainer import Trainer
+from holdfast.training.preemption.notices import Notice
+from holdfast.training.ranks.evaluation import measured_together
+from holdfast.training.runs.costs import Costs
+from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
+
+logger = logging.getLogger(__name__)
+
+BEGIN = "begin"
+COMPARED = ("config_digest", "experiment_digest", "data_fingerprint", "versions", "num_threads")
+
+
+def run_rank(stage: Stage) -> StageOutcome:
+    """As ``run_segment``, for one of several ranks. Raises what that raises, and RankLostError."""
+    world = stage.world
+    assert world is not None
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    require_same_stage(stage, world)
+    if world.rank > 0:
+        return _follow(stage, world)
+    together = Together(
+        prepare=lambda trainer: _prepare(trainer, world),
+        begin=lambda segment, info: _tell_begin(stage, world, segment, info),
+        before_fit=lambda: _vote(stage),
+        num_processes=world.size,
+    )
+    return run_segment(stage, together)
+
+
+def require_same_stage(stage: Stage, world: World) -> None:
+    """Collective. Raises InputError where ranks have different code, data or configurations."""
+    record = stage.record.model_dump(mode="json")
+    mine = {key: record[key] for key in COMPARED}
+    for rank, theirs in enumerate(world.gathered(mine)):
+        for key, value in theirs.items():
+            if value != mine[key]:
+                raise InputError(
+                    f"rank {rank} has another {key} than rank {world.rank}: {value} there, "
+                    f"{mine[key]} here; all processes of a training need the same configuration, "
+                    f"code and data, and nothing of them may depend on the process"
+                )
+
+
+def _prepare(trainer: Trainer, world: World) -> None:
+    """Make a trainer one of several."""
+    trainer.measure = lambda trainer: _measured(trainer, world)
+    _require_same(world, "weights to begin with", weights_digest(trainer.state))
+
+
+def _measured(trainer: Trainer, world: World) -> dict[str, float] | None:
+    """Validate together, after a look whether all ranks still are the same training."""
+    _require_same(world, "weights", weights_digest(trainer.state))
+    _require_same(world, "state_dict() of the experiment", experiment_digest(trainer.state))
+    return measured_together(trainer, world)
+
+
+def _require_same(world: World, what: str, digest: str) -> None:
+    digests = world.gathered(digest)
+    others = [rank for rank, found in enumerate(digests) if found != digests[0]]
+    if others:
+        raise ExperimentError(
+            f"ranks {', '.join(map(str, others))} have other {what} than rank 0: what is kept from "
+            f"step to step must not depend on the samples that one process has seen, nor on draws "
+            f"that are not seeded; keep it in buffers of the model, or train with "
+            f"distributed.strategy=none"
+        )
+
+
+def _follow(stage: Stage, world: World) -> StageOutcome:
+    """Train along with rank 0, which restores, saves and records."""
+    trainer = build_trainer(stage, Costs())
+    _prepare(trainer, world)
+    begin = world.told(BEGIN)
+    stage.log.open(stage.run.logs / f"segment-{begin['segment']:04d}-rank-{world.rank}.log")
+    restored = _restore(stage, trainer, begin)
+    with closing(trainer.loader):
+        if trainer.is_finished():
+            return StageOutcome("completed", 0, step=trainer.state.counters.step)
+        saver = Follower(build_schedule(stage.config.checkpoint), trainer.state, restored)
+        _vote(stage)
+        trial = asked_trial()
+        ended = trainer.fit(saver, on_step=lambda step: trial.after_step(step, world.rank))
+    code = EXIT_PREEMPTED if ended.outcome == "preempted" else 0
+    return StageOutcome(ended.outcome, code, step=ended.step)
+
+
+def _vote(stage: Stage) -> None:
+    assert isinstance(stage.monitor, AgreedMonitor)
+    stage.monitor.vote()
+
+
+def _tell_begin(stage: Stage, world: World, segment: int, info: CheckpointInfo | None) -> None:
+    """Rank 0: what the others begin with."""
+    told: dict[str, Any] = {"segment": segment, "checkpoint": None, "manifest_digest": None}
+    if info is not None:
+        folder = stage.run.checkpoint(info.step)
+        told |= {"checkpoint": folder.name, "manifest_digest": _manifest_digest(folder)}
+    world.tell(BEGIN, told)
+
+
+def _manifest_digest(folder: Path) -> str:
+    return hashlib.sha256(manifest_of(local_folder(folder)).to_bytes()).hexdigest()
+
+
+def _restore(stage: Stage, trainer: Trainer, begin: Any) -> RestoredCheckpoint | None:
+    """Put back the checkpoint that rank 0 has chosen, the same bytes."""
+    if begin["checkpoint"] is None:
+        return None
+    path = stage.run.checkpoints / begin["checkpoint"]
+    digest = _manifest_digest(path)
+    if digest != begin["manifest_digest"]:
+        raise RankLostError(
+            f"{path} is not the checkpoint that rank 0 has restored: its manifest has the "
+            f"digest {digest} here, {begin['manifest_digest']} there"
+        )
+    folder = local_folder(path)
+    manifest = manifest_of(folder)
+    restored = load_checkpoint(folder, manifest)
+    lineage = stage.record.lineage
+    is_its_begin = lineage is not None and manifest.step == lineage.step
+    trainer.state.restore(restored.tensors, restored.state, lineage if is_its_begin else None)
+    return restored
+
+
+class Follower:
+    """Saves nothing, and yet knows when all ranks validate: rank 0's ``Saver`` does the rest."""
+
+    def __init__(
+        self, schedule: SaveSchedule, state: TrainState, restored: RestoredCheckpoint | None
+    ) -> None:
+        self._schedule = schedule
+        self._state = state
+        is_measured = restored is not None and restored.manifest.info.is_selectable
+        self._measured_step = state.counters.step if is_measured else None
+
+    def is_light_due(self) -> bool:
+        """As ``Saver.is_light_due``."""
+        counters = self._state.counters
+        is_due = self._schedule.is_light_due(counters.step, counters.epoch, is_epoch_end=False)
+        return counters.step_in_epoch > 0 and is_due and counters.step != self._measured_step
+
+    def after_step(self, measured: Mapping[str, float] | None = None) -> None:
+        """Remember what was measured."""
+        if measured is not None:
+            self._measured_step = self._state.counters.step
+
+    def after_epoch(self, metrics: Mapping[str, float], *, is_last: bool) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+    def stop(self, notice: Notice) -> None:
+        """Tell why this rank ends."""
+        logger.info("stopping after step %d: %s", self._state.counters.step, notice.reason)
+
+
+def weights_digest(state: TrainState) -> str:
+    """Of all tensors of the model, with their names."""
+    tensors = {n: t for n, t in state.model.state_dict().items() if isinstance(t, Tensor)}
+    return _digest(tensors)
+
+
+def experiment_digest(state: TrainState) -> str:
+    """Of the experiment's own state; of one that has none, always the same."""
+    if not isinstance(state.experiment, Stateful):
+        return ""
+    tensors: dict[str, Tensor] = {}
+    values = encode(state.experiment.state_dict(), "experiment", tensors)
+    return f"{hashlib.sha256(repr(values).encode()).hexdigest()}/{_digest(tensors)}"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        tensor = tensors[name].detach().cpu().contiguous().view(-1)
+        if tensor.numel():
+            digest.update(tensor.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
