@@ -1,0 +1,1 @@
+"""Objects in a bucket: addresses, one small protocol, and which servers are fit for it."""

@@ -1,0 +1,265 @@
+"""An object store of a cloud, through obstore. Imported by ``opening`` alone, and late.
+
+What obstore does is tried again by obstore. What is left over gets a type here: its own errors hold
+the address that was asked for and the server's answer, in which credentials may stand (Azure's are
+in the query), so only the status and the server's code are passed on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from holdfast.training.errors import InputError, StorageError
+from holdfast.training.storage.address import Address
+from holdfast.training.storage.protocol import (
+    PART_BYTES,
+    Bytes,
+    Expected,
+    Listed,
+    Listing,
+    Object,
+    Unchanged,
+)
+
+if TYPE_CHECKING:
+    from obstore.store import S3Config
+
+SMALL_TIMEOUT_S = 10.0
+BULK_TIMEOUT_S = 120.0
+"""Of one request: eight parts at once need 0.6 MB/s for it."""
+RETRY_S = 30.0
+RETRY_BULK_S = 180.0
+MAX_RETRIES = 10
+PARTS_AT_ONCE = 8
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
+STATUS = re.compile(r"(?:status|code)\D{0,12}\b([1-5][0-9]{2})\b", re.IGNORECASE)
+CODE = re.compile(r"<Code>([A-Za-z]{3,60})</Code>")
+NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
+WRONG_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint")
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
+SKEWED = ("RequestTimeTooSkewed",)
+HAPPENS_AGAIN = (OSError, BaseError)
+
+
+class Bucket:
+    """Objects below the prefix of a bucket; see ``ObjectStore``.
+
+    Attributes:
+        has_checksums: S3 compares each part with its SHA-256; to the others obstore sends none.
+    """
+
+    has_checksums: bool
+
+    def __init__(self, address: Address) -> None:
+        """Opens nothing yet. Raises InputError where the environment cannot be a configuration."""
+        self._address = address
+        self.has_checksums = address.scheme == "s3"
+        try:
+            self._small = _opened(address, SMALL_TIMEOUT_S, RETRY_S)
+            self._bulk = _opened(address, BULK_TIMEOUT_S, RETRY_BULK_S)
+        except (BaseError, ValueError) as error:
+            told = str(error).splitlines()[0][:200] if isinstance(error, BaseError) else "a value"
+            raise InputError(
+                f"{address} cannot be opened with what the environment says: "
+                f"{_without_values(told)}"
+            ) from None
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> Object | None:
+        """As ``ObjectStore.get``."""
+        options: dict[str, Any] = {}
+        if end is not None:
+            options["range"] = (start, end)
+        elif start:
+            options["range"] = {"offset": start}
+        store = self._small if end is None else self._bulk
+        try:
+            found = obstore.get(store, key, options=options or None)  # type: ignore[arg-type]
+            tag = self._tag(found.meta)
+            return Object(bytes(found.bytes()), tag)
+        except FileNotFoundError as error:
+            self._require_bucket(error, "read", key)
+            return None
+        except HAPPENS_AGAIN as error:
+            self._refuse(error, "read", key)
+
+    def put(self, key: str, content: bytes, expected: Expected) -> str | None:
+        """As ``ObjectStore.put``."""
+        mode: Any = "overwrite"
+        if expected == "absent":
+            mode = "create"
+        elif isinstance(expected, Unchanged):
+            mode = self._update(expected.tag)
+        try:
+            return self._tag(obstore.put(self._small, key, content, mode=mode, use_multipart=False))
+        except (AlreadyExistsError, PreconditionError):
+            return self._own_tag(key, content)
+        except FileNotFoundError as error:  # a compare-and-swap of what is gone
+            self._require_bucket(error, "write", key)
+            return None
+        except HAPPENS_AGAIN as error:
+            failed = error
+        try:
+            tag = self._own_tag(key, content)  # the effect may be there without the answer
+        except StorageError:
+            tag = None
+        return tag if tag is not None else self._refuse(failed, "write", key)
+
+    def upload(self, key: str, parts: Iterable[Bytes]) -> None:
+        """As ``ObjectStore.upload``."""
+        try:
+            obstore.put(
+                self._bulk,
+                key,
+                iter(parts),
+                use_multipart=True,
+                chunk_size=PART_BYTES,
+                max_concurrency=PARTS_AT_ONCE,
+            )
+        except HAPPENS_AGAIN as error:
+            self._refuse(error, "upload", key)
+
+    def list(self, prefix: str) -> Listing:
+        """As ``ObjectStore.list``."""
+        found: Listing = []
+        try:
+            for some in obstore.list(self._small, prefix or None):
+                found += [
+                    Listed(
+                        entry["path"],
+                        entry["size"],
+                        self._tag(entry),
+                        entry["last_modified"].timestamp(),
+                    )
+                    for entry in some
+                ]
+        except HAPPENS_AGAIN as error:
+            self._refuse(error, "list", prefix)
+        return sorted(found, key=lambda entry: entry.key)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """As ``ObjectStore.delete``."""
+        if self._address.scheme != "s3":
+            for key in keys:  # one that is missing must not keep the others
+                self._delete(key)
+            return
+        for first in range(0, len(keys), 1000):
+            self._delete(list(keys[first : first + 1000]))
+
+    def _delete(self, keys: str | Sequence[str]) -> None:
+        try:
+            obstore.delete(self._small, keys)
+        except FileNotFoundError as error:
+            self._require_bucket(error, "delete", str(keys))
+        except HAPPENS_AGAIN as error:
+            self._refuse(error, "delete", keys if isinstance(keys, str) else keys[0])
+
+    def _tag(self, told: Any) -> str:
+        """Google's generation, or the entity tag of the others."""
+        name = "version" if self._address.scheme == "gs" else "e_tag"
+        return str(told.get(name) or "")
+
+    def _update(self, tag: str) -> dict[str, str]:
+        return {"version": tag} if self._address.scheme == "gs" else {"e_tag": tag}
+
+    def _own_tag(self, key: str, content: bytes) -> str | None:
+        """The tag of an object that holds just these bytes: it was our write that made it."""
+        found = self.get(key)
+        return found.tag if found is not None and found.content == content else None
+
+    def _require_bucket(self, error: Exception, action: str, key: str) -> None:
+        """Raise where it is not the object that is missing, but all of it."""
+        if any(code in str(error) for code in NO_BUCKET):
+            self._refuse(error, action, key)
+
+    def _refuse(self, error: Exception, action: str, key: str) -> NoReturn:
+        """Raise ``error`` with a type of ours, without what could be secret in it."""
+        told = str(error)
+        code = CODE.search(told)
+        name = code[1] if code else next((one for one in NO_BUCKET if one in told), "")
+        if name in NO_BUCKET:
+            raise InputError(
+                f"{self._address}: there is no bucket {self._address.bucket!r} here; check its "
+                f"name, {_where()}, or make it"
+            ) from None
+        if name in WRONG_REGION:
+            raise InputError(
+                f"{self._address}: the bucket is in another region ({name}); {_where()}: set "
+                "AWS_REGION to the bucket's"
+            ) from None
+        status = STATUS.search(told)
+        answer = " ".join(filter(None, (status[1] if status else "", name)))
+        raise StorageError(
+            f"cannot {action} {self._address}/{key}: {_meaning(error, name, answer)}"
+        ) from None
+
+
+def _opened(address: Address, timeout_s: float, retry_s: float) -> S3Store | GCSStore | AzureStore:
+    common: dict[str, Any] = {
+        "prefix": address.prefix or None,
+        "client_options": {
+            "timeout": timedelta(seconds=timeout_s),
+            "connect_timeout": timedelta(seconds=5),
+            "allow_http": _may_be_http(),
+        },
+        "retry_config": {
+            "max_retries": MAX_RETRIES,
+            "retry_timeout": timedelta(seconds=retry_s),
+        },
+    }
+    if address.scheme == "s3":
+        config: dict[str, Any] = {"checksum_algorithm": "SHA256"}
+        endpoint = _first(ENDPOINTS)
+        config |= {"endpoint": endpoint} if endpoint else {}
+        config |= {"region": region} if (region := _first(REGIONS)) else {}
+        return S3Store(address.bucket, config=cast("S3Config", config), **common)
+    if address.scheme == "gs":
+        return GCSStore(address.bucket, **common)
+    return AzureStore(address.bucket, **common)
+
+
+def _first(names: Iterable[str]) -> str:
+    return next(filter(None, (os.environ.get(name, "") for name in names)), "")
+
+
+def _may_be_http() -> bool:
+    """Whether a server that was named by hand, as one of a test, is asked without encryption."""
+    named = (_first(ENDPOINTS), os.environ.get("AZURE_STORAGE_ENDPOINT", ""))
+    return any(one.startswith("http://") for one in named) or _is_emulated()
+
+
+def _is_emulated() -> bool:
+    told = os.environ.get("AZURE_STORAGE_USE_EMULATOR", "")
+    return told.lower() in ("1", "true")
+
+
+def _where() -> str:
+    endpoint, region = _first(ENDPOINTS), _first(REGIONS)
+    place = endpoint.rpartition("@")[2].partition("?")[0]
+    return f"the server is {place}" if place else f"the region is {region or 'not set'}"
+
+
+def _meaning(error: Exception, name: str, answer: str) -> str:
+    if name in EXPIRED:
+        return f"the credentials have expired ({answer}); renew them and go on"
+    if name in SKEWED:
+        return f"this machine's clock is wrong ({answer}); set it, as NTP does"
+    kind = type(error).__name__
+    if kind in ("PermissionDeniedError", "UnauthenticatedError"):
+        return f"the server does not allow it ({answer or kind}); check credentials and rights"
+    if answer:
+        return f"the server answers {answer}"
+    return "the server does not answer in time, or its answer is cut; check that it can be reached"
+
+
+def _without_values(told: str) -> str:
+    """A message about the configuration, without what stands in quotation marks or after =."""
+    return re.sub(r"(\"[^\"]*\"|'[^']*'|=\s*\S+)", "…", told)
