@@ -14,6 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 START_S = 60.0
+# With a thread for each request, a busy machine lets two creations of one object succeed: moto
+# looks and writes without a lock.
+ONE_AFTER_ANOTHER = """
+import sys
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app))
+"""
 KEY, SECRET = "HoldfastTestKey", "HoldfastTestSecret-7f3a"
 
 
@@ -59,7 +67,7 @@ def s3_environment(port: int) -> dict[str, str]:
 def moto() -> Iterator[dict[str, str]]:
     """Moto's server; the environment that leads to it. It takes any signature and any checksum."""
     port = free_port()
-    command = [sys.executable, "-P", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-P", "-c", ONE_AFTER_ANOTHER, str(port)]
     with served(command, port, {}):
         yield s3_environment(port)
 

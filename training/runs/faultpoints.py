@@ -44,6 +44,18 @@ FAULT_POINTS = {
     "restore.after-set-aside": "it was renamed",
 }
 
+STORE_POINTS = {
+    "store.before-files": "an image of the run's folder is taken; nothing of it is in the bucket",
+    "store.before-file": "before each file of it is brought into the bucket",
+    "store.after-files": "all its files are in the bucket and verified",
+    "store.before-tree": "before the tree that names them is written",
+    "store.before-swap": "the tree is there, the head names the one before",
+    "store.after-swap": "the head names it; what it no longer needs is still there",
+    "store.before-delete": "before what is no longer named is deleted",
+    "store.after-delete": "it is deleted",
+}
+"""Of the process that keeps a bucket up to date, which is not the one that trains."""
+
 _num_reached: Counter[str] = Counter()
 
 
@@ -52,7 +64,7 @@ def reach(name: str) -> None:
     wanted = os.environ.get(POINT_VARIABLE)
     if not wanted:
         return
-    assert name in FAULT_POINTS, name
+    assert name in FAULT_POINTS or name in STORE_POINTS, name
     point, _, count = wanted.partition(":")
     if name != point:
         return

@@ -1,0 +1,61 @@
+"""A run in a bucket, killed, and continued on a machine that has nothing of it: the same bytes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from holdfast.training.storage.address import Address
+from holdfast.training.tiers.replica import kept_up, opened_replica
+from holdfast.training.tiers.scratch import tier_folder
+from holdfast.training.tiers.viewing import refresh_view
+from tests.contracts.object_servers import KEY, SECRET, make_bucket, moto
+from tests.faults.campaign import Training, complete, differences, final_state
+from tests.generality.harness import OFTEN, stop_after
+
+pytest.importorskip("obstore", reason="the extra 'bucket' is not installed")
+pytest.importorskip("moto", reason="moto is not installed")
+ADDRESS = Address("s3", "runs", "team")
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A bucket; the scratch folder is this machine's, and a test may take another."""
+    with moto() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        make_bucket(environment, ADDRESS.bucket)
+        monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "first"))
+        yield monkeypatch
+
+
+def test_a_run_goes_on_on_a_machine_that_has_nothing_of_it(
+    machine: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calm = Training(tmp_path / "calm", "one", overrides=OFTEN)
+    complete(calm)
+    for name, number, step in (
+        ("first", signal.SIGKILL, 7),
+        ("second", signal.SIGTERM, 12),
+        ("third", signal.SIGKILL, 16),
+    ):
+        machine.setenv("HOLDFAST_SCRATCH", str(tmp_path / name))
+        killed = Training(tier_folder(ADDRESS, "work"), "one", overrides=OFTEN)
+        with opened_replica(killed.run) as replica, kept_up(replica):
+            stop_after(killed, number, step)
+    machine.setenv("HOLDFAST_SCRATCH", str(tmp_path / "last"))
+    last = Training(tier_folder(ADDRESS, "work"), "one", overrides=OFTEN)
+    with opened_replica(last.run) as replica, kept_up(replica):
+        complete(last)
+    assert differences(final_state(calm.run), final_state(last.run)) == []
+    root = refresh_view(ADDRESS)
+    records = sorted((root / last.run.path.relative_to(tier_folder(ADDRESS, "work"))).rglob("*"))
+    assert any(path.name == "0004.json" for path in records)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            assert SECRET.encode() not in content, path
+            assert KEY.encode() not in content, path

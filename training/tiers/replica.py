@@ -1,0 +1,399 @@
+"""Keep the bucket's copy of a run up to date while it is written on the scratch disk.
+
+Training, and every stage after it, writes its folder as always, as durably and as fast. Beside it
+one thread looks at the folder, and brings what is new into the bucket as a whole: files,
+verification, the tree, then the swap of the head; what the tree no longer names is deleted last.
+So the bucket holds the folder as it was at some moment, never a mixture; it is one such moment
+behind at most, and skips those that are over.
+
+No call to the bucket is made in the thread that entered it, but for the first and the last.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from holdfast.training.checkpointing.digests import digest_of
+from holdfast.training.errors import HoldfastError, LeaseLostError, StorageError
+from holdfast.training.runs.durable_json import json_bytes
+from holdfast.training.runs.faultpoints import reach
+from holdfast.training.runs.lease_view import (
+    FORMAT_VERSION,
+    UNKNOWN,
+    generation_path,
+    newest_generation,
+)
+from holdfast.training.runs.paths import RunDirectory, parse_step
+from holdfast.training.runs.process_identity import ProcessIdentity
+from holdfast.training.storage.opening import open_store
+from holdfast.training.storage.probe import require_fit
+from holdfast.training.storage.protocol import PART_BYTES, ObjectStore
+from holdfast.training.tiers.folder_image import (
+    Identity,
+    Image,
+    is_growing,
+    look_at,
+    take_image,
+)
+from holdfast.training.tiers.head import RENEWALS_PER_TTL, HeadLease, run_folder
+from holdfast.training.tiers.restoring import note_base, replica_folder, restore_folder
+from holdfast.training.tiers.scratch import address_of, run_name
+from holdfast.training.tiers.transfer import read_tree, upload_file
+from holdfast.training.tiers.tree import INLINE_BYTES, Tree, TreeFile
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 0.5
+KEEP_DROPPED_S = 60.0
+"""What is no longer named is deleted this much later: somebody may be reading it."""
+FILES_AT_ONCE = 8
+RETRY_S = 2.0
+END_PATIENCE_S = 300.0
+GRACE_S = 30.0
+WEIGHTY = ("checkpoints", "candidates", "bundle", "evaluation.json", "promotion.json")
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What a bringing up took: how fast the bucket takes bytes."""
+
+    num_bytes: int
+    duration_s: float
+
+
+class Replica:
+    """The copy of one run in a bucket, kept by the holder of its head.
+
+    Attributes:
+        head: the lease.
+        tell: whom it tells what a person should know, in one line.
+        last_upload: of the last time that a checkpoint was brought up; None before.
+    """
+
+    def __init__(
+        self, store: ObjectStore, run: RunDirectory, head: HeadLease, tell: Tell = lambda _: None
+    ) -> None:
+        self.head = head
+        self.last_upload: Upload | None = None
+        self.tell = tell
+        self._store, self._run = store, run
+        self._name = run_name(run)
+        self._tree = Tree()
+        self._known: dict[tuple[str, Identity], TreeFile] = {}
+        self._looked: dict[str, Identity] = {}
+        self._brought_up_s = float("-inf")
+        self._num_images = 0
+        self._dropped: list[tuple[float, str]] = []
+        self._is_failing = False
+        self._should_stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep_up, name="holdfast-replica", daemon=True)
+
+    def restore(self) -> None:
+        """Make the run's folder what the bucket has, and delete what dead holders left there.
+
+        Raises StorageError, DataFormatError.
+        """
+        head = self.head.head
+        if head.tree is not None:
+            assert head.tree_digest is not None
+            tree = read_tree(self._store, head.tree, head.tree_digest, run_folder(self._name))
+            if tree is None:
+                raise StorageError(
+                    f"{head.tree} is gone, though the head of {self._name} names it: restore it "
+                    f"from a backup of the bucket, or take another run id"
+                )
+            restore_folder(self._store, tree, head.tree_digest, self._run, self.tell)
+            self._tree = tree
+        self._sweep()
+
+    def start(self) -> None:
+        """Begin to keep the bucket up to date."""
+        self._thread.start()
+
+    def finish(self, patience_s: float) -> None:
+        """Bring up the folder as it is now; the bucket has it all after return.
+
+        Tried again for ``patience_s`` where it fails. Raises StorageError, or LeaseLostError.
+        """
+        self._should_stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        deadline_s = time.monotonic() + patience_s
+        while True:
+            try:
+                self._bring_up(is_final=True)
+                self._delete_dropped(older_than_s=0.0)
+                return
+            except StorageError as error:
+                if time.monotonic() >= deadline_s:
+                    raise StorageError(
+                        f"the store does not have the end of {self._name}: {error}. It is whole on "
+                        f"this machine, at {self._run.path}: resume the run here once the store "
+                        f"answers"
+                    ) from error
+                time.sleep(min(RETRY_S, max(0.0, deadline_s - time.monotonic())))
+
+    def bring_up(self) -> None:
+        """Bring up the folder as it is now, once. Raises StorageError or LeaseLostError."""
+        self._bring_up(is_final=True)
+
+    def _keep_up(self) -> None:
+        while not self._should_stop.wait(LOOK_EVERY_S):
+            try:
+                self.head.check()
+                if self._is_due():
+                    self._bring_up(is_final=False)
+                    self._delete_dropped(KEEP_DROPPED_S)
+                self._tell_recovery()
+            except LeaseLostError as error:
+                self._yield_to_winner(error)
+                return
+            except HoldfastError as error:
+                self._tell_failure(error)
+                self._should_stop.wait(RETRY_S)
+
+    def _is_due(self) -> bool:
+        now = look_at(self._run.path)
+        if "run.json" not in now or now == self._looked:
+            return False
+        if _weighty(now) != _weighty(self._looked):
+            return True
+        every_s = self.head.head.ttl_s / RENEWALS_PER_TTL
+        return time.monotonic() - self._brought_up_s >= every_s
+
+    def _bring_up(self, *, is_final: bool) -> None:
+        """One image of the folder into the bucket. Raises StorageError or LeaseLostError."""
+        if not self._run.run_json.is_file():
+            return  # the run was refused before it began
+        start_s = time.monotonic()
+        self._num_images += 1
+        image = take_image(self._run.path, replica_folder(self._run) / "image")
+        try:
+            has_news = is_final or _weighty(image.identities) != _weighty(self._looked)
+            files, num_bytes = self._uploaded(image, has_news=has_news)
+        finally:
+            image.drop()
+        tree = Tree(files)
+        self._commit(tree)
+        self._looked, self._brought_up_s = dict(image.identities), time.monotonic()
+        if num_bytes > PART_BYTES:
+            self.last_upload = Upload(num_bytes, time.monotonic() - start_s)
+
+    def _uploaded(self, image: Image, *, has_news: bool) -> tuple[dict[str, TreeFile], int]:
+        """All files of an image, each in the bucket; and how many bytes were sent."""
+        files: dict[str, TreeFile] = {}
+        new: list[str] = []
+        for path, identity in image.identities.items():
+            known = self._known.get((path, identity))
+            if known is None and not has_news and is_growing(path) and identity[1] > INLINE_BYTES:
+                known = self._tree.files.get(path)  # its end comes with the next checkpoint
+            if known is None:
+                new.append(path)
+            else:
+                files[path] = known
+        folder = f"{self._folder()}/{self._num_images:06d}"
+
+        def upload(path: str) -> TreeFile:
+            self.head.check()
+            reach("store.before-file")
+            return self._sent(image.links[path], f"{folder}/{path}", path)
+
+        reach("store.before-files")
+        small = [path for path in new if image.identities[path][1] <= PART_BYTES]
+        with ThreadPoolExecutor(FILES_AT_ONCE, "holdfast-upload") as pool:
+            files |= zip(small, pool.map(upload, small), strict=True)
+        for path in new:
+            if path not in files:
+                files[path] = upload(path)
+        reach("store.after-files")
+        for path in new:
+            self._known[path, image.identities[path]] = files[path]
+        self._known = {key: file for key, file in self._known.items() if key[0] in files}
+        return files, sum(files[path].size_bytes for path in new if files[path].key)
+
+    def _sent(self, link: Path, key: str, path: str) -> TreeFile:
+        """A file in the bucket; what the last tree has with the same bytes is not sent again."""
+        before = self._tree.files.get(path)
+        if before is not None and before.key and before.size_bytes == link.stat().st_size:
+            hasher = digest_of(_parts_of(link))
+            if hasher == before.digest:
+                return before
+        return upload_file(self._store, link, key)
+
+    def _commit(self, tree: Tree) -> None:
+        content = tree.to_bytes()
+        digest = digest_of([content])
+        before = self.head.head
+        if digest == before.tree_digest:
+            return
+        key = f"{self._folder()}/{self._num_images:06d}/tree.json"
+        reach("store.before-tree")
+        self._store.put(key, content, "any")
+        reach("store.before-swap")
+        self.head.commit(key, digest)
+        reach("store.after-swap")
+        note_base(self._run, digest)
+        gone = self._tree.keys() - tree.keys()
+        gone |= {before.tree} if before.tree else set()
+        now_s = time.monotonic()
+        self._dropped += [(now_s, key) for key in sorted(gone)]
+        self._tree = tree
+
+    def _folder(self) -> str:
+        return f"{run_folder(self._name)}/{self.head.head.folder}"
+
+    def _delete_dropped(self, older_than_s: float) -> None:
+        limit_s = time.monotonic() - older_than_s
+        doomed = [key for dropped_s, key in self._dropped if dropped_s <= limit_s]
+        if not doomed:
+            return
+        reach("store.before-delete")
+        try:
+            self._store.delete(doomed)
+        except StorageError as error:
+            self.tell(f"old objects stay in the store, and are deleted later: {error}")
+        else:
+            self._dropped = [entry for entry in self._dropped if entry[1] not in set(doomed)]
+        reach("store.after-delete")
+
+    def _sweep(self) -> None:
+        """Delete what the head does not name: earlier holders left it. Safe, however late."""
+        head = self.head.head
+        named = self._tree.keys() | ({head.tree} if head.tree else set())
+        try:
+            listed = self._store.list(run_folder(self._name))
+            doomed = [
+                entry.key
+                for entry in listed
+                if entry.key not in named and not entry.key.startswith(f"{self._folder()}/")
+            ]
+            self._store.delete(doomed)
+        except StorageError as error:
+            self.tell(f"what earlier writers left in the store stays there: {error}")
+
+    def _yield_to_winner(self, error: LeaseLostError) -> None:
+        """Let the processes that write the folder here see that another machine has the run."""
+        self.tell(str(error))
+        winner = self.head.winner or UNKNOWN
+        for directory in (self._run, RunDirectory(self._run.path / ".engine")):
+            _write_foreign_lease(directory, winner, self.head.head.ttl_s)
+
+    def _tell_failure(self, error: HoldfastError) -> None:
+        if not self._is_failing:
+            self.tell(f"the store is behind, training goes on: {error}")
+        self._is_failing = True
+
+    def _tell_recovery(self) -> None:
+        if self._is_failing:
+            self._is_failing = False
+            self.tell("the store answers again, and has what is saved")
+
+
+def _weighty(found: Mapping[str, Identity]) -> set[tuple[str, int]]:
+    """What does not wait for the next renewal: everything but records that change all the time."""
+    return {
+        (path, identity[0]) for path, identity in found.items() if path.partition("/")[0] in WEIGHTY
+    }
+
+
+def _parts_of(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while part := file.read(PART_BYTES):
+            yield part
+
+
+def _write_foreign_lease(run: RunDirectory, winner: ProcessIdentity, ttl_s: float) -> None:
+    """The next generation of a local lease, held by a process of another machine."""
+    if not run.lease.is_dir():
+        return
+    content = json_bytes(
+        {
+            **asdict(winner),
+            "format_version": FORMAT_VERSION,
+            "token": "store",
+            "ttl_s": ttl_s,
+            "acquired_at": time.time(),
+            "released_at": None,
+        }
+    )
+    path = generation_path(run, newest_generation(run) + 1)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        logger.warning("cannot write %s: %s", path, error.strerror)
+
+
+def newest_steps(tree: Tree) -> Iterable[int]:
+    """The steps of the checkpoints that a tree holds."""
+    names = {path.split("/")[1] for path in tree.files if path.startswith("checkpoints/")}
+    return sorted(step for name in names if (step := parse_step(name)) is not None)
+
+
+@contextmanager
+def opened_replica(
+    run: RunDirectory, *, wait_s: float = 0.0, tell: Tell = lambda _: None
+) -> Iterator[Replica | None]:
+    """Be the writer of a run in its bucket while the block runs; None for a run in a folder.
+
+    On entry the folder is made what the bucket has; at the end the head is released. What the
+    block writes is brought up by ``kept_up``.
+
+    Raises:
+        LeaseHeldError: another process writes this run, and still did after ``wait_s``.
+        InputError: the store is not fit, or cannot be found.
+        StorageError: it does not answer.
+    """
+    address = address_of(run.path.parent.parent)
+    if address is None:
+        yield None
+        return
+    store = open_store(address)
+    require_fit(store, str(address))
+    head = HeadLease.acquire(store, run_name(run), wait_s=wait_s, on_wait=tell)
+    replica = Replica(store, run, head, tell)
+    try:
+        replica.restore()
+        yield replica
+    finally:
+        head.release()
+
+
+@contextmanager
+def kept_up(
+    replica: Replica | None, *, patience_s: float = END_PATIENCE_S, grace_s: float = GRACE_S
+) -> Iterator[None]:
+    """Keep the bucket up to date while the block runs; it has all when the block is left.
+
+    Args:
+        replica: of ``opened_replica``; nothing is done for None.
+        patience_s: how long a bucket that does not answer is waited for at the end.
+        grace_s: the same where the block ends by an error or a notice.
+
+    Raises StorageError where it lacks the end, which is on this machine then.
+    """
+    if replica is None:
+        yield
+        return
+    replica.start()
+    try:
+        yield
+    except BaseException:
+        _finish_after_error(replica, grace_s)
+        raise
+    replica.finish(patience_s)
+
+
+def _finish_after_error(replica: Replica, grace_s: float) -> None:
+    """What failed matters more than that the bucket is behind, too."""
+    try:
+        replica.finish(grace_s)
+    except HoldfastError as error:
+        replica.tell(str(error))

@@ -1,0 +1,56 @@
+"""One stage of a run in a bucket: a child trains on the scratch disk, this process keeps it up.
+
+So no call to a bucket is made in the process that trains: its signals are answered at once, and its
+loader processes may be forked.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from holdfast.training.exactness.reproducibility import python_command
+from holdfast.training.experiment.loading import experiment_name
+from holdfast.training.preemption.signals import NOTICE_SIGNALS
+from holdfast.training.runs.paths import RunDirectory, validate_run_id
+from holdfast.training.storage.address import parse_address
+from holdfast.training.tiers.replica import END_PATIENCE_S, GRACE_S, opened_replica
+from holdfast.training.tiers.scratch import tier_folder
+
+EXIT_PREEMPTED = 75
+LOOK_EVERY_S = 0.2
+
+
+def run_supervised(arguments: Sequence[str], store: str, experiment: str, run_id: str) -> int:
+    """Run ``python -m holdfast.training ARGUMENTS`` on the scratch disk; its exit code.
+
+    Notice signals must be held back in this process; they are passed on. After return the bucket
+    has what was saved. Raises InputError, LeaseHeldError or StorageError.
+    """
+    work = tier_folder(parse_address(store), "work")
+    run = RunDirectory(work / experiment_name(experiment) / validate_run_id(run_id))
+    replaced = {store: str(work), f"--store={store}": f"--store={work}"}
+    command = python_command(
+        "holdfast.training", *(replaced.get(argument, argument) for argument in arguments)
+    )
+    with opened_replica(run, tell=_tell) as replica:
+        assert replica is not None
+        replica.start()
+        code = _run_child(command)
+        replica.finish(GRACE_S if code == EXIT_PREEMPTED else END_PATIENCE_S)
+    return code
+
+
+def _run_child(command: list[str]) -> int:
+    child = subprocess.Popen(command, process_group=0)
+    while child.poll() is None:
+        came = signal.sigtimedwait(NOTICE_SIGNALS, LOOK_EVERY_S)
+        if came is not None and child.poll() is None:
+            child.send_signal(came.si_signo)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def _tell(message: str) -> None:
+    print(f"WARNING: {message}", file=sys.stderr)

@@ -1,0 +1,150 @@
+"""Bytes on their way between this machine and a bucket, digested as they move."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from holdfast.training.checkpointing.digests import digest_of, new_hasher
+from holdfast.training.errors import DataFormatError, StorageError
+from holdfast.training.runs.durable_json import storage_error
+from holdfast.training.storage.protocol import PART_BYTES, ObjectStore
+from holdfast.training.tiers.tree import INLINE_BYTES, Tree, TreeFile, parse_tree
+
+RANGES_AT_ONCE = 8
+MAX_ATTEMPTS = 3
+
+
+def read_tree(store: ObjectStore, key: str, digest: str, folder: str) -> Tree | None:
+    """The tree that a head names; None where it is gone, since a newer one counts now.
+
+    Raises StorageError, or DataFormatError where it is not what the head says.
+    """
+    for _ in range(MAX_ATTEMPTS):
+        found = store.get(key)
+        if found is None:
+            return None
+        if digest_of([found.content]) == digest:
+            return parse_tree(found.content, key, folder)
+    raise DataFormatError(f"{key} was altered: its digest is not the one that the head names")
+
+
+def upload_file(store: ObjectStore, path: Path, key: str) -> TreeFile:
+    """Bring a file into the bucket, and make sure that it is there as it is here.
+
+    A small one goes into the tree instead. Raises StorageError.
+    """
+    try:
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes <= PART_BYTES:  # what a file gains meanwhile comes with the next one
+                content = file.read(size_bytes)
+                return _upload_small(store, content, key)
+            hasher = new_hasher("blake3")
+
+            def parts() -> Iterator[bytes]:
+                left_bytes = size_bytes
+                while left_bytes > 0 and (part := file.read(min(PART_BYTES, left_bytes))):
+                    left_bytes -= len(part)
+                    hasher.update(part)
+                    yield part
+
+            store.upload(key, parts())
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise storage_error("read", path, error) from error
+    uploaded = TreeFile(size_bytes, f"blake3:{hasher.hexdigest()}", key)
+    if not store.has_checksums:
+        for _ in read_file(store, uploaded, MAX_ATTEMPTS):
+            pass
+    return uploaded
+
+
+def _upload_small(store: ObjectStore, content: bytes, key: str) -> TreeFile:
+    digest = digest_of([content])
+    if len(content) <= INLINE_BYTES:
+        return TreeFile(len(content), digest, inline=content)
+    store.put(key, content, "any")
+    if not store.has_checksums:
+        found = store.get(key)
+        if found is None or found.content != content:
+            raise StorageError(f"{key} was written and cannot be read back as it was written")
+    return TreeFile(len(content), digest, key)
+
+
+def download_file(store: ObjectStore, file: TreeFile, path: Path) -> None:
+    """Write a file of a tree to ``path``, flushed and right after return.
+
+    Raises StorageError where it cannot be had, or its bytes are other ones each time.
+    """
+    try:
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            with path.open("wb") as written:
+                try:
+                    for part in read_file(store, file, 1):
+                        written.write(part)
+                except _AlteredError:
+                    if attempt == MAX_ATTEMPTS:
+                        raise
+                    continue
+                written.flush()
+                os.fsync(written.fileno())
+                return
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise storage_error("write", path, error, file.size_bytes) from error
+
+
+class _AlteredError(StorageError):
+    """What came is not what the tree names."""
+
+
+def read_file(store: ObjectStore, file: TreeFile, num_attempts: int) -> Iterator[bytes]:
+    """The bytes of a file of a tree, in order, over several ranges at once.
+
+    Where they are not those that the tree names, that is told at the end: StorageError.
+    ``num_attempts`` above one is for those who only want to know whether they are right.
+    """
+    for attempt in range(1, num_attempts + 1):
+        hasher, num_bytes = new_hasher("blake3"), 0
+        for part in _parts(store, file):
+            hasher.update(part)
+            num_bytes += len(part)
+            yield part
+        if (num_bytes, f"blake3:{hasher.hexdigest()}") == (file.size_bytes, file.digest):
+            return
+        if attempt == num_attempts:
+            raise _AlteredError(
+                f"{file.key} was altered: {num_bytes:,} bytes came with another digest than the "
+                f"one of {file.size_bytes:,} bytes that was written"
+            )
+
+
+def _parts(store: ObjectStore, file: TreeFile) -> Iterator[bytes]:
+    if not file.key:
+        yield file.inline
+        return
+    if file.size_bytes <= PART_BYTES:
+        yield _part(store, file, 0, None)
+        return
+    with ThreadPoolExecutor(RANGES_AT_ONCE, "holdfast-read") as pool:
+        waiting: deque[Future[bytes]] = deque()
+        for start in range(0, file.size_bytes, PART_BYTES):
+            end = min(start + PART_BYTES, file.size_bytes)
+            waiting.append(pool.submit(_part, store, file, start, end))
+            if len(waiting) >= RANGES_AT_ONCE:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _part(store: ObjectStore, file: TreeFile, start: int, end: int | None) -> bytes:
+    found = store.get(file.key, start, end)
+    if found is None:
+        raise StorageError(f"{file.key} is gone, though the run's tree names it")
+    return found.content
