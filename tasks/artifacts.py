@@ -19,6 +19,7 @@ from holdfast.tasks.learning_curves import data_uri, draw_learning_curves
 from holdfast.tasks.run_summary import champion_name, history_of, numbers_in, read_optional
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.shown_text import shown
+from holdfast.training.tiers.scratch import told_path, told_store
 
 # Keys of an artifact in parity.json, in the order in which a reader asks for them.
 PARITY_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -95,8 +96,21 @@ def _show_table(key: str, rows: list[dict[str, Any]], description: str) -> None:
         create_table_artifact(key=key, table=told, description=description)
 
 
+def _command_for(key: str, path: Path) -> str:
+    store = told_store(path.parent.parent.parent)
+    if key == "report":
+        return f"holdfast report {path.parent.name} --store {store}"
+    return f"holdfast pull {path.parent.parent.name} --to model --store {store}"
+
+
 def _show_link(key: str, path: Path) -> None:
-    if path.exists():
+    if path.exists() and (place := told_path(path)) != str(path):
+        create_markdown_artifact(
+            key=key,
+            markdown=f"`{place}`\n\nTo have it on a machine: `{_command_for(key, path)}`",
+            description=f"The {key}, in the store",
+        )
+    elif path.exists():
         create_link_artifact(
             link=path.absolute().as_uri(),
             link_text=str(path),

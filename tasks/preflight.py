@@ -23,6 +23,10 @@ from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.directory import read_run_record, validate_run_id
 from holdfast.training.runs.durable_json import FULL_ERRNOS
 from holdfast.training.runs.paths import checked_store
+from holdfast.training.storage.opening import open_store
+from holdfast.training.storage.probe import require_fit
+from holdfast.training.tiers.scratch import address_of, parsed_store, tier_folder, told_path
+from holdfast.training.tiers.viewing import viewed
 
 MIN_FREE_BYTES = 64 * 2**20
 
@@ -63,23 +67,25 @@ def check_job(job: Job) -> RunConfig:
             "mount it here, or name another with --set data.folder=/path"
         )
     require_writable(job.store)
+    if (address := address_of(job.store)) is not None:
+        require_fit(open_store(address), str(address))
     return config
 
 
 def store_path(store: str) -> Path:
-    """The absolute path of the folder that a store's URI or path names.
+    """The absolute path of the folder that a store's URI or path names; runs are written there.
+
+    Of a bucket it is a folder of this machine's scratch disk, see ``tiers/scratch.py``.
 
     Raises:
-        InputError: the URI is of another kind than ``file``, or what it names is no folder.
+        InputError: the address is none, or what it names is no folder.
+        StorageError: the scratch folder cannot be made.
     """
-    parts = urlsplit(store)
-    if parts.scheme == "file":
+    parts = urlsplit(store) if store.startswith("file:") else None
+    if parts is not None:
         return checked_store(Path(unquote(parts.path)).absolute())
-    if "://" in store:
-        raise InputError(
-            f"store {store}: expected a folder or file:///folder, found {parts.scheme}://; "
-            "mount the storage as a folder that all workers see"
-        )
+    if (address := parsed_store(store)) is not None:
+        return tier_folder(address, "work")
     return checked_store(Path(store).expanduser().absolute())
 
 
@@ -130,6 +136,6 @@ def require_prefect_home(home: Path) -> None:
 
 def _recorded_config(job: Job) -> dict[str, Any]:
     try:
-        return read_run_record(job.run).config
+        return read_run_record(viewed(job.run)).config
     except FileNotFoundError:
-        raise InputError(f"there is no run to resume at {job.run.path}") from None
+        raise InputError(f"there is no run to resume at {told_path(job.run.path)}") from None

@@ -25,6 +25,8 @@ from holdfast.training.runs.directory import (
 from holdfast.training.runs.lease import LeaseView, read_lease
 from holdfast.training.runs.ledger import ledger
 from holdfast.training.runs.stored_json import RECORD, STATE, Limits, is_kind, read_json
+from holdfast.training.tiers.scratch import told_path
+from holdfast.training.tiers.viewing import has_report
 
 State = Literal["new", "training", "preempted", "failed", "killed", "trained", "completed"]
 
@@ -89,7 +91,7 @@ def summarize(run: RunDirectory) -> RunSummary:
     account = ledger(segments)
     return RunSummary(
         name=f"{run.path.parent.name}/{run.path.name}",
-        path=str(run.path),
+        path=told_path(run.path),
         state=_state(run, outcomes, lease),
         step=_newest_step(run, segments),
         num_segments=len(segments),
@@ -107,8 +109,8 @@ def summarize(run: RunDirectory) -> RunSummary:
         },
         goodput=account.goodput if account.paid_s > 0 else None,
         num_repeated_steps=account.num_recomputed_steps,
-        bundle=str(run.bundle) if run.bundle.is_dir() else None,
-        report=str(run.report_html) if run.report_html.is_file() else None,
+        bundle=told_path(run.bundle) if run.bundle.is_dir() else None,
+        report=told_path(run.report_html) if has_report(run) else None,
         error=segments[-1].error.message if segments and segments[-1].error else None,
         num_processes=segments[-1].num_processes if segments else None,
     )

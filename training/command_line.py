@@ -35,6 +35,8 @@ from holdfast.training.preemption.signals import (
     release_signals,
 )
 from holdfast.training.runs.durable_json import write_json_durably
+from holdfast.training.storage.address import is_address
+from holdfast.training.tiers.supervision import run_supervised
 
 if TYPE_CHECKING:
     from holdfast.training.stage import StageOutcome
@@ -72,6 +74,18 @@ def main(context: click.Context) -> None:
         release_signals()
 
 
+class StoreType(click.Path):
+    """A path; or an address, which stays text: a path would lose one of its slashes."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click's."""
+        is_text = isinstance(value, str) and is_address(value)
+        return value if is_text else super().convert(value, param, ctx)
+
+
 def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
     path = click.Path(path_type=Path)
     options = [
@@ -82,7 +96,12 @@ def _stage_options(command: Callable[..., None]) -> Callable[..., None]:
             help="digits, turbofan, …, package.module:Class, path/to/file.py:Class, or "
             "NAME=path/to/train.py for a script with its own loop.",
         ),
-        click.option("--store", required=True, type=path, help="Folder that holds all runs."),
+        click.option(
+            "--store",
+            required=True,
+            type=StoreType(),
+            help="Folder that holds all runs, or s3://bucket/prefix, gs://…, az://….",
+        ),
         click.option("--run-id", required=True, help="Name of the run; its folder in the store."),
         CONFIG_OPTION,
         click.option(
@@ -170,6 +189,10 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
             path, outcome_file = outcome_file, None
             raise InputError(
                 f"--outcome-file {path} cannot be written: name a file in a folder that is there"
+            )
+        if isinstance(options["store"], str):
+            return run_supervised(
+                sys.argv[1:], options["store"], options["experiment"], options["run_id"]
             )
         num_threads = _num_threads(options)
     except HoldfastError as error:

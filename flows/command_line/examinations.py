@@ -18,9 +18,15 @@ from typing import Literal
 
 from holdfast.tasks.preflight import require_writable
 from holdfast.training.errors import HoldfastError
+from holdfast.training.storage.opening import open_store
+from holdfast.training.storage.probe import probe
+from holdfast.training.storage.protocol import PART_BYTES
+from holdfast.training.tiers.scratch import address_of
 
 PROBE_BYTES = 64 * 2**20
 MAX_CLOCK_DIFFERENCE_S = 5.0
+STOP_MARGIN_S = 6.0
+"""To finish a step, to save here, and to begin."""
 LOW_FREE_BYTES = 2 * 2**30
 GPU_QUESTION = (
     "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
@@ -102,6 +108,32 @@ def examine_save_time(store: Path, grace_period_s: float) -> Finding:
         f"{fitting_bytes / 2**30:.1f} GiB of state"
     )
     return Finding("saving", "warning" if fitting_bytes < 2**30 else "good", detail)
+
+
+def examine_bucket(store: Path, grace_period_s: float) -> Finding:
+    """Whether a bucket does what a writer needs, and what fits into a grace period."""
+    address = address_of(store)
+    assert address is not None
+    key = f"probe/{secrets.token_hex(8)}.bin"
+    try:
+        bucket = open_store(address)
+        if wrong := probe(bucket):
+            return Finding("bucket", "bad", f"{address} is not fit for writing runs: {wrong[0]}")
+        start_s = time.monotonic()
+        parts = [os.urandom(PART_BYTES) for _ in range(PROBE_BYTES // PART_BYTES)]
+        bucket.upload(key, parts)
+        duration_s = time.monotonic() - start_s
+        bucket.delete([key])
+    except HoldfastError as error:
+        return Finding("bucket", "bad", str(error))
+    speed = PROBE_BYTES / duration_s
+    fitting_bytes = speed * max(0.0, grace_period_s - STOP_MARGIN_S)
+    detail = (
+        f"{address} keeps conditions; {speed / 2**20:.0f} MiB/s up; a grace period of "
+        f"{grace_period_s:g} s is enough for {fitting_bytes / 2**30:.1f} GiB of state, and where "
+        "there is more, for the checkpoint before"
+    )
+    return Finding("bucket", "warning" if fitting_bytes < 2**30 else "good", detail)
 
 
 def examine_server(_store: Path, _grace_period_s: float) -> Finding:

@@ -15,7 +15,7 @@ STORE_OPTION = click.option(
     envvar="HOLDFAST_STORE",
     show_default=True,
     show_envvar=True,
-    help="Folder that holds all runs, as a path or file:///path.",
+    help="Folder that holds all runs, as a path or file:///path, or s3://bucket/prefix, gs://…, az://….",
 )
 TIME_LIMIT_OPTION = click.option(
     "--time-limit-s",

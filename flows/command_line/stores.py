@@ -7,10 +7,18 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from holdfast.tasks.preflight import store_path
 from holdfast.training.configuration.loading import nearest
 from holdfast.training.errors import InputError, StorageError
 from holdfast.training.runs.directory import RunDirectory
 from holdfast.training.runs.shown_text import shown
+from holdfast.training.tiers.scratch import (
+    address_of,
+    parsed_store,
+    tier_folder,
+    told_store,
+)
+from holdfast.training.tiers.viewing import refresh_view
 
 logger = logging.getLogger(__name__)
 
@@ -73,11 +81,35 @@ def find_run(store: Path, reference: str) -> RunDirectory:
     if found:
         names = ", ".join(full_name(run) for run in found)
         raise InputError(f"run {reference!r} is ambiguous: {names}; name one of them in full")
+    told = told_store(store)
     if not runs:
-        raise InputError(f"store {store} has no runs; start one with: holdfast run digits")
+        raise InputError(f"store {told} has no runs; start one with: holdfast run digits")
     raise InputError(
-        f"store {store} has no run {reference!r}; {nearest(reference, map(full_name, runs[:20]))}"
+        f"store {told} has no run {reference!r}; {nearest(reference, map(full_name, runs[:20]))}"
     )
+
+
+def reading_store(store: str, reference: str | None = None, *, is_whole: bool = False) -> Path:
+    """The folder in which a store's runs can be read, as they are now.
+
+    Args:
+        store: a path or an address.
+        reference: the run that is asked for; of a bucket, the others are not read then.
+        is_whole: of a bucket, whether all files are wanted, and not the records alone.
+
+    Raises InputError or StorageError.
+    """
+    address = parsed_store(store)
+    if address is None:
+        return store_path(store)
+    return refresh_view(address, reference, is_whole=is_whole)
+
+
+def written_store(run: RunDirectory) -> Path:
+    """The folder in which a run that was found is written: of a bucket, not where it is read."""
+    store = run.path.absolute().parent.parent
+    address = address_of(store)
+    return store if address is None else tier_folder(address, "work")
 
 
 def full_name(run: RunDirectory) -> str:

@@ -46,6 +46,8 @@ from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.directory import RunDirectory
 from holdfast.training.runs.run_ids import fill_run_id
 from holdfast.training.runs.shown_text import ShownFormatter, shown
+from holdfast.training.tiers.scratch import parsed_store
+from holdfast.training.tiers.viewing import refresh_view
 
 logger = logging.getLogger("holdfast.rescue")
 
@@ -209,15 +211,21 @@ class Rescuer:
 
 
 def run_of(flow_run: FlowRun) -> RunDirectory | None:
-    """The run directory that a flow run works in; None where its parameters don't tell."""
+    """The run directory that a flow run works in; None where its parameters don't tell.
+
+    Of a bucket, what can be read of it now. Raises StorageError where that does not answer.
+    """
     told = flow_run.parameters
     try:
         experiment, store, template = (told[key] for key in ("experiment", "store", "run_id"))
         name = experiment_name(str(experiment))
         start = flow_run.expected_start_time or datetime.now(UTC)
         run_id = fill_run_id(str(template), experiment=name, start=start, flow_run=str(flow_run.id))
+        address = parsed_store(str(store))
     except (KeyError, InputError):
         return None
+    if address is not None:
+        return RunDirectory(refresh_view(address, f"{name}/{run_id}") / name / run_id)
     path = Path(str(store).removeprefix("file://"))
     is_path = path.is_absolute() and "\0" not in f"{path}{name}"
     return RunDirectory(path / name / run_id) if is_path else None

@@ -32,6 +32,8 @@ from holdfast.tasks.engine_lease import (
 )
 from holdfast.tasks.job import Job
 from holdfast.training.errors import LeaseHeldError, LeaseLostError
+from holdfast.training.tiers.replica import kept_up, opened_replica
+from holdfast.training.tiers.viewing import viewed
 
 # Time enough for the lease of an engine that vanished to run out.
 ACQUIRE_WAIT_S = ENGINE_TTL_S + 5.0
@@ -54,8 +56,11 @@ def attempt(job: Job) -> Iterator[None]:
     ours = current_attempt() if deployment.id else None
     flow_run_id, run_count = (ours.flow_run_id, ours.run_count) if ours else (flow_run.id or "", 0)
     try:
-        with engine_lease(job.run, str(flow_run_id), run_count, wait_s=_wait_s(ours)):
-            with _handed_over_at_a_stop(ours, logger):
+        with (
+            opened_replica(job.run, wait_s=_wait_s(ours), tell=logger.warning) as replica,
+            engine_lease(job.run, str(flow_run_id), run_count, wait_s=_wait_s(ours)),
+        ):
+            with _handed_over_at_a_stop(ours, logger), kept_up(replica):
                 yield
             require_engine_is_here(job.run)
     except LeaseLostError as error:
@@ -94,5 +99,5 @@ def _wait_s(ours: FlowRunAttempt | None) -> float:
 
 
 def _is_same_flow_run(job: Job, ours: FlowRunAttempt) -> bool:
-    engine = read_engine(job.run)
+    engine = read_engine(viewed(job.run))
     return engine is not None and engine[1].flow_run_id == str(ours.flow_run_id)

@@ -17,6 +17,7 @@ from holdfast.training.errors import (
     InputError,
     StorageError,
 )
+from holdfast.training.tiers.scratch import told_path, told_store
 
 
 def job(tmp_path: Path, **changes: object) -> Job:
@@ -67,8 +68,23 @@ def test_a_store_without_permission_is_a_storage_error(tmp_path: Path) -> None:
 def test_a_store_is_a_path_or_a_file_uri() -> None:
     assert store_path("file:///mnt/my%20runs") == Path("/mnt/my runs")
     assert store_path("runs") == Path.cwd() / "runs"
-    with pytest.raises(InputError, match="s3://"):
-        store_path("s3://bucket/runs")
+    with pytest.raises(InputError, match="hdfs://"):
+        store_path("hdfs://host/runs")
+
+
+def test_a_bucket_is_a_folder_of_the_scratch_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    folder = store_path("s3://bucket/runs/")
+    assert folder.is_relative_to(tmp_path / "scratch")
+    assert folder == store_path("s3://bucket/runs")
+    assert folder != store_path("s3://bucket/other")
+    assert told_store(folder) == "s3://bucket/runs"
+    assert told_path(folder / "digits" / "one" / "bundle") == "s3://bucket/runs/digits/one/bundle"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:2")
+    assert folder != store_path("s3://bucket/runs")  # another server's bucket of the same name
 
 
 def test_a_file_is_no_store(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from holdfast.training.bundles import consumer
 from holdfast.training.bundles.pull import pull
 from holdfast.training.bundles.registry import BundleReference, Registry
-from holdfast.training.bundles.sources import BundleSource, FolderSource
+from holdfast.training.bundles.sources import BundleSource
 from holdfast.training.errors import BundleError, HoldfastError, InputError
 from holdfast.training.runs.shown_text import shown
 
@@ -122,9 +122,9 @@ def _run_pull(options: argparse.Namespace) -> None:
 def _locate(store: str, reference: BundleReference) -> tuple[int, BundleSource]:
     """The version that a reference means, and where it is pulled from: a folder or a URL."""
     if not is_url(store):
-        registry = Registry(Path(store))
+        registry = _registry(Path(store))
         version = registry.resolve(reference)
-        return version, FolderSource(registry.bundle(reference.name, version))
+        return version, registry.source(reference.name, version)
     try:
         from holdfast.training.bundles.http_store import HttpStore
     except ModuleNotFoundError as error:
@@ -135,6 +135,15 @@ def _locate(store: str, reference: BundleReference) -> tuple[int, BundleSource]:
     remote = HttpStore(store)
     version = remote.resolve(reference)
     return version, remote.source(reference.name, version)
+
+
+def _registry(store: Path) -> Registry:
+    """The registry of a store; one in a bucket needs more than the standard library."""
+    if not (store / ".store-address.json").exists():
+        return Registry(store)
+    from holdfast.training.bundles.bucket_registry import open_registry
+
+    return open_registry(store)
 
 
 def is_url(store: str) -> bool:
@@ -160,7 +169,7 @@ def _run_predict(options: argparse.Namespace) -> None:
 
 
 def _run_bundles(options: argparse.Namespace) -> None:
-    registry = Registry(options.store)
+    registry = _registry(Path(options.store))
     names = [options.name] if options.name else registry.names()
     described = [entry for name in names for entry in _described(registry, name)]
     if options.name and not described:
@@ -169,7 +178,7 @@ def _run_bundles(options: argparse.Namespace) -> None:
         print(json.dumps(described, indent=2, sort_keys=True))
         return
     if not described:
-        print(f"no bundles in {registry.folder}", file=sys.stderr)
+        print(f"no bundles in {registry}", file=sys.stderr)
     for entry in described:
         print(shown(_line(entry)))
     if options.name:
@@ -209,8 +218,8 @@ def _versions(
     described: list[dict[str, Any]] = []
     for version in versions:
         try:
-            manifest = consumer.read_manifest(registry.bundle(name, version))
-        except consumer.RefusedBundleError as error:
+            manifest = registry.manifest(name, version)
+        except BundleError as error:
             described.append({"error": str(error), "name": name, "version": version})
             continue
         metrics = manifest["champion"]["test_metrics"]

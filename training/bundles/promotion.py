@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from holdfast.training.averages.ensemble import experiment_of
 from holdfast.training.bundles import consumer
+from holdfast.training.bundles.bucket_registry import open_registry
 from holdfast.training.bundles.registry import DEFAULT_ALIAS, Registry
 from holdfast.training.bundles.summary import PROMOTION, promotion_fields
 from holdfast.training.champion.bootstrap import resampled_metrics
@@ -94,7 +95,7 @@ def run_promotion(stage: Stage) -> StageOutcome:
     if not stage.run.bundle.is_dir():
         raise ExportError(f"run {stage.run.path.name} has no bundle; export it first")
     restore_experiment(stage.experiment, experiment_checkpoint(stage.run))
-    registry = Registry(stage.arguments.store.absolute())
+    registry = open_registry(stage.arguments.store.absolute())
     with stage.writing() as lease:
         bundle = registry.publish(stage.run.bundle)
         assert bundle[0] == experiment_name(stage.arguments.experiment)
@@ -146,7 +147,7 @@ def promote(
             if obstacle := _obstacle(*bundles, alias):
                 reason = (
                     f"version {holder.version} held it, and {obstacle}, move the alias by hand "
-                    f"with holdfast alias {name}@{version} {alias} --store {registry.folder.parent}"
+                    f"with holdfast alias {name}@{version} {alias} --store {registry.told_store}"
                 )
                 return PromotionDecision(name, version, alias, False, reason)
             found = compare_bundles(*bundles, experiment, config)

@@ -21,10 +21,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from holdfast.training.bundles import consumer
-from holdfast.training.bundles.sources import FolderSource
+from holdfast.training.bundles.sources import BundleSource, FolderSource
 from holdfast.training.errors import BundleError, DataFormatError, InputError, StorageError
 from holdfast.training.runs.durable_json import (
     FULL_ERRNOS,
@@ -34,6 +34,9 @@ from holdfast.training.runs.durable_json import (
 )
 from holdfast.training.runs.paths import checked_store
 from holdfast.training.runs.stored_json import Kinds, read_json, required_fields
+
+if TYPE_CHECKING:
+    from holdfast.training.configuration.schema import Json
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 NUMBER = re.compile(r"[0-9]{6}|[1-9][0-9]{6,14}")
@@ -59,7 +62,7 @@ class BundleReference:
         """Raises InputError for a name or alias that could be a path."""
         name, _, which = text.partition("@")
         which = which or DEFAULT_ALIAS
-        _checked_name(name), _checked_name(which)
+        checked_name(name), checked_name(which)
         if which.isdecimal():
             return cls(name, version=int(which))
         return cls(name, alias=which)
@@ -69,7 +72,7 @@ def checked_alias(text: str) -> str:
     """Raises InputError for an alias that could be a path, or would be taken for a version."""
     if text.isdecimal():
         raise InputError(f"alias {text!r} would be taken for a version; choose a word")
-    return _checked_name(text)
+    return checked_name(text)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,14 @@ class Registry:
     def __init__(self, store: Path) -> None:
         self.folder = checked_store(store) / REGISTRY
 
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def told_store(self) -> str:
+        """How the store is named to people and on the command line."""
+        return str(self.folder.parent)
+
     def names(self) -> list[str]:
         """Names that have at least one version. Raises StorageError."""
         found = [name for name in _listed(self.folder) if NAME.fullmatch(name)]
@@ -101,11 +112,22 @@ class Registry:
 
     def versions(self, name: str) -> list[int]:
         """Published versions, ascending. Raises StorageError."""
-        return _numbers(self.folder / _checked_name(name) / "versions")
+        return _numbers(self.folder / checked_name(name) / "versions")
 
     def bundle(self, name: str, version: int) -> Path:
         """The folder of a version, whether it is there or not."""
-        return self.folder / _checked_name(name) / "versions" / numbered(version)
+        return self.folder / checked_name(name) / "versions" / numbered(version)
+
+    def manifest(self, name: str, version: int) -> dict[str, Any]:
+        """The manifest of a version. Raises BundleError where it is altered."""
+        try:
+            return consumer.read_manifest(self.bundle(name, version))
+        except consumer.RefusedBundleError as error:
+            raise BundleError(str(error)) from error
+
+    def source(self, name: str, version: int) -> BundleSource:
+        """Where a version is pulled from."""
+        return FolderSource(self.bundle(name, version))
 
     def publish(self, source: Path) -> tuple[str, int]:
         """Copy a verified bundle in under its name; the name and its new version.
@@ -115,14 +137,9 @@ class Registry:
         verified; before that there is none. Raises BundleError if ``source`` does not verify, or
         StorageError.
         """
-        manifest = _verified(source)
-        FolderSource(source).refuse_additions(manifest)  # a partial pull verifies, too
-        name = _checked_name(manifest["name"])
-        for version in self.versions(name):
-            with suppress(BundleError):  # an odd version is no fault of this one
-                known = _verified_manifest(self.bundle(name, version))
-                if _lasting(known) == _lasting(manifest):
-                    return name, version
+        manifest, name, known = self._publishable(source)
+        if known is not None:
+            return name, known
         versions = self.folder / name / "versions"
         staging = versions / f".{secrets.token_hex(6)}.partial"
         try:
@@ -152,7 +169,7 @@ class Registry:
 
     def alias_names(self, name: str) -> list[str]:
         """Aliases that were ever set. Raises StorageError."""
-        folder = self.folder / _checked_name(name) / "aliases"
+        folder = self.folder / checked_name(name) / "aliases"
         return [alias for alias in _listed(folder) if NAME.fullmatch(alias)]
 
     def aliases(self, name: str) -> dict[str, int]:
@@ -177,14 +194,7 @@ class Registry:
         except OSError as error:
             raise storage_error("make the folder", folder, error) from error
         number = 1 if after is None else after.number + 1
-        return create_json_durably(
-            folder / f"{numbered(number)}.json",
-            {
-                "moved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "reason": reason,
-                "version": version,
-            },
-        )
+        return create_json_durably(folder / f"{numbered(number)}.json", new_move(version, reason))
 
     def point_alias(self, name: str, alias: str, version: int, reason: str) -> None:
         """Let an alias stand for a version, wherever it stands now; no move where it does already.
@@ -205,7 +215,7 @@ class Registry:
         if not versions:
             known = ", ".join(self.names()) or "none"
             raise InputError(
-                f"{self.folder} has no bundle {reference.name!r}; it has: {known}"
+                f"{self} has no bundle {reference.name!r}; it has: {known}"
             )  # fmt: skip
         if reference.alias is not None:
             aliases = self.aliases(reference.name)
@@ -221,6 +231,20 @@ class Registry:
                 f"{reference.name} has no version {reference.version}; it has {versions}"
             )
         return reference.version
+
+    def _publishable(self, source: Path) -> tuple[dict[str, Any], str, int | None]:
+        """The manifest of what is to be published, its name, and the version that it has already.
+
+        Raises BundleError where it does not verify.
+        """
+        manifest = _verified(source)
+        FolderSource(source).refuse_additions(manifest)  # a partial pull verifies, too
+        name = checked_name(manifest["name"])
+        for version in self.versions(name):
+            with suppress(BundleError):  # an odd version is no fault of this one
+                if _lasting(self.manifest(name, version)) == _lasting(manifest):
+                    return manifest, name, version
+        return manifest, name, None
 
     def _move_into_place(self, name: str, staging: Path) -> int:
         for _ in range(MAX_ATTEMPTS):
@@ -238,10 +262,20 @@ class Registry:
         raise BundleError(f"{MAX_ATTEMPTS} others published {name} at the same time; try again")
 
     def _alias_folder(self, name: str, alias: str) -> Path:
-        return self.folder / _checked_name(name) / "aliases" / _checked_name(alias)
+        return self.folder / checked_name(name) / "aliases" / checked_name(alias)
 
 
-def _checked_name(name: str) -> str:
+def new_move(version: int, reason: str) -> dict[str, Json]:
+    """What is written of a move that happens now."""
+    return {
+        "moved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "reason": reason,
+        "version": version,
+    }
+
+
+def checked_name(name: str) -> str:
+    """The name, if it can be a bundle's or an alias's. Raises InputError."""
     if not NAME.fullmatch(name):
         raise InputError(
             f"{name!r} is no name of a bundle or alias; expected letters, digits, '.', '_', '-', "
@@ -275,12 +309,18 @@ def _numbers(folder: Path, suffix: str = "") -> list[int]:
     return [number for number in numbers if number > 0]
 
 
+def parse_move(value: Json, number: int, path: Path | str) -> AliasMove:
+    """The move that was read from ``path``. Raises DataFormatError."""
+    content = required_fields(value, path, MOVE)
+    if content["version"] < 1 or content.keys() != MOVE.keys():
+        raise DataFormatError(f"{path} names version {content['version']!r:.40}")
+    return AliasMove(number=number, **content)
+
+
 def _read_move(folder: Path, number: int) -> AliasMove:
     path = folder / f"{numbered(number)}.json"
     try:
-        content = required_fields(read_json(path), path, MOVE)
-        if content["version"] < 1 or content.keys() != MOVE.keys():
-            raise DataFormatError(f"{path} names version {content['version']!r:.40}")
+        return parse_move(read_json(path), number, path)
     except FileNotFoundError as error:
         raise StorageError(f"{path} was taken away while it was read; try again") from error
     except DataFormatError as error:
@@ -288,7 +328,6 @@ def _read_move(folder: Path, number: int) -> AliasMove:
             f"{path} is no position of an alias ({error}); move it away: the one before it holds "
             "then"
         ) from error
-    return AliasMove(number=number, **content)
 
 
 def _require_own(folder: Path) -> None:
@@ -317,13 +356,6 @@ def _verified(folder: Path) -> dict[str, Any]:
         return consumer.verify_files(folder)
     except consumer.RefusedBundleError as error:
         raise BundleError(str(error)) from error
-
-
-def _verified_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        return consumer.read_manifest(folder)
-    except consumer.RefusedBundleError as error:
-        raise BundleError(f"{folder}: {error}") from error
 
 
 def _clear_abandoned(versions: Path) -> None:

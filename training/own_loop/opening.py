@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Mapping
@@ -58,6 +59,7 @@ from holdfast.training.runs.segment_log import SegmentLog
 
 DEFAULTS: dict[str, Any] = {"ema": {"decays": []}}
 VALIDATING = ("train.steps_per_epoch", "checkpoint.weights_every_steps")
+ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/")
 OWN = (
     "data",
     "distributed",
@@ -98,6 +100,16 @@ class Opened:
         return self.config.seed
 
 
+def _store_folder(store: str) -> Path:
+    """The absolute path of the store. Raises InputError for a file, or an address."""
+    if ADDRESS.match(store):
+        raise InputError(
+            "the run of a script that keeps its own loop lies in a folder, not in a bucket: "
+            "name a folder as its store"
+        )
+    return checked_store(Path(store).absolute())
+
+
 def open_run(
     experiment: str,
     run_id: str,
@@ -113,7 +125,7 @@ def open_run(
     _require_one_process()
     if os.environ.get(IS_STRICT) == "1":
         be_strict()
-    folder = checked_store(Path(os.environ.get(STORE) or store).absolute())
+    folder = _store_folder(str(os.environ.get(STORE) or store))
     run_id = validate_run_id(os.environ.get(RUN_ID) or run_id)
     experiment = validate_run_id(os.environ.get(EXPERIMENT) or experiment)
     run = RunDirectory(folder / experiment / run_id)

@@ -7,9 +7,8 @@ from pathlib import Path
 import click
 
 from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
-from holdfast.flows.command_line.stores import find_run
+from holdfast.flows.command_line.stores import find_run, reading_store
 from holdfast.flows.command_line.training_commands import call_training
-from holdfast.tasks.preflight import store_path
 from holdfast.training.beginnings.commands import CONVERT_EXIT_CODES
 from holdfast.training.checkpointing.commands import (
     DIFF_EXIT_CODES,
@@ -95,7 +94,10 @@ def convert(file: Path, to: Path | None, entry: str | None, is_json: bool) -> in
 
 
 def _call(name: str, references: list[str], store: str, is_json: bool) -> int:
-    places = [str(_place(store_path(store), reference)) for reference in references]
+    places = [
+        str(_place(reading_store(store, reference, is_whole=name != "list"), reference))
+        for reference in references
+    ]
     return call_training(["checkpoints", name, *(["--json"] if is_json else []), "--", *places])
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import click
 
 from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
-from holdfast.flows.command_line.stores import find_run
+from holdfast.flows.command_line.stores import find_run, reading_store
 from holdfast.flows.command_line.training_commands import call_training, run_arguments
-from holdfast.tasks.preflight import store_path
 from holdfast.training.beginnings.commands import AT_HELP, SCORE_EXIT_CODES
 from holdfast.training.configuration.option import SET_OPTION
 
@@ -44,5 +43,7 @@ Examples:
 @JSON_OPTION
 def command(run: str, at: str, overrides: tuple[str, ...], store: str, is_json: bool) -> int:
     """Score."""
-    arguments = run_arguments(find_run(store_path(store), run), overrides, is_json=is_json)
+    arguments = run_arguments(
+        find_run(reading_store(store, run, is_whole=True), run), overrides, is_json=is_json
+    )
     return call_training(["score", *arguments, "--step", at])

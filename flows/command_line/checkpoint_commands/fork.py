@@ -12,6 +12,8 @@ from holdfast.flows.command_line.training_commands import call_training, run_arg
 from holdfast.tasks.preflight import store_path
 from holdfast.training.beginnings.commands import AT_HELP, FORK_EXIT_CODES
 from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
+from holdfast.training.errors import InputError
+from holdfast.training.tiers.scratch import parsed_store
 
 HELP = """Begin a new run, NEW_ID, with the full state of a checkpoint of RUN.
 
@@ -54,6 +56,10 @@ def command(
     is_json: bool,
 ) -> int:
     """Fork."""
+    if parsed_store(store) is not None:
+        raise InputError(
+            "a run in a bucket cannot be forked yet: fork it in a folder, and see docs/buckets.md"
+        )
     arguments = run_arguments(find_run(store_path(store), run), overrides, is_json=is_json)
     if config_file is not None:
         arguments += ["--config", str(config_file)]

@@ -6,7 +6,8 @@ import click
 
 from holdfast.flows.command_line.options import EXIT_CODES, STORE_OPTION
 from holdfast.tasks.preflight import store_path
-from holdfast.training.bundles.registry import BundleReference, Registry, checked_alias
+from holdfast.training.bundles.bucket_registry import open_registry
+from holdfast.training.bundles.registry import BundleReference, checked_alias
 
 HELP = """Let an alias of a bundle stand for one of its versions, whatever it stood for.
 
@@ -32,7 +33,7 @@ Examples:
 @STORE_OPTION
 def command(bundle: str, alias: str, reason: str, store: str) -> None:
     """Move it."""
-    registry = Registry(store_path(store))
+    registry = open_registry(store_path(store))
     wanted = BundleReference.parse(bundle)
     version = registry.resolve(wanted)
     registry.point_alias(wanted.name, checked_alias(alias), version, reason)

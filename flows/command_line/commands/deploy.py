@@ -16,6 +16,7 @@ from holdfast.flows.fleet.work_pools import ensure_pool
 from holdfast.tasks.preflight import store_path
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import python_command
+from holdfast.training.tiers.scratch import told_store
 
 KINDS = ("process", "docker", "kubernetes")
 # A server that was started a moment ago migrates its database first.
@@ -82,7 +83,7 @@ def command(pool: str, kind: str, store: str, definitions: Path, notify_url: str
         require_server(SERVER_START_S)
     is_new = ensure_pool(pool, kind, definitions / "pools" / f"{kind}.json")
     click.echo(f"work pool {pool} ({kind}): {'made' if is_new else 'is there'}")
-    _prefect_deploy(deployments, pool, str(store_path(store)))
+    _prefect_deploy(deployments, pool, told_store(store_path(store)))
     click.echo("deployed: training-pipeline/on-demand, training-pipeline/nightly")
     if notify_url is not None:
         for name in notify(notify_url):

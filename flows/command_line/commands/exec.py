@@ -10,8 +10,10 @@ import click
 from holdfast.flows.command_line.options import STRICT_OPTION
 from holdfast.tasks.limits import Limits
 from holdfast.tasks.script import ScriptRunner, script_command
+from holdfast.training.errors import InputError
 from holdfast.training.exactness.reproducibility import child_environment, default_num_threads
 from holdfast.training.own_loop.environment import ALLOW_MISMATCH, IS_STRICT, RUN_ID, STORE
+from holdfast.training.storage.address import is_address
 
 HELP = """Start a training script of your own, and start it again until it has completed.
 
@@ -66,7 +68,7 @@ def command(  # one per option
     """Start it."""
     command_line = script_command(script, sys.executable)
     asked = {
-        STORE: str(Path(store).absolute()) if store else None,
+        STORE: _folder(store) if store else None,
         RUN_ID: run_id,
         IS_STRICT: "1" if is_strict else None,
         ALLOW_MISMATCH: "1" if is_mismatch_allowed else None,
@@ -77,3 +79,12 @@ def command(  # one per option
     return ScriptRunner(
         command_line, environment, limits, lambda line: click.echo(line, err=True)
     ).run()
+
+
+def _folder(store: str) -> str:
+    if is_address(store):
+        raise InputError(
+            "the run of a script that keeps its own loop lies in a folder, not in a bucket: "
+            "name one with --store"
+        )
+    return str(Path(store).absolute())

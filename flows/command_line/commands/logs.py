@@ -9,12 +9,13 @@ from pathlib import Path
 import click
 
 from holdfast.flows.command_line.options import EXIT_CODES, STORE_OPTION
-from holdfast.flows.command_line.stores import find_run
-from holdfast.tasks.preflight import store_path
+from holdfast.flows.command_line.stores import find_run, reading_store
 from holdfast.training.errors import InputError
 from holdfast.training.runs.directory import RunDirectory, next_segment_number, read_segments
 from holdfast.training.runs.lease import read_lease
 from holdfast.training.runs.segment_log import log_path
+from holdfast.training.tiers.scratch import told_path
+from holdfast.training.tiers.viewing import viewed
 
 LOOK_EVERY_S = 0.5
 
@@ -39,14 +40,17 @@ Examples:
 @STORE_OPTION
 def command(run: str, segment: int | None, should_follow: bool, store: str) -> None:
     """Show."""
-    directory = find_run(store_path(store), run)
+    directory = find_run(reading_store(store, run), run)
     number = segment or next_segment_number(directory) - 1
     path = log_path(directory.logs, number)
     if not path.is_file() and not should_follow:
-        raise InputError(f"{directory.path} has no log of segment {number}; {_known(directory)}")
+        raise InputError(
+            f"{told_path(directory.path)} has no log of segment {number}; {_known(directory)}"
+        )
     reader = _Reader(path)
     reader.show()
     while should_follow:
+        viewed(directory)
         is_over = not _is_written(directory)
         reader.show()
         newest = next_segment_number(directory) - 1

@@ -7,11 +7,11 @@ import subprocess
 import click
 
 from holdfast.flows.command_line.options import STORE_OPTION
-from holdfast.flows.command_line.stores import find_run
+from holdfast.flows.command_line.stores import find_run, reading_store, written_store
 from holdfast.tasks.job import Job, code_here
-from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import experiment_reference
 from holdfast.training.exactness.reproducibility import python_command
+from holdfast.training.tiers.replica import kept_up, opened_replica
 
 HELP = """Publish a run's bundle; it takes the alias champion if it is not worse than the holder.
 
@@ -38,13 +38,13 @@ Examples:
 @STORE_OPTION
 def command(run: str, store: str) -> int:
     """Promote it."""
-    directory = find_run(store_path(store), run)
+    directory = find_run(reading_store(store, run), run)
     asked = Job(
         experiment=experiment_reference(directory),
-        store=directory.path.absolute().parent.parent,
+        store=written_store(directory),
         run_id=directory.path.name,
     )
-    with code_here(asked) as job:
+    with opened_replica(asked.run) as replica, kept_up(replica), code_here(asked) as job:
         argv = python_command("holdfast.training", "promote", "--resume", "--again")
         argv += ["--experiment", job.experiment, "--run-id", job.run_id]
         argv += ["--store", str(job.store)]

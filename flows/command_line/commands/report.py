@@ -10,11 +10,11 @@ from contextlib import nullcontext
 import click
 
 from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
-from holdfast.flows.command_line.stores import find_run
+from holdfast.flows.command_line.stores import find_run, reading_store, written_store
 from holdfast.tasks.child import StageCommand
 from holdfast.tasks.job import Job, code_here
-from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import experiment_reference
+from holdfast.training.tiers.replica import kept_up, opened_replica
 
 HELP = """Write a run's report again, and say where it is.
 
@@ -38,18 +38,19 @@ Examples:
 @JSON_OPTION
 def command(run: str, store: str, is_json: bool) -> int:
     """Write it."""
-    directory = find_run(store_path(store), run)
+    directory = find_run(reading_store(store, run), run)
     asked = Job(
         experiment=experiment_reference(directory),
-        store=directory.path.absolute().parent.parent,
+        store=written_store(directory),
         run_id=directory.path.name,
         is_resume=True,
     )
     # What a script has to say stands in its run: nothing of it is run.
-    with nullcontext(asked) if asked.is_script else code_here(asked) as job:
+    code = nullcontext(asked) if asked.is_script else code_here(asked)
+    with opened_replica(asked.run) as replica, kept_up(replica), code as job:
         argv = StageCommand("report", job).argv()
         written = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=sys.stderr, check=False)
     if written.returncode == 0:
-        path = str(directory.report_html.absolute())
+        path = str(job.run.report_html.absolute())
         click.echo(json.dumps({"report": path}) if is_json else path)
     return written.returncode

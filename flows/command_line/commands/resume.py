@@ -11,9 +11,8 @@ from holdfast.flows.command_line.options import (
     STORE_OPTION,
     STRICT_OPTION,
 )
-from holdfast.flows.command_line.stores import find_run
+from holdfast.flows.command_line.stores import find_run, reading_store, written_store
 from holdfast.tasks.job import Job
-from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import experiment_reference
 
 HELP = """Go on with a run that was stopped or failed.
@@ -43,10 +42,10 @@ def command(
     run: str, overrides: tuple[str, ...], store: str, is_strict: bool, is_json: bool
 ) -> int:
     """Go on."""
-    directory = find_run(store_path(store), run)
+    directory = find_run(reading_store(store, run), run)
     job = Job(
         experiment=experiment_reference(directory),
-        store=directory.path.absolute().parent.parent,
+        store=written_store(directory),
         run_id=directory.path.name,
         overrides=overrides,
         is_resume=True,

@@ -33,6 +33,7 @@ from holdfast.training.errors import InputError
 from holdfast.training.experiment.loading import experiment_name, is_script, script_path
 from holdfast.training.runs.run_ids import DEFAULT_TEMPLATE, fill_run_id
 from holdfast.training.runs.shown_text import shown
+from holdfast.training.tiers.scratch import told_path, told_store
 
 HELP = """Train an experiment or a script, from seed to verified bundle.
 
@@ -120,7 +121,7 @@ def run_job(job: Job, *, is_json: bool) -> int:
     parameters = {
         "experiment": job.experiment,
         "run_id": job.run_id,
-        "store": str(job.store),
+        "store": told_store(job.store),
         "config_file": str(job.config_file) if job.config_file else None,
         "overrides": list(job.overrides),
         "is_resume": job.is_resume,
@@ -148,7 +149,7 @@ def _tell_how_to_go_on(job: Job, outcome: LocalOutcome) -> None:
     is_saved = outcome.exit_code == EXIT_PREEMPTED
     kept = "nothing is lost" if is_saved else "it was not saved, the last checkpoint counts"
     click.echo(f"stopped {where}; {kept}. To go on:", err=True)
-    click.echo(f"  {resume_command(job.run_id, job.store, DEFAULT_STORE)}", err=True)
+    click.echo(f"  {resume_command(job.run_id, told_store(job.store), DEFAULT_STORE)}", err=True)
 
 
 def _tell_result(result: dict[str, Any]) -> None:
@@ -185,7 +186,7 @@ def _lives(result: dict[str, Any]) -> str:
 def _as_json(job: Job, outcome: LocalOutcome) -> dict[str, Any]:
     return {
         "exit_code": outcome.exit_code,
-        "run": str(job.run.path),
+        "run": told_path(job.run.path),
         "step": outcome.step,
         "message": outcome.message,
         "result": outcome.result,

@@ -9,15 +9,15 @@ from typing import Any
 import click
 
 from holdfast.flows.command_line.options import EXIT_CODES, JSON_OPTION, STORE_OPTION
-from holdfast.flows.command_line.stores import find_run, find_runs
+from holdfast.flows.command_line.stores import find_run, find_runs, full_name, reading_store
 from holdfast.tasks.engine_lease import engine_directory
-from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import RunSummary, script_command_line, summarize
 from holdfast.training.certificate.kept import KeptCertificate, read_certificate
 from holdfast.training.errors import HoldfastError
 from holdfast.training.runs.directory import RunDirectory, read_run_record
 from holdfast.training.runs.losses import compare_losses
 from holdfast.training.runs.shown_text import shown
+from holdfast.training.tiers.scratch import address_of, told_path, told_store
 
 HELP = """Show the runs of a store, or one run with all that is known of it.
 
@@ -37,7 +37,7 @@ Examples:
 @JSON_OPTION
 def command(run: str | None, store: str, is_json: bool) -> None:
     """Show."""
-    folder = store_path(store)
+    folder = reading_store(store, run)
     if run is not None:
         found = find_run(folder, run)
         summary, losses, certificate = summarize(found), compare_losses(found), _certificate(found)
@@ -58,7 +58,7 @@ def command(run: str | None, store: str, is_json: bool) -> None:
         _print_table(rows)
     else:
         state = "has no runs" if folder.is_dir() else "does not exist"
-        click.echo(f"store {folder} {state} yet; start one with: holdfast run digits")
+        click.echo(f"store {told_store(folder)} {state} yet; start one with: holdfast run digits")
 
 
 def _row(run: RunDirectory) -> dict[str, Any]:
@@ -67,7 +67,12 @@ def _row(run: RunDirectory) -> dict[str, Any]:
         return summarize(run).as_json()
     except HoldfastError as error:
         name = f"{run.path.parent.name}/{run.path.name}"
-        return {"name": name, "path": str(run.path), "state": "unreadable", "error": str(error)}
+        return {
+            "name": name,
+            "path": told_path(run.path),
+            "state": "unreadable",
+            "error": str(error),
+        }
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -98,9 +103,12 @@ def _go_on(run: RunDirectory) -> str:
     except FileNotFoundError:
         script = None
     was_in_flow = engine_directory(run).path.is_dir()
-    if script is None or was_in_flow:
+    if script is not None and not was_in_flow:
+        return script_command_line(script)
+    store = run.path.parent.parent
+    if address_of(store) is None:
         return f"holdfast resume {run.path}"
-    return script_command_line(script)
+    return f"holdfast resume {full_name(run)} --store {told_store(store)}"
 
 
 def _certificate(run: RunDirectory) -> KeptCertificate | None:

@@ -7,9 +7,10 @@ from dataclasses import asdict
 
 import click
 
-from holdfast.flows.command_line.examinations import EXAMINATIONS, Finding
+from holdfast.flows.command_line.examinations import EXAMINATIONS, Finding, examine_bucket
 from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
 from holdfast.tasks.preflight import store_path
+from holdfast.training.tiers.scratch import address_of
 
 HELP = """Check that this machine is fit to train, and say what to do where it is not.
 
@@ -43,7 +44,8 @@ def command(store: str, grace_period_s: float, is_json: bool) -> int:
     """Examine."""
     folder = store_path(store)
     findings: list[Finding] = []
-    for examine in EXAMINATIONS:
+    is_bucket = address_of(folder) is not None
+    for examine in (*EXAMINATIONS, examine_bucket) if is_bucket else EXAMINATIONS:
         found = examine(folder, grace_period_s)
         findings.append(found)
         if not is_json:
