@@ -89,20 +89,23 @@ def find_run(store: Path, reference: str) -> RunDirectory:
     )
 
 
-def reading_store(store: str, reference: str | None = None, *, is_whole: bool = False) -> Path:
+def reading_store(
+    store: str, reference: str | None = None, *, is_whole: bool = False, is_fresh: bool = False
+) -> Path:
     """The folder in which a store's runs can be read, as they are now.
 
     Args:
         store: a path or an address.
         reference: the run that is asked for; of a bucket, the others are not read then.
         is_whole: of a bucket, whether all files are wanted, and not the records alone.
+        is_fresh: of a bucket, read every byte again.
 
     Raises InputError or StorageError.
     """
     address = parsed_store(store)
     if address is None:
         return store_path(store)
-    return refresh_view(address, reference, is_whole=is_whole)
+    return refresh_view(address, reference, is_whole=is_whole, is_fresh=is_fresh)
 
 
 def written_store(run: RunDirectory) -> Path:

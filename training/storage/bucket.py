@@ -14,7 +14,12 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    GenericError,
+    PreconditionError,
+)
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from holdfast.training.errors import InputError, StorageError
@@ -38,6 +43,7 @@ BULK_TIMEOUT_S = 120.0
 RETRY_S = 30.0
 RETRY_BULK_S = 180.0
 MAX_RETRIES = 10
+MAX_UNANSWERED = 3
 PARTS_AT_ONCE = 8
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
@@ -93,6 +99,19 @@ class Bucket:
 
     def put(self, key: str, content: bytes, expected: Expected) -> str | None:
         """As ``ObjectStore.put``."""
+        for attempt in range(1, MAX_UNANSWERED + 1):
+            try:
+                tag = self._put_once(key, content, expected)
+            except HAPPENS_AGAIN as error:
+                is_settled, tag = self._after_no_answer(key, content, expected)
+                if not is_settled:
+                    if attempt < MAX_UNANSWERED and type(error) is GenericError:
+                        continue  # a write on a condition is not tried again by the client
+                    self._refuse(error, "write", key)
+            return tag
+        raise AssertionError
+
+    def _put_once(self, key: str, content: bytes, expected: Expected) -> str | None:
         mode: Any = "overwrite"
         if expected == "absent":
             mode = "create"
@@ -105,13 +124,25 @@ class Bucket:
         except FileNotFoundError as error:  # a compare-and-swap of what is gone
             self._require_bucket(error, "write", key)
             return None
-        except HAPPENS_AGAIN as error:
-            failed = error
+
+    def _after_no_answer(
+        self, key: str, content: bytes, expected: Expected
+    ) -> tuple[bool, str | None]:
+        """Whether it is known what became of a write, and what ``put`` returns then.
+
+        One that still waits somewhere does no harm later: its condition will not hold any more.
+        """
         try:
-            tag = self._own_tag(key, content)  # the effect may be there without the answer
+            found = self.get(key)
         except StorageError:
-            tag = None
-        return tag if tag is not None else self._refuse(failed, "write", key)
+            return False, None
+        if found is not None and found.content == content:
+            return True, found.tag
+        if expected == "absent":
+            return found is not None, None
+        if isinstance(expected, Unchanged):
+            return found is None or found.tag != expected.tag, None
+        return False, None
 
     def upload(self, key: str, parts: Iterable[Bytes]) -> None:
         """As ``ObjectStore.upload``."""

@@ -156,7 +156,7 @@ class Replica:
             except LeaseLostError as error:
                 self._yield_to_winner(error)
                 return
-            except HoldfastError as error:
+            except (HoldfastError, OSError) as error:
                 self._tell_failure(error)
                 self._should_stop.wait(RETRY_S)
 
@@ -286,7 +286,7 @@ class Replica:
         for directory in (self._run, RunDirectory(self._run.path / ".engine")):
             _write_foreign_lease(directory, winner, self.head.head.ttl_s)
 
-    def _tell_failure(self, error: HoldfastError) -> None:
+    def _tell_failure(self, error: Exception) -> None:
         if not self._is_failing:
             self.tell(f"the store is behind, training goes on: {error}")
         self._is_failing = True

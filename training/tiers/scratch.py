@@ -63,9 +63,13 @@ def tier_folder(address: Address, tier: Tier) -> Path:
 def address_of(store: Path) -> Address | None:
     """The address of the store that a folder is a tier of; None for a folder that is a store.
 
+    Only what lies below the scratch folder is one: a store of a stranger leads nowhere else.
+
     Raises DataFormatError or StorageError where that cannot be read.
     """
     path = store / MARKER
+    if scratch_folder() not in path.absolute().parents:
+        return None
     try:
         told = required_fields(read_json(path, LIMITS), path, {"address": (str,)})
     except (FileNotFoundError, NotADirectoryError):

@@ -7,6 +7,7 @@ look is not read again.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +38,20 @@ LIMITS = Limits(max_bytes=2**14, max_depth=2)
 LONG_AGO_S = 1.0
 
 
-def refresh_view(address: Address, reference: str | None = None, *, is_whole: bool = False) -> Path:
+def refresh_view(
+    address: Address,
+    reference: str | None = None,
+    *,
+    is_whole: bool = False,
+    is_fresh: bool = False,
+) -> Path:
     """The store's runs as they are now, below a folder of this machine; returns that folder.
 
     Args:
         address: the store.
         reference: ``run_id`` or ``experiment/run_id`` of the runs that matter; None for all.
         is_whole: all files of the run, and not its records alone.
+        is_fresh: read every byte again, also what was read before.
 
     Raises StorageError where the bucket does not answer, InputError where there is none.
     """
@@ -58,6 +66,9 @@ def refresh_view(address: Address, reference: str | None = None, *, is_whole: bo
     ]
     if reference is None:
         _forget_others(root, names)
+    for listed in wanted if is_fresh else ():
+        shutil.rmtree(root / name_of(listed), ignore_errors=True)
+        shutil.rmtree(replica_folder(RunDirectory(root / name_of(listed))), ignore_errors=True)
     with ThreadPoolExecutor(RUNS_AT_ONCE, "holdfast-view") as pool:
         for future in [pool.submit(_refresh, store, root, head, is_whole) for head in wanted]:
             future.result()

@@ -94,8 +94,9 @@ def convert(file: Path, to: Path | None, entry: str | None, is_json: bool) -> in
 
 
 def _call(name: str, references: list[str], store: str, is_json: bool) -> int:
+    wanted = {"is_whole": name != "list", "is_fresh": name == "verify"}
     places = [
-        str(_place(reading_store(store, reference, is_whole=name != "list"), reference))
+        str(_place(reading_store(store, reference, **wanted), reference))
         for reference in references
     ]
     return call_training(["checkpoints", name, *(["--json"] if is_json else []), "--", *places])

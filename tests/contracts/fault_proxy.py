@@ -1,0 +1,159 @@
+"""Between a client and a server of objects: what a network and a busy server do to requests."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Literal
+
+Fault = Literal[
+    "none",
+    "503",
+    "429",
+    "reset",
+    "hang",
+    "ExpiredToken",
+    "RequestTimeTooSkewed",
+    "503 after",
+    "reset after",
+    "hang after",
+    "cut body",
+    "flipped bit",
+]
+"""``after``: the request has had its effect, and its answer is lost."""
+STATUS = {"503": "503 Slow Down", "429": "429 Too Many Requests"}
+HANG_S = 3600.0
+
+
+@dataclass
+class FaultProxy:
+    """Passes requests on to a port of this machine, each with the next fault of the plan.
+
+    Attributes:
+        plan: faults of the next requests that match; those after them have none.
+        method: only requests of this method are counted and hurt; empty for all.
+        for_ever: the fault of every matching request, once the plan is through.
+    """
+
+    upstream: int
+    plan: deque[Fault] = field(default_factory=deque)
+    method: str = ""
+    for_ever: Fault = "none"
+    port: int = 0
+    num_hurt: int = 0
+
+    def hurt(self, *faults: Fault, method: str = "", for_ever: Fault = "none") -> None:
+        self.plan, self.method, self.for_ever = deque(faults), method, for_ever
+        self.num_hurt = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            await self._answer(reader, writer)
+        writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = _content_length(head)
+        body = await reader.readexactly(length)
+        fault = self._next_fault(head.split(b" ", 1)[0].decode())
+        if fault == "hang":
+            await asyncio.sleep(HANG_S)
+        if fault == "reset":
+            writer.transport.abort()
+            return
+        if fault in ("503", "429", "ExpiredToken", "RequestTimeTooSkewed"):
+            writer.write(_refusal(fault))
+            await writer.drain()
+            return
+        answer = await self._passed_on(head, body)
+        await self._spoil(fault, answer, writer)
+
+    async def _spoil(self, fault: Fault, answer: bytes, writer: asyncio.StreamWriter) -> None:
+        head, _, body = answer.partition(b"\r\n\r\n")
+        if fault == "hang after":
+            await asyncio.sleep(HANG_S)
+        if fault == "reset after":
+            writer.transport.abort()
+            return
+        if fault == "503 after":
+            answer = _refusal("503")
+        elif fault == "cut body":
+            answer = answer[: len(head) + 4 + len(body) // 2]
+        elif fault == "flipped bit" and body:
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+            answer = head + b"\r\n\r\n" + body
+        writer.write(answer)
+        await writer.drain()
+
+    async def _passed_on(self, head: bytes, body: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.upstream)
+        writer.write(head + body)
+        await writer.drain()
+        answer = await reader.read(-1)  # the server ends each answer with the connection
+        writer.close()
+        return answer
+
+    def _next_fault(self, method: str) -> Fault:
+        if self.method not in ("", method):
+            return "none"
+        fault = self.plan.popleft() if self.plan else self.for_ever
+        self.num_hurt += fault != "none"
+        return fault
+
+
+def _content_length(head: bytes) -> int:
+    for line in head.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            return int(value)
+    return 0
+
+
+def _refusal(fault: str) -> bytes:
+    if fault in STATUS:
+        return (
+            f"HTTP/1.1 {STATUS[fault]}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
+        )
+    body = f"<Error><Code>{fault}</Code><Message>token=hunter2</Message></Error>"
+    status = "400 Bad Request" if fault == "ExpiredToken" else "403 Forbidden"
+    return (
+        f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
+    ).encode()
+
+
+@contextmanager
+def fault_proxy(upstream: int) -> Iterator[FaultProxy]:
+    """A proxy before a port of this machine while the block runs."""
+    proxy, loop, is_ready = FaultProxy(upstream), asyncio.new_event_loop(), threading.Event()
+
+    async def run() -> None:
+        server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=2**20)
+        proxy.port = server.sockets[0].getsockname()[1]
+        is_ready.set()
+        with suppress(asyncio.CancelledError):
+            await server.serve_forever()
+
+    def work() -> None:
+        asyncio.set_event_loop(loop)
+        main = loop.create_task(run())
+        tasks.append(main)
+        loop.run_until_complete(main)
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+
+    tasks: list[asyncio.Task[None]] = []
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    is_ready.wait(10)
+    try:
+        yield proxy
+    finally:
+        loop.call_soon_threadsafe(tasks[0].cancel)
+        thread.join(10)

@@ -1,0 +1,167 @@
+"""What a client gets when the way to the server, or the server, is bad. The server is moto."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from holdfast.training.errors import StorageError
+from holdfast.training.storage.address import parse_address
+from holdfast.training.storage.opening import open_store
+from holdfast.training.storage.protocol import PART_BYTES, ObjectStore, Unchanged
+from holdfast.training.tiers.transfer import download_file, upload_file
+from tests.contracts.fault_proxy import Fault, FaultProxy, fault_proxy
+from tests.contracts.object_servers import SECRET, make_bucket, moto
+
+bucket = pytest.importorskip("holdfast.training.storage.bucket", reason="no extra 'bucket'")
+pytest.importorskip("moto", reason="moto is not installed")
+PASSING: tuple[Fault, ...] = (
+    "503",
+    "429",
+    "reset",
+    "hang",
+    "503 after",
+    "reset after",
+    "hang after",
+)
+
+
+@pytest.fixture(scope="module")
+def ways() -> Iterator[tuple[ObjectStore, FaultProxy]]:
+    """A store, and the proxy on the way to it; one request takes a second at most."""
+    with moto() as environment, pytest.MonkeyPatch.context() as patch:
+        make_bucket(environment, "faults")
+        port = urlsplit(environment["AWS_ENDPOINT_URL"]).port
+        assert port is not None
+        with fault_proxy(port) as proxy:
+            environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            for name, seconds in (("SMALL_TIMEOUT_S", 1.5), ("BULK_TIMEOUT_S", 3.0)):
+                patch.setattr(bucket, name, seconds)
+            for name in ("RETRY_S", "RETRY_BULK_S"):
+                patch.setattr(bucket, name, 8.0)
+            yield open_store(parse_address("s3://faults/x")), proxy
+
+
+@pytest.fixture
+def way(ways: tuple[ObjectStore, FaultProxy]) -> Iterator[tuple[ObjectStore, FaultProxy]]:
+    yield ways
+    ways[1].hurt()
+
+
+def new_key() -> str:
+    return f"k/{secrets.token_hex(8)}"
+
+
+def nonce() -> bytes:
+    return secrets.token_bytes(16)
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_creation_happens_once_and_is_known_for_ours(
+    fault: Fault, way: tuple[ObjectStore, FaultProxy]
+) -> None:
+    store, proxy = way
+    key, content = new_key(), nonce()
+    proxy.hurt(fault, method="PUT")
+    tag = store.put(key, content, "absent")
+    assert proxy.num_hurt == 1
+    found = store.get(key)
+    assert found is not None
+    assert (found.content, found.tag) == (content, tag)
+    proxy.hurt(fault, method="PUT")
+    assert store.put(key, nonce(), "absent") is None
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_swap_happens_once_and_is_known_for_ours(
+    fault: Fault, way: tuple[ObjectStore, FaultProxy]
+) -> None:
+    store, proxy = way
+    key, content = new_key(), nonce()
+    first = store.put(key, nonce(), "absent")
+    assert first is not None
+    proxy.hurt(fault, method="PUT")
+    tag = store.put(key, content, Unchanged(first))
+    assert proxy.num_hurt == 1
+    found = store.get(key)
+    assert found is not None
+    assert (found.content, found.tag) == (content, tag)
+    proxy.hurt(fault, method="PUT")
+    assert store.put(key, nonce(), Unchanged(first)) is None
+
+
+@pytest.mark.parametrize("fault", ["503", "reset", "hang", "cut body"])
+def test_a_read_is_tried_again(fault: Fault, way: tuple[ObjectStore, FaultProxy]) -> None:
+    store, proxy = way
+    key, content = new_key(), secrets.token_bytes(300_000)
+    store.put(key, content, "any")
+    proxy.hurt(fault, method="GET")
+    found = store.get(key)
+    assert proxy.num_hurt == 1
+    assert found is not None
+    assert found.content == content
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST"])
+@pytest.mark.parametrize("fault", ["503", "reset", "503 after", "reset after"])
+def test_an_upload_is_tried_again(
+    method: str, fault: Fault, way: tuple[ObjectStore, FaultProxy]
+) -> None:
+    """PUT: a part. POST: the beginning, and with a second one the completion."""
+    store, proxy = way
+    key, content = new_key(), secrets.token_bytes(PART_BYTES + 5)
+    proxy.hurt(*(["none", fault] if method == "POST" else [fault]), method=method)  # type: ignore[list-item]
+    try:
+        store.upload(key, [content[:PART_BYTES], content[PART_BYTES:]])
+    except StorageError:
+        assert (method, fault.endswith("after")) == ("POST", True), "only a completion may be lost"
+    found = store.get(key)
+    assert found is not None
+    assert found.content == content
+
+
+@pytest.mark.parametrize("size_bytes", [100_000, 2 * PART_BYTES + 1])
+def test_a_flipped_bit_is_seen_and_read_again(
+    size_bytes: int, way: tuple[ObjectStore, FaultProxy], tmp_path: Path
+) -> None:
+    store, proxy = way
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(secrets.token_bytes(size_bytes))
+    file = upload_file(store, source, new_key())
+    proxy.hurt("flipped bit", method="GET")
+    download_file(store, file, target)
+    assert proxy.num_hurt == 1
+    assert target.read_bytes() == source.read_bytes()
+    proxy.hurt(method="GET", for_ever="flipped bit")
+    with pytest.raises(StorageError, match="was altered"):
+        download_file(store, file, target)
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("503", "503"),
+        ("reset", "does not answer"),
+        ("ExpiredToken", "the credentials have expired"),
+        ("RequestTimeTooSkewed", "this machine's clock is wrong"),
+    ],
+)
+def test_what_does_not_pass_is_one_line_without_a_secret(
+    fault: Fault, expected: str, way: tuple[ObjectStore, FaultProxy]
+) -> None:
+    store, proxy = way
+    proxy.hurt(for_ever=fault)
+    with pytest.raises(StorageError) as failed:
+        store.put(new_key(), nonce(), "absent")
+    told = str(failed.value)
+    assert expected in told
+    assert "\n" not in told
+    assert "hunter2" not in told
+    assert SECRET not in told
+    assert failed.value.__suppress_context__
