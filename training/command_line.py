@@ -191,9 +191,7 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
                 f"--outcome-file {path} cannot be written: name a file in a folder that is there"
             )
         if isinstance(options["store"], str):
-            return run_supervised(
-                sys.argv[1:], options["store"], options["experiment"], options["run_id"]
-            )
+            return run_supervised(sys.argv[1:], options["store"], _run_name(options))
         num_threads = _num_threads(options)
     except HoldfastError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -241,6 +239,13 @@ def _num_threads(options: dict[str, Any]) -> int:
     if asked is not None:
         return asked
     return _recorded_num_threads(options) or default_num_threads()
+
+
+def _run_name(options: dict[str, Any]) -> str:
+    from holdfast.training.experiment.loading import experiment_name
+    from holdfast.training.runs.directory import validate_run_id
+
+    return f"{experiment_name(options['experiment'])}/{validate_run_id(options['run_id'])}"
 
 
 def _recorded_num_threads(options: dict[str, Any]) -> int | None:

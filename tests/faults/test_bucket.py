@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from holdfast.tasks.attempts import newest_step
+from holdfast.training.exactness.reproducibility import child_environment, python_command
+from holdfast.training.exactness.trial import Trial
+from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.storage.address import Address
 from holdfast.training.tiers.replica import kept_up, opened_replica
 from holdfast.training.tiers.scratch import tier_folder
@@ -59,3 +64,21 @@ def test_a_run_goes_on_on_a_machine_that_has_nothing_of_it(
             content = path.read_bytes()
             assert SECRET.encode() not in content, path
             assert KEY.encode() not in content, path
+
+
+def test_a_stage_by_itself_trains_in_a_bucket_and_answers_a_notice(
+    machine: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command = python_command("holdfast.training", "segment", "--experiment", "digits")
+    command += ["--store", str(ADDRESS), "--run-id", "alone", "--set", "train.num_epochs=2"]
+    stopped = {**child_environment(1), "HOLDFAST_SCRATCH": str(tmp_path / "gone")}
+    stopped |= Trial(stop_at=20, stop_signal="SIGTERM").environment()
+    assert subprocess.run(command, env=stopped, check=False).returncode == 75
+    seen = RunDirectory(refresh_view(ADDRESS) / "digits" / "alone")
+    assert newest_step(seen) == 20
+    assert subprocess.run(command, env=child_environment(1), check=False).returncode == 0
+    run = RunDirectory(refresh_view(ADDRESS) / "digits" / "alone")
+    assert [(r.outcome, r.end_step) for r in read_segments(run)] == [
+        ("preempted", 20),
+        ("completed", 34),
+    ]

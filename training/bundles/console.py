@@ -20,6 +20,7 @@ from holdfast.training.bundles.registry import BundleReference, Registry
 from holdfast.training.bundles.sources import BundleSource
 from holdfast.training.errors import BundleError, HoldfastError, InputError
 from holdfast.training.runs.shown_text import shown
+from holdfast.training.storage.address import is_address, parse_address
 
 COMMANDS = ("pull", "verify", "predict", "bundles")
 DEFAULT_STORE = os.environ.get("HOLDFAST_STORE", "runs")
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
     listing = commands.add_parser("bundles", help="list bundles with versions and metrics")
     listing.add_argument("name", nargs="?", help="this one alone, with the history of its aliases")
-    listing.add_argument("--store", type=Path, default=DEFAULT_STORE, help=STORE_HELP)
+    listing.add_argument("--store", default=DEFAULT_STORE, help=STORE_HELP)
     listing.add_argument("--json", action="store_true", help="for programs")
     return parser
 
@@ -122,7 +123,7 @@ def _run_pull(options: argparse.Namespace) -> None:
 def _locate(store: str, reference: BundleReference) -> tuple[int, BundleSource]:
     """The version that a reference means, and where it is pulled from: a folder or a URL."""
     if not is_url(store):
-        registry = _registry(Path(store))
+        registry = _registry(store)
         version = registry.resolve(reference)
         return version, registry.source(reference.name, version)
     try:
@@ -137,13 +138,15 @@ def _locate(store: str, reference: BundleReference) -> tuple[int, BundleSource]:
     return version, remote.source(reference.name, version)
 
 
-def _registry(store: Path) -> Registry:
+def _registry(store: str) -> Registry:
     """The registry of a store; one in a bucket needs more than the standard library."""
-    if not (store / ".store-address.json").exists():
-        return Registry(store)
+    is_bucket = is_address(store)
+    if not is_bucket and not (Path(store) / ".store-address.json").exists():
+        return Registry(Path(store))
     from holdfast.training.bundles.bucket_registry import open_registry
+    from holdfast.training.tiers.scratch import tier_folder
 
-    return open_registry(store)
+    return open_registry(tier_folder(parse_address(store), "work") if is_bucket else Path(store))
 
 
 def is_url(store: str) -> bool:
@@ -169,7 +172,7 @@ def _run_predict(options: argparse.Namespace) -> None:
 
 
 def _run_bundles(options: argparse.Namespace) -> None:
-    registry = _registry(Path(options.store))
+    registry = _registry(str(options.store))
     names = [options.name] if options.name else registry.names()
     described = [entry for name in names for entry in _described(registry, name)]
     if options.name and not described:

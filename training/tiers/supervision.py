@@ -12,9 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from holdfast.training.exactness.reproducibility import python_command
-from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.preemption.signals import NOTICE_SIGNALS
-from holdfast.training.runs.paths import RunDirectory, validate_run_id
+from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.storage.address import parse_address
 from holdfast.training.tiers.replica import END_PATIENCE_S, GRACE_S, opened_replica
 from holdfast.training.tiers.scratch import tier_folder
@@ -23,14 +22,16 @@ EXIT_PREEMPTED = 75
 LOOK_EVERY_S = 0.2
 
 
-def run_supervised(arguments: Sequence[str], store: str, experiment: str, run_id: str) -> int:
+def run_supervised(arguments: Sequence[str], store: str, name: str) -> int:
     """Run ``python -m holdfast.training ARGUMENTS`` on the scratch disk; its exit code.
+
+    ``name`` is ``experiment/run_id``.
 
     Notice signals must be held back in this process; they are passed on. After return the bucket
     has what was saved. Raises InputError, LeaseHeldError or StorageError.
     """
     work = tier_folder(parse_address(store), "work")
-    run = RunDirectory(work / experiment_name(experiment) / validate_run_id(run_id))
+    run = RunDirectory(work / name)
     replaced = {store: str(work), f"--store={store}": f"--store={work}"}
     command = python_command(
         "holdfast.training", *(replaced.get(argument, argument) for argument in arguments)
