@@ -103,7 +103,7 @@ def test_the_overview_names_every_command(capsys: pytest.CaptureFixture[str]) ->
         (["run", "digits", "--config", "/missing.toml"], "/missing.toml does not exist"),
         (["run", "digits", "--run-id", "a/b"], "cannot be a run id"),
         (["run", "digits", "--run-id", "{nihgt}"], "unknown placeholder"),
-        (["run", "digits", "--store", "s3://bucket"], "found s3://"),
+        (["run", "digits", "--store", "hdfs://bucket"], "begins with hdfs://"),
         (["run", "digits", "--set", "data.folder='/missing'"], "/missing is not a folder"),
         (["resume", "nothing"], "has no runs"),
         (["status", "nothing"], "has no runs"),

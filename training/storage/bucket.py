@@ -284,7 +284,8 @@ def _meaning(error: Exception, name: str, answer: str) -> str:
     if name in SKEWED:
         return f"this machine's clock is wrong ({answer}); set it, as NTP does"
     kind = type(error).__name__
-    if kind in ("PermissionDeniedError", "UnauthenticatedError"):
+    is_denied = answer.startswith(("401", "403"))
+    if is_denied or kind in ("PermissionDeniedError", "UnauthenticatedError"):
         return f"the server does not allow it ({answer or kind}); check credentials and rights"
     if answer:
         return f"the server answers {answer}"
