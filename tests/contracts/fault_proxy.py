@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,9 +51,8 @@ class FaultProxy:
         self.num_hurt = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
+        with closing(writer), suppress(ConnectionError, asyncio.IncompleteReadError):
             await self._answer(reader, writer)
-        writer.close()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -92,11 +91,10 @@ class FaultProxy:
 
     async def _passed_on(self, head: bytes, body: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.upstream)
-        writer.write(head + body)
-        await writer.drain()
-        answer = await reader.read(-1)  # the server ends each answer with the connection
-        writer.close()
-        return answer
+        with closing(writer):
+            writer.write(head + body)
+            await writer.drain()
+            return await reader.read(-1)  # the server ends each answer with the connection
 
     def _next_fault(self, method: str) -> Fault:
         if self.method not in ("", method):
@@ -138,14 +136,18 @@ def fault_proxy(upstream: int) -> Iterator[FaultProxy]:
         with suppress(asyncio.CancelledError):
             await server.serve_forever()
 
+    async def end(answering: set[asyncio.Task[None]]) -> None:
+        for task in answering:
+            task.cancel()
+        await asyncio.gather(*answering, return_exceptions=True)
+        await asyncio.sleep(0)  # in which their connections are closed
+
     def work() -> None:
         asyncio.set_event_loop(loop)
         main = loop.create_task(run())
         tasks.append(main)
         loop.run_until_complete(main)
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(end(asyncio.all_tasks(loop)))
         loop.close()
 
     tasks: list[asyncio.Task[None]] = []

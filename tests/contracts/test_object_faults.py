@@ -146,8 +146,8 @@ def test_a_flipped_bit_is_seen_and_read_again(
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        ("503", "503"),
-        ("reset", "does not answer"),
+        pytest.param("503", "503", marks=pytest.mark.slow),
+        pytest.param("reset", "does not answer", marks=pytest.mark.slow),
         ("ExpiredToken", "the credentials have expired"),
         ("RequestTimeTooSkewed", "this machine's clock is wrong"),
     ],

@@ -13,9 +13,10 @@ from tests.faults.campaign import Training
     ("overrides", "part"),
     [
         (["checkpoint.keep_above.accurracy=0.1"], "checkpoint.keep_above = 'accurracy' is not a"),
-        (
+        pytest.param(
             ["scheduler.name=OneCycleLR", "scheduler.args={max_lr = 0.1, total_steps = 3}"],
             "write scheduler.args.total_steps=",
+            marks=pytest.mark.slow,
         ),
     ],
 )

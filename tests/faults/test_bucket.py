@@ -66,6 +66,7 @@ def test_a_run_goes_on_on_a_machine_that_has_nothing_of_it(
             assert KEY.encode() not in content, path
 
 
+@pytest.mark.slow
 def test_a_stage_by_itself_trains_in_a_bucket_and_answers_a_notice(
     machine: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

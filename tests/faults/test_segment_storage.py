@@ -100,6 +100,7 @@ def test_training_goes_on_over_a_full_disk(tmp_path: Path, calm: dict[str, bytes
     on_a_small_disk(tmp_path, act)
 
 
+@pytest.mark.slow
 def test_a_second_full_disk_in_a_row_ends_the_segment(
     tmp_path: Path, calm: dict[str, bytes]
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_second_full_disk_in_a_row_ends_the_segment(
     on_a_small_disk(tmp_path, act)
 
 
+@pytest.mark.slow
 def test_a_sleeper_finds_its_lease_gone_and_changes_nothing(
     tmp_path: Path, calm: dict[str, bytes]
 ) -> None:

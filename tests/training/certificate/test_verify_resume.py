@@ -76,8 +76,18 @@ def test_an_experiment_is_certified_or_its_fault_is_named() -> None:
     ("arguments", "code", "message"),
     [
         (("--", "missing.py"), 2, "there is no script missing.py"),
-        (("digits", "turbofan"), 2, "expected one experiment, found digits turbofan"),
-        (("--set", "a=1", "--", str(SCRIPT)), 2, "--config and --set are of experiments"),
+        pytest.param(
+            ("digits", "turbofan"),
+            2,
+            "expected one experiment, found digits turbofan",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("--set", "a=1", "--", str(SCRIPT)),
+            2,
+            "--config and --set are of experiments",
+            marks=pytest.mark.slow,
+        ),
         (("--budget-s", "1", "--", str(SCRIPT), "clean"), 3, "no verdict: 1 s were over"),
         (("--", str(Path(__file__))), 2, "wrote no run: it has to call holdfast.run"),
     ],

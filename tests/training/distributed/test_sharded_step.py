@@ -111,7 +111,9 @@ def in_ranks(folder: Path, size: int, work: Callable[[World], list[str]]) -> lis
     return [json.loads(text) for text in found]
 
 
-@pytest.mark.parametrize(("num_shards", "sizes"), [(4, (2, 3, 4)), (7, (3,))])
+@pytest.mark.parametrize(
+    ("num_shards", "sizes"), [(4, (2, 3)), pytest.param(7, (3, 4), marks=pytest.mark.slow)]
+)
 def test_bits_do_not_depend_on_the_number_of_ranks(
     tmp_path: Path, num_shards: int, sizes: tuple[int, ...]
 ) -> None:
@@ -125,6 +127,7 @@ def test_bits_do_not_depend_on_the_number_of_ranks(
         assert found == alone * size
 
 
+@pytest.mark.slow
 def test_without_a_tree_all_ranks_agree_and_repeat_themselves(tmp_path: Path) -> None:
     once, again = (
         in_ranks(folder, 3, lambda world: bits_after_each_step(world, 3, is_in_tree=False))

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from holdfast.training.exactness.reproducibility import child_environment
 
 PROGRAM = Path(__file__).resolve().parents[3] / "benchmarks" / "peers" / "compare.py"
 OURS = ("loop_holdfast", "transformers_holdfast", "lightning_holdfast")
 
 
+@pytest.mark.slow
 def test_one_variant_of_each_that_holdfast_keeps_is_exact(tmp_path: Path) -> None:
     asked = [word for name in OURS for word in ("--rival", name)]
     done = subprocess.run(

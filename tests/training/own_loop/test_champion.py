@@ -56,6 +56,7 @@ def evaluation(run: RunDirectory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_script_of_the_page_comes_to_its_bundle_with_the_bytes_that_it_has_alone(
     tmp_path: Path,
 ) -> None:

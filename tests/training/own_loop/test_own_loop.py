@@ -38,7 +38,7 @@ def run_in(folder: Path) -> RunDirectory:
     ("form", "stops"),
     [
         ("steps", ("7:SIGKILL", "16:SIGTERM", "25:SIGKILL", "38:SIGTERM")),
-        ("epochs", ("4:SIGKILL", "15:SIGTERM", "31:SIGKILL")),
+        pytest.param("epochs", ("4:SIGKILL", "15:SIGTERM", "31:SIGKILL"), marks=pytest.mark.slow),
         pytest.param(
             "accumulated", ("3:SIGTERM", "11:SIGKILL", "19:SIGKILL"), marks=pytest.mark.slow
         ),

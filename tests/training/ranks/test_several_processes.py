@@ -53,6 +53,7 @@ def stopped(training: Training, num_processes: int, number: signal.Signals, step
     return segment
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_goes_on_with_another_number_of_processes_after_a_kill(tmp_path: Path) -> None:
     calm = training(tmp_path, "calm", *SHARDED, "train.num_epochs=2")

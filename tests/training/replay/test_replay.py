@@ -145,6 +145,7 @@ def test_steps_of_a_script_are_done_again_and_nothing_is_written(tmp_path: Path)
     assert everything(run) == before
 
 
+@pytest.mark.slow
 def test_a_script_that_forgets_differs_and_is_stopped_where_that_is_asked_for(
     tmp_path: Path,
 ) -> None:

@@ -147,7 +147,10 @@ def has_any(run: RunDirectory, name: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", TRACKERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "wandb" else name for name in TRACKERS],
+)
 def test_a_tracker_has_each_step_once_after_its_process_was_killed(
     tmp_path: Path, name: str
 ) -> None:
