@@ -76,7 +76,7 @@ def test_there_is_a_store_of_every_version() -> None:
     assert ARCHIVES
 
 
-@pytest.mark.parametrize("run_id", ["stopped", "killed"])
+@pytest.mark.parametrize("run_id", ["stopped", pytest.param("killed", marks=pytest.mark.slow)])
 def test_a_run_is_resumed_to_the_same_bytes(
     store: Path, run_id: str, calm_here: Mapping[str, str]
 ) -> None:
@@ -103,6 +103,7 @@ def test_a_finished_run_is_reported(store: Path) -> None:
     assert "average-top-3" in (store / "digits" / "calm" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_every_stage_of_a_finished_run_finds_its_own_work(store: Path) -> None:
     kept = {path: path.stat().st_mtime_ns for path in (store / "digits/calm/bundle").rglob("*")}
     before = final_digests(store / "digits" / "calm")

@@ -46,7 +46,12 @@ def ask(server: PrefectServer, path: str, body: dict[str, Any] | None = None) ->
         return json.loads(answer.read())
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(kind, marks=pytest.mark.slow) if kind == "docker" else kind for kind in KINDS
+    ],
+)
 def deployed(
     request: pytest.FixtureRequest, prefect_server: PrefectServer, tmp_path_factory: Any
 ) -> tuple[str, Path]:

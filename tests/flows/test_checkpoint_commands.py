@@ -14,6 +14,7 @@ from tests.faults.campaign import Training, complete
 EXPERIMENT = f"{Path(__file__).parents[1] / 'generality' / 'adapters.py'}:KeptLora"
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_and_forked_by_its_name(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

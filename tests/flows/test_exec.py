@@ -31,6 +31,7 @@ def outcomes(run: RunDirectory) -> list[str]:
     return [record.outcome for record in read_segments(run)]
 
 
+@pytest.mark.slow
 def test_a_script_that_was_preempted_is_started_again_where_the_machine_stays(
     tmp_path: Path,
 ) -> None:

@@ -138,6 +138,7 @@ def test_the_status_of_a_stopped_run_says_how_to_go_on(
     assert "holdfast resume" in out
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused_for_the_same_run(
     stopped: tuple[RunDirectory, subprocess.Popen[str], str], terminal: Terminal
 ) -> None:
@@ -150,6 +151,7 @@ def test_another_configuration_is_refused_for_the_same_run(
     assert read_segments(run) == before
 
 
+@pytest.mark.slow
 def test_bad_settings_of_the_experiment_are_refused_before_a_run_is_begun(
     terminal: Terminal,
 ) -> None:

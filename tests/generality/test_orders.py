@@ -122,6 +122,7 @@ def test_an_order_of_one_s_own_is_exact(name: str, tmp_path: Path) -> None:
         assert run.checkpoint(3 + 6 + 4 * 8).is_dir()
 
 
+@pytest.mark.slow
 def test_loader_processes_are_told_the_epoch_too(tmp_path: Path) -> None:
     experiment = f"{__file__}:Curriculum"
     runs = [

@@ -162,6 +162,7 @@ def test_muon_beside_adamw_is_exact(tmp_path: Path) -> None:
     assert_exact(f"{__file__}:MuonBesideAdamW", tmp_path)
 
 
+@pytest.mark.slow
 def test_sharpness_aware_steps_are_exact(tmp_path: Path) -> None:
     assert_exact(f"{__file__}:Sharp", tmp_path)
 

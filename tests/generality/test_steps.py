@@ -84,6 +84,7 @@ def test_an_epoch_of_so_many_steps_is_exact(tmp_path: Path) -> None:
     assert rates[-1] < rates[5] < rates[0]
 
 
+@pytest.mark.slow
 def test_the_samples_go_on_over_the_passes_of_the_data(tmp_path: Path) -> None:
     passes = train(tmp_path / "passes", "train.num_epochs=3")
     whole = train(

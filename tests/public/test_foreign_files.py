@@ -153,6 +153,7 @@ def test_a_project_with_names_like_ours_trains_to_the_bytes_of_elsewhere(
     assert differences(elsewhere, found) == []
 
 
+@pytest.mark.slow
 def test_without_the_flag_our_files_come_first_as_well(project: Path) -> None:
     (project / "holdfast.py").unlink()  # Python itself would find that one first
     run(project, *segment(project, "my_task.py:Mine", "unflagged"))

@@ -58,6 +58,7 @@ def broken(tmp_path: Path) -> Job:
     return Job(f"{source}:Broken", tmp_path / "store", "run")
 
 
+@pytest.mark.slow
 def test_a_stage_that_keeps_crashing_fails_with_the_reason_and_the_command(
     broken: Job, heard: Heard
 ) -> None:

@@ -171,7 +171,11 @@ class WordyMetrics(Hard):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("OneScore", "OneScore.score must return tensors with one row per sample, [64, ...]"),
+        pytest.param(
+            "OneScore",
+            "OneScore.score must return tensors with one row per sample, [64, ...]",
+            marks=pytest.mark.slow,
+        ),
         ("WordyMetrics", "WordyMetrics.metrics must return a number for each metric; 'verdict'"),
     ],
 )

@@ -186,6 +186,7 @@ def test_a_run_without_a_champion_says_what_to_do(tmp_path: Path) -> None:
         run_export(stage)
 
 
+@pytest.mark.slow
 def test_a_failed_gate_publishes_nothing_and_names_the_figure(tmp_path: Path) -> None:
     with prepared_stage(arguments(tmp_path, "export.int8_max_metric_change=1e-9")) as stage:
         choose(stage)

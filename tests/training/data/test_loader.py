@@ -298,7 +298,14 @@ def test_loader_processes_ignore_the_signals_of_a_notice_and_use_as_many_threads
         assert len(list(islice(microbatches, 20))) == 20
 
 
-@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(0)", "sys.modules['kept'] = steps"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        pytest.param("pass", marks=pytest.mark.slow),
+        pytest.param("raise SystemExit(0)", marks=pytest.mark.slow),
+        "sys.modules['kept'] = steps",
+    ],
+)
 def test_a_process_that_forgot_to_close_its_loader_ends(ending: str) -> None:
     script = (
         "import sys\n"

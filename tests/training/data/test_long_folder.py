@@ -32,7 +32,7 @@ def started(folder: Path, *short: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("length", [1, 200])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 200])
 def test_the_sockets_lie_where_their_names_are_short(length: int, tmp_path: Path) -> None:
     folder = tmp_path / ("x" * length)
     folder.mkdir()

@@ -102,6 +102,7 @@ def test_a_split_that_is_not_given_is_no_part_of_a_configuration() -> None:
     assert config_from_record(asked.model_dump(mode="json")) == asked
 
 
+@pytest.mark.slow
 def test_a_training_with_given_files_is_exact_and_says_what_it_left_out(tmp_path: Path) -> None:
     given(tmp_path)
     overrides = (*(f"experiment.{name}={value}" for name, value in SMALL.items()),
