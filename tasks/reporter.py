@@ -41,7 +41,7 @@ class Reporter:
         """Take one event of a stage."""
         tell_terminal(event)
         kind = event.get("event")
-        if kind == "progress":
+        if kind in ("progress", "rehearsing"):
             self._artifact.offer(event)
             return
         if kind == "promotion":

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Event = Mapping[str, Any]
 
+PROGRESS = ("progress", "rehearsing")
+"""Events that say how far a stage is; those of training have the step."""
 STAGE_TITLES = {
     "rehearsal": "rehearsal",
     "segment": "training",
@@ -56,7 +58,7 @@ class LineView:
             self.say(line)
         elif kind == "stage" and event.get("state") == "started":
             self.say(title)
-        elif kind == "progress" and time.monotonic() - self._told_s >= self._progress_every_s:
+        elif kind in PROGRESS and time.monotonic() - self._told_s >= self._progress_every_s:
             self._told_s = time.monotonic()
             self.say(f"{title}: {progress_of(event)[2]}")
 
@@ -95,7 +97,7 @@ class TerminalView:
             self._bar(stage)
             if event.get("state") == "finished":
                 self._finish(stage)
-        elif kind == "progress":
+        elif kind in PROGRESS:
             done, total, detail = progress_of(event)
             bar, detail = self._bar(stage), shown(detail)
             self._progress.update(bar, completed=done, total=total, detail=detail)

@@ -39,7 +39,7 @@ def rehearse_before_run(
     )
 
     def on_act(act: str, number: int, total: int) -> None:
-        progress.emit("progress", stage="rehearsal", done=number, total=total, message=act)
+        progress.emit("rehearsing", stage="rehearsal", done=number, total=total, message=act)
 
     report = rehearse(asked, lambda: monitor.notice is not None, on_act)
     if report is None:

@@ -92,7 +92,7 @@ def command(  # one per option
 def _rehearse(asked: Asked, view: ProgressView) -> Report:
     def on_act(act: str, number: int, total: int) -> None:
         values = {"done": number, "total": total, "message": act}
-        view.show({"event": "progress", "stage": "rehearsal", **values})
+        view.show({"event": "rehearsing", "stage": "rehearsal", **values})
 
     try:
         report = rehearse(asked, on_act=on_act)

@@ -131,7 +131,7 @@ def test_a_warning_is_told_and_training_goes_on(tmp_path: Path) -> None:
 
 def test_a_notice_ends_it_at_once_and_the_run_is_not_begun(tmp_path: Path) -> None:
     segment = training("Slow", tmp_path).start()
-    while (event := segment.wait_for("progress")) is not None and event["message"] != "validation":
+    while (event := segment.wait_for("rehearsing")) is not None and event["message"] != "validation":
         pass
     start_s = time.monotonic()
     segment.kill(signal.SIGTERM)
@@ -143,7 +143,7 @@ def test_a_notice_ends_it_at_once_and_the_run_is_not_begun(tmp_path: Path) -> No
 
 def test_it_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
     segment = training("Slow", tmp_path).start()
-    while (event := segment.wait_for("progress")) is not None and event["message"] != "validation":
+    while (event := segment.wait_for("rehearsing")) is not None and event["message"] != "validation":
         pass
     [child] = [
         process
@@ -157,13 +157,15 @@ def test_it_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_rehearsal_changes_no_byte_and_is_not_repeated(tmp_path: Path) -> None:
-    short = ("train.max_steps=9", "logging.every_s=1000")
+    short = ("train.max_steps=9", "logging.every_s=0.0001")
     states = []
     for depth in ("none", "step"):
         run = Training(tmp_path / depth, "one", HARD, (*short, f"rehearsal.depth={depth}"))
         segment = complete(run)
         has_rehearsed = any(event["event"] == "rehearsal" for event in segment.events)
         assert has_rehearsed == (depth == "step")
+        # Programs read the step of each.
+        assert all("step" in event for event in segment.events if event["event"] == "progress")
         states.append(final_state(run.run))
     assert differences(*states) == []
     again = complete(run)
