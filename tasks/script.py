@@ -30,6 +30,7 @@ from holdfast.training.runs.stored_json import read_json
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STAYS = ("signal", "wall_time")  # notices after which this machine may go on
+WAKE_S = 0.2  # how soon a pause notices a signal
 
 
 @dataclass
@@ -58,6 +59,7 @@ class ScriptRunner:
     limits: Limits
     tell: Callable[[str], None]
     _received: list[int] = field(default_factory=list)
+    _child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
         """Run to the end. Returns the exit code: the script's own, for the last time.
@@ -66,7 +68,7 @@ class ScriptRunner:
         started again.
         """
         num_crashes = num_idle = 0
-        with tempfile.TemporaryDirectory(prefix="holdfast-exec-") as folder:
+        with self._forwarding(), tempfile.TemporaryDirectory(prefix="holdfast-exec-") as folder:
             outcome_file = Path(folder) / "outcome.json"
             while True:
                 ended = self._start(outcome_file)
@@ -85,18 +87,25 @@ class ScriptRunner:
                 if not is_preempted:
                     pause_s = self.limits.crash_backoff_s * 2 ** (num_crashes - 1)
                 self._tell_again(ended, pause_s)
-                time.sleep(pause_s)
+                self._pause(pause_s)
                 if self._received:
                     return EXIT_PREEMPTED
+
+    def _pause(self, seconds: float) -> None:
+        """Until they are over, or a notice comes."""
+        end_s = time.monotonic() + seconds
+        while not self._received and (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, WAKE_S))
 
     def _start(self, outcome_file: Path) -> _Ended:
         outcome_file.unlink(missing_ok=True)
         environment = {**self.environment, OUTCOME: str(outcome_file)}
-        child = subprocess.Popen(
+        self._child = subprocess.Popen(
             watched([*self.command]), stdin=subprocess.DEVNULL, env=environment, process_group=0
         )
-        with self._forwarding_to(child):
-            code = child.wait()
+        for number in [*self._received]:  # that came before there was a child
+            self._child.send_signal(number)
+        code = self._child.wait()
         told = _read(outcome_file)
         run = RunDirectory(Path(told["run"])) if "run" in told else None
         source = told.get("source")
@@ -110,10 +119,11 @@ class ScriptRunner:
         )
 
     @contextmanager
-    def _forwarding_to(self, child: subprocess.Popen[bytes]) -> Iterator[None]:
+    def _forwarding(self) -> Iterator[None]:
         def forward(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
             self._received.append(number)
-            child.send_signal(number)
+            if self._child is not None:
+                self._child.send_signal(number)
 
         before = {number: signal.signal(number, forward) for number in FORWARDED}
         try:

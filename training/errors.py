@@ -115,6 +115,8 @@ class CheckpointMismatchError(CheckpointError):
 class UnsupportedStateError(CheckpointError, TypeError):
     """State that is neither a tensor nor JSON; the message names the path of the key."""
 
+    exit_code: ClassVar[int] = 2
+
 
 class LeaseError(HoldfastError):
     """Who may write a run is in question."""

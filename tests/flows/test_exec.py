@@ -68,6 +68,18 @@ def test_ctrl_c_is_passed_on_and_nothing_is_started_again(tmp_path: Path) -> Non
     assert outcomes(run) == ["preempted"]
 
 
+@pytest.mark.slow
+def test_a_notice_between_two_starts_ends_it_as_preempted(tmp_path: Path) -> None:
+    process = start(tmp_path, str(SCRIPT), "steps", "store", "4:SIGKILL")
+    assert process.stderr is not None
+    while "again in 5 s" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=200)
+    assert process.returncode == 75
+    assert len(outcomes(RunDirectory(tmp_path / "store/points/one"))) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import sys
+import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from holdfast.training.errors import HoldfastError
 from holdfast.training.experiment.error_places import users_place
@@ -30,6 +32,8 @@ class Ending:
         self._theirs = sys.excepthook
         self._has_raised = False
         sys.excepthook = self._on_error
+        self._theirs_of_threads = threading.excepthook
+        threading.excepthook = self._on_thread_error
         atexit.register(self._on_exit)
 
     def watch(self, end: End) -> None:
@@ -50,16 +54,32 @@ class Ending:
             assert isinstance(error, HoldfastError)
             place = users_place(error)
             told = " ".join(str(error).splitlines())
-            print(f"error: {told}{place and f' ({place})'}", file=sys.stderr)
+            print(f"error: {told}{place and f' ({place})'}", file=_stderr())
             _leave(error.exit_code)
+
+    def _on_thread_error(self, failed: threading.ExceptHookArgs) -> None:
+        """A thread that uses the run wrongly ends the process; its own errors are its own."""
+        if isinstance(failed.exc_value, HoldfastError):
+            self._on_error(failed.exc_type, failed.exc_value, failed.exc_traceback)
+        else:
+            self._theirs_of_threads(failed)
 
     def _on_exit(self) -> None:
         if os.getpid() == self._pid and not self._has_raised and (code := self._end(None)):
             _leave(code)
 
 
+def _stderr() -> TextIO:
+    """Standard error, past torch.distributed's excepthook, which gathers what others print.
+
+    It tells that when they return, and ours does not.
+    """
+    gathers = isinstance(sys.stderr, io.StringIO)
+    return sys.__stderr__ if gathers and sys.__stderr__ is not None else sys.stderr
+
+
 def _leave(code: int) -> NoReturn:
     """An exit code cannot be changed in any other way by now."""
     sys.stdout.flush()
-    sys.stderr.flush()
+    _stderr().flush()
     os._exit(code)

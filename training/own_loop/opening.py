@@ -267,9 +267,17 @@ def _script() -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-def _require_one_process() -> None:
+def require_main_thread(what: str) -> None:
+    """Raise InputError, which says what happened, in another thread."""
     if threading.current_thread() is not threading.main_thread():
-        raise InputError("holdfast.run was called outside of the main thread, which hears signals")
+        raise InputError(
+            f"{what} outside of the main thread, which hears signals: train there, and do "
+            "the rest in others"
+        )
+
+
+def _require_one_process() -> None:
+    require_main_thread("holdfast.run was called")
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size != "1":
         raise InputError(

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from holdfast.training.own_loop.host import ChampionReachedError, current_host
 from holdfast.training.own_loop.kept import Kept
 from holdfast.training.own_loop.loader import Collate, RunLoader, adopted_loader, build_loader
 from holdfast.training.own_loop.newest import Newest, newest_state
-from holdfast.training.own_loop.opening import Opened, open_run
+from holdfast.training.own_loop.opening import Opened, open_run, require_main_thread
 from holdfast.training.own_loop.replayed import ReplayedSegment
 from holdfast.training.own_loop.segment import ScriptSegment
 from holdfast.training.own_loop.state import Place, Whole
@@ -221,6 +222,10 @@ class Run:
         Does not wait for a device.
         """
         self.require_step("run.log(…)")
+        for name, value in values.items():
+            _require_scalar(f"run.log({name}=…)", value)
+        if isinstance(values.get("loss"), str):
+            raise InputError("run.log(loss=…): expected a number, found a str")
         self._logged.update(values)
 
     def validated(self, **metrics: float | Tensor) -> None:
@@ -232,8 +237,9 @@ class Run:
         if not (self._is_in_step or self._is_in_epochs):
             raise InputError("run.validated(…) stands outside of run.steps(…) and run.epochs(…)")
         for name, value in metrics.items():
+            _require_scalar(f"run.validated({name}=…)", value)
             number: object = value.item() if isinstance(value, Tensor) else value
-            if not isinstance(number, (int, float)):
+            if not isinstance(number, Real):  # NumPy's, too
                 raise InputError(
                     f"run.validated({name}=…): expected a number, found a {type(value).__name__}"
                 )
@@ -320,6 +326,7 @@ class Run:
 
     def _begin(self) -> ScriptSegment | FinishedTraining:
         if self._segment is None:
+            require_main_thread("training began")
             self._segment = self._kind()(self._opened, self._kept, self._loaders, self._place)
         return self._segment
 
@@ -374,6 +381,14 @@ class Run:
             print(f"error: {error}", file=sys.stderr)
         self._segment.fail(error)
         return 1
+
+
+def _require_scalar(what: str, value: object) -> None:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise InputError(
+            f"{what}: expected a number, found a tensor of shape {tuple(value.shape)}: take its "
+            f"mean()"
+        )
 
 
 _current: Run | None = None

@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,18 +65,14 @@ class Average:
 
 
 if fault == "thread":
-    errors: list[BaseException] = []
 
     def begin() -> None:
-        try:
-            holdfast.run("points", "one", store=arguments.store)
-        except holdfast.InputError as error:
-            errors.append(error)
+        holdfast.run("points", "one", store=arguments.store)
 
     thread = threading.Thread(target=begin)
     thread.start()
     thread.join()
-    raise errors[0]
+    print("the thread's error went by")
 
 run = holdfast.run(
     "points",
@@ -116,6 +113,10 @@ elif fault == "no model":
     kept = {"optimizer": optimizer}
 elif fault == "nothing":
     kept = {}
+elif fault == "process group":  # which has an excepthook of its own
+    address = f"file://{Path.cwd()}/group"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    kept["model"] = nn.parallel.DistributedDataParallel(model)
 elif fault == "two runs":
     holdfast.run("points", "two", store=arguments.store)
 elif fault == "batch outside":
@@ -162,9 +163,20 @@ def validate() -> None:
     run.validated(loss=loss)
 
 
+if fault == "thread's loop":
+    thread = threading.Thread(target=lambda: next(run.steps(40)))
+    thread.start()
+    thread.join()
+
 if arguments.form == "steps":
     for step in run.steps(40):
         step_with(update(next(loader)))
+        if fault == "loss of each":
+            run.log(loss=torch.ones(3))
+        if fault == "metric of each":
+            run.validated(loss=torch.ones(3))
+        if fault == "late value":
+            run.values["best"] = {1, 2}
         if fault == "late keep":
             run.keep(late=head)
         if fault == "ends early" and step == 10:

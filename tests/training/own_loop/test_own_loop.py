@@ -93,6 +93,7 @@ REFUSED = {
     "unknown setting": "'checkpoints.every_steps' is no key of Holdfast's; did you mean",
     "name": "'../one' cannot be a run id",
     "parallel": "no DataParallel: use one process for each device",
+    "process group": "no DistributedDataParallel: ",
     "stateless": "a object has no state_dict and load_state_dict",
     "data loader": "no DataLoader: it cannot be told where it stands",
     "unkeepable": "run.keep(average=…): average/tensors is a builtins.set",
@@ -102,6 +103,10 @@ REFUSED = {
     "batch outside": "next(loader) stands outside of a step",
     "late keep": "run.keep(late) came after training had begun",
     "value": "run.values/best is a builtins.set; a checkpoint holds tensors and JSON only",
+    "late value": "experiment/kept/values/best is a builtins.set; a checkpoint holds",
+    "loss of each": "run.log(loss=…): expected a number, found a tensor of shape (3,)",
+    "metric of each": "run.validated(loss=…): expected a number, found a tensor of shape (3,)",
+    "thread's loop": "training began outside of the main thread",
     "thread": "holdfast.run was called outside of the main thread",
 }
 
