@@ -47,7 +47,8 @@ Examples:
     "--allow-mismatch",
     "is_mismatch_allowed",
     is_flag=True,
-    help="Go on from checkpoints of another configuration.",
+    help="Go on from checkpoints of another configuration that were copied into this run's "
+    "folder; a run that has begun keeps its own configuration.",
 )
 @click.option(
     "--max-crashes",
