@@ -18,7 +18,7 @@ from holdfast.training.exactness.reproducibility import child_environment
 from holdfast.training.rehearsal.asking import Asked, rehearse
 from holdfast.training.rehearsal.findings import Finding, Report, error_of
 from holdfast.training.rehearsal.request import DEPTH_VARIABLE, Depth, resolved_depth
-from tests.faults.campaign import HARD, Training, complete, differences, final_state
+from tests.faults.campaign import HARD, Segment, Training, complete, differences, final_state
 
 HERE = Path(__file__).with_name("rehearsed_experiments.py")
 STEP = "rehearsal.depth=step"
@@ -129,10 +129,14 @@ def test_a_warning_is_told_and_training_goes_on(tmp_path: Path) -> None:
     assert "experiment.num_calls" in str(warning["message"])
 
 
+def wait_for_act(segment: Segment, act: str) -> None:
+    while (event := segment.wait_for("rehearsing")) is not None and event["message"] != act:
+        pass
+
+
 def test_a_notice_ends_it_at_once_and_the_run_is_not_begun(tmp_path: Path) -> None:
     segment = training("Slow", tmp_path).start()
-    while (event := segment.wait_for("rehearsing")) is not None and event["message"] != "validation":
-        pass
+    wait_for_act(segment, "validation")
     start_s = time.monotonic()
     segment.kill(signal.SIGTERM)
     assert segment.finish() == 75
@@ -143,8 +147,7 @@ def test_a_notice_ends_it_at_once_and_the_run_is_not_begun(tmp_path: Path) -> No
 
 def test_it_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> None:
     segment = training("Slow", tmp_path).start()
-    while (event := segment.wait_for("rehearsing")) is not None and event["message"] != "validation":
-        pass
+    wait_for_act(segment, "validation")
     [child] = [
         process
         for process in psutil.Process(segment.process.pid).children(recursive=True)
