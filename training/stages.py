@@ -21,7 +21,7 @@ from holdfast.training.rehearsal.before_run import rehearse_before_run
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.progress import Progress, ProgressFormat, as_text
 from holdfast.training.runs.segment_log import SegmentLog, segment_log
-from holdfast.training.runs.shown_text import ShownFormatter, shown
+from holdfast.training.runs.shown_text import ShownFormatter
 from holdfast.training.stage import (
     NoticeCameError,
     Resolved,
@@ -32,6 +32,7 @@ from holdfast.training.stage import (
     prepared_stage,
     resolve_arguments,
 )
+from holdfast.training.told_errors import error_line
 
 FIRST_STAGE, REPORT_STAGE = "segment", "report"
 STAGES = {
@@ -133,9 +134,7 @@ def _outcome_of_ranks(
             rehearse_before_run(arguments, config, monitor, progress)
     outcome = run_in_ranks(arguments, config, progress, command_line)
     if outcome.error is not None:
-        print(
-            f"error: {shown(' '.join(str(outcome.error['message']).splitlines()))}", file=sys.stderr
-        )
+        print(error_line(outcome.error["message"]), file=sys.stderr)
     return outcome
 
 
@@ -167,7 +166,7 @@ def _tell(error: BaseException, outcome: StageOutcome, arguments: StageArguments
         line += f"; the traceback is in {record}"
     elif isinstance(error, LoaderError) or not isinstance(error, HoldfastError):
         print(outcome.error["traceback"], file=sys.stderr, end="")
-    print(f"error: {shown(' '.join(line.splitlines()))}", file=sys.stderr)
+    print(error_line(line), file=sys.stderr)
 
 
 def _record_of(error: LoaderError, run: RunDirectory) -> Path | None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
-from holdfast.training.errors import HoldfastError
 from holdfast.training.exactness.reproducibility import (
     child_environment,
     default_num_threads,
@@ -24,13 +23,13 @@ from holdfast.training.exactness.reproducibility import (
     python_command,
 )
 from holdfast.training.runs.shown_text import shown
+from holdfast.training.told_errors import told_errors
 
 if TYPE_CHECKING:
     from holdfast.training.beginnings.conversion import Conversion
     from holdfast.training.beginnings.scoring import Score
     from holdfast.training.stage import StageArguments
 
-EXIT_INTERRUPTED = 130
 FORK_HELP = """Begin a new run with the full state of a checkpoint of another run.
 
 Weights, optimizer, scheduler, averages, generators and history are the checkpoint's; run.json of
@@ -102,7 +101,7 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--new-run-id", required=True, help="Name of the new run.")
 def fork_command(at: str, new_run_id: str, is_json: bool, **options: Any) -> None:
     """Fork."""
-    with _told_errors():
+    with told_errors():
         arguments = _arguments(options)
         from holdfast.training.beginnings.fork import fork
 
@@ -128,7 +127,7 @@ def fork_command(at: str, new_run_id: str, is_json: bool, **options: Any) -> Non
 @click.option("--step", "at", default="latest", show_default=True, help=AT_HELP)
 def score_command(at: str, is_json: bool, **options: Any) -> None:
     """Score."""
-    with _told_errors():
+    with told_errors():
         arguments = _arguments(options)
         from holdfast.training.beginnings.scoring import score
 
@@ -153,7 +152,7 @@ def score_command(at: str, is_json: bool, **options: Any) -> None:
 @JSON_OPTION
 def convert_command(file: Path, to: Path | None, entry: str | None, is_json: bool) -> None:
     """Convert."""
-    with _told_errors():
+    with told_errors():
         from holdfast.training.beginnings.conversion import convert
 
         done = convert(file, to, entry)
@@ -181,19 +180,6 @@ def _arguments(options: dict[str, Any]) -> StageArguments:
     from holdfast.training.stage import StageArguments
 
     return StageArguments(num_threads=num_threads, is_resume=True, **options)
-
-
-@contextmanager
-def _told_errors() -> Iterator[None]:
-    """End with one line on stderr, and with the error's exit code."""
-    try:
-        yield
-    except HoldfastError as error:
-        click.echo(f"error: {shown(' '.join(str(error).splitlines()))}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("stopped", err=True)
-        sys.exit(EXIT_INTERRUPTED)
 
 
 @contextmanager

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import default_num_threads
+from holdfast.training.told_errors import EXIT_INTERRUPTED, error_line
 
 EXIT_NO_VERDICT = 3
-EXIT_PREEMPTED, EXIT_INTERRUPTED = 75, 130
+EXIT_PREEMPTED = 75
 HELP = """Try whether a training that is stopped ends with the bytes of a calm one.
 
 TARGET is an experiment, named as in `holdfast run`; or, after `--`, a script of your own that
@@ -146,7 +147,7 @@ def verify_resume(  # noqa: PLR0913, PLR0917  # one per option
         click.echo("no verdict: stopped", err=True)
         sys.exit(EXIT_INTERRUPTED)
     except HoldfastError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(error_line(error), err=True)
         sys.exit(error.exit_code)
     text = json.dumps(found.as_json(), indent=2)
     if certificate_file is not None:

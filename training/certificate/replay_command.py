@@ -9,10 +9,9 @@ from pathlib import Path
 import click
 
 from holdfast.training.configuration.option import SET_OPTION
-from holdfast.training.errors import HoldfastError
 from holdfast.training.runs.shown_text import shown
+from holdfast.training.told_errors import told_errors
 
-EXIT_INTERRUPTED = 130
 EXIT_DIFFERS = 1
 HELP = """Do steps of RUN again on this device, and compare the bits of their losses.
 
@@ -61,15 +60,9 @@ def replay_command(run: Path, steps_text: str, overrides: tuple[str, ...], is_js
     def tell(line: str) -> None:
         click.echo(line, err=True)
 
-    try:
+    with told_errors():
         steps = Steps.parse(steps_text)
         found = replay(RunDirectory(run.absolute()), steps, overrides, tell, sys.argv[1:])
-    except HoldfastError as error:
-        click.echo(f"error: {shown(' '.join(str(error).splitlines()))}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("stopped", err=True)
-        sys.exit(EXIT_INTERRUPTED)
     if is_json:
         click.echo(json.dumps(found.as_json(), indent=2))
     else:

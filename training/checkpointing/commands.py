@@ -9,14 +9,13 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.runs.shown_text import shown
+from holdfast.training.told_errors import told_errors
 
 if TYPE_CHECKING:
     from holdfast.training.checkpointing.diff import Comparison
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 EXIT_FOUND = 1
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
+VERIFY_HINT = "; checkpoints verify says more"
 PROGRESS_BYTES = 64 * 2**20
 
 HELP = """List, verify or compare checkpoints. Nothing is changed; training may go on meanwhile.
@@ -96,7 +95,7 @@ def checkpoints() -> None:
 @JSON_OPTION
 def list_command(place: Path, is_json: bool) -> None:
     """List."""
-    with _told_errors():
+    with told_errors(hint=VERIFY_HINT):
         from holdfast.training.checkpointing.inspection import find_checkpoints, inspect
 
         found = inspect(find_checkpoints(place))
@@ -115,7 +114,7 @@ def list_command(place: Path, is_json: bool) -> None:
 @JSON_OPTION
 def verify_command(place: Path, is_json: bool) -> None:
     """Verify."""
-    with _told_errors():
+    with told_errors(hint=VERIFY_HINT):
         from holdfast.training.checkpointing.inspection import find_checkpoints, inspect, verify_all
 
         places = find_checkpoints(place)
@@ -145,7 +144,7 @@ def verify_command(place: Path, is_json: bool) -> None:
 @JSON_OPTION
 def diff_command(a: Path, b: Path, is_json: bool) -> None:
     """Compare."""
-    with _told_errors(EXIT_BAD_INPUT):  # 1 says that they differ
+    with told_errors(EXIT_BAD_INPUT, VERIFY_HINT):  # 1 says that they differ
         from holdfast.training.checkpointing.diff import compare
         from holdfast.training.checkpointing.inspection import the_checkpoint
 
@@ -157,20 +156,6 @@ def diff_command(a: Path, b: Path, is_json: bool) -> None:
             click.echo(shown(line))
     if comparison.differences:
         sys.exit(EXIT_FOUND)
-
-
-@contextmanager
-def _told_errors(exit_code: int | None = None) -> Iterator[None]:
-    """End with one line on stderr; with the error's own exit code unless another is named."""
-    try:
-        yield
-    except HoldfastError as error:
-        hint = "" if isinstance(error, InputError) else "; checkpoints verify says more"
-        click.echo(f"error: {shown(' '.join(str(error).splitlines()))}{hint}", err=True)
-        sys.exit(exit_code or error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("stopped", err=True)
-        sys.exit(EXIT_INTERRUPTED)
 
 
 def _row(seen: Inspection) -> dict[str, str]:
