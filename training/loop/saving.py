@@ -34,6 +34,27 @@ from holdfast.training.runs.progress import Progress
 logger = logging.getLogger(__name__)
 
 
+class ValidationsWithin:
+    """Which steps within an epoch are validated: those of the schedule, each of them once."""
+
+    def __init__(self, schedule: SaveSchedule, state: TrainState, *, is_measured: bool) -> None:
+        """``is_measured``: the state as it is was validated before it was saved."""
+        self._schedule = schedule
+        self._state = state
+        self._measured_step = state.counters.step if is_measured else None
+
+    def is_due(self) -> bool:
+        """Whether this step is to be validated and was not yet."""
+        counters = self._state.counters
+        is_due = self._schedule.is_light_due(counters.step, counters.epoch, is_epoch_end=False)
+        is_within = counters.step_in_epoch > 0
+        return is_within and is_due and counters.step != self._measured_step
+
+    def mark_done(self) -> None:
+        """This step was validated."""
+        self._measured_step = self._state.counters.step
+
+
 class Saver:
     """Saves a TrainState at the moments that the schedule names.
 
@@ -79,17 +100,14 @@ class Saver:
         self._light: tuple[int, Trigger, Mapping[str, float]] | None = None
         restored = manager.restored
         is_measured = restored is not None and restored.is_selectable
-        self._measured_step = state.counters.step if is_measured else None
+        self._validations = ValidationsWithin(schedule, state, is_measured=is_measured)
         self._has_advance_notice = False
         self._is_grace_checked = False
         self.before_save: Callable[[], None] = lambda: None
 
     def is_light_due(self) -> bool:
         """Whether this step, within an epoch, is to be validated and was not yet."""
-        counters = self._state.counters
-        is_due = self._schedule.is_light_due(counters.step, counters.epoch, is_epoch_end=False)
-        is_within = counters.step_in_epoch > 0
-        return is_within and is_due and counters.step != self._measured_step
+        return self._validations.is_due()
 
     def after_step(self, measured: Mapping[str, float] | None = None) -> None:
         """Save if it is due; ``measured`` are validation metrics, where a light one is due.
@@ -106,7 +124,7 @@ class Saver:
             )
         trigger = self._due(is_epoch_end=False)
         if measured is not None:
-            self._measured_step = self._state.counters.step
+            self._validations.mark_done()
             self._save_light("light", measured, must_be_full=trigger is not None)
         elif trigger is not None:
             self._save(trigger, {})
@@ -307,3 +325,41 @@ class Saver:
         )
         if warning is not None:
             logger.warning(warning)
+
+
+class NothingSaved:
+    """In the place of a ``Saver`` where nothing is saved: validates where training does.
+
+    A validation leaves training alone, but what an experiment counts in one is counted again, too.
+    """
+
+    def __init__(
+        self, schedule: SaveSchedule, state: TrainState, *, is_measured: bool = False
+    ) -> None:
+        """``is_measured``: the state as it is was validated before it was saved."""
+        self._state = state
+        self._validations = ValidationsWithin(schedule, state, is_measured=is_measured)
+
+    def is_light_due(self) -> bool:
+        """As ``Saver.is_light_due``."""
+        return self._validations.is_due()
+
+    def after_step(self, measured: Mapping[str, float] | None = None) -> None:
+        """Save nothing."""
+        if measured is not None:
+            self._validations.mark_done()
+
+    def after_epoch(self, metrics: Mapping[str, float], *, is_last: bool) -> None:
+        """Save nothing."""
+
+    def last(self) -> None:
+        """Save nothing."""
+
+    def finish(self) -> None:
+        """There is nothing to wait for."""
+
+    def settle(self) -> None:
+        """There is nothing in flight."""
+
+    def stop(self, notice: Notice) -> None:
+        """Save nothing."""

@@ -10,11 +10,11 @@ from typing import Any
 
 from holdfast.training.checkpointing.policy import build_schedule
 from holdfast.training.exactness.versions import device_name, library_versions
+from holdfast.training.loop.saving import NothingSaved
 from holdfast.training.own_loop.segment import ScriptSegment
 from holdfast.training.preemption.notices import Notice, reclaim_signals
 from holdfast.training.replay.beginning import elsewhere, newest_before
 from holdfast.training.replay.comparison import AllDone, Comparing, Steps
-from holdfast.training.replay.nothing_saved import NothingSaved
 from holdfast.training.runs.directory import write_run_record_once
 
 

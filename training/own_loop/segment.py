@@ -31,7 +31,7 @@ from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.loop.loss_guard import LossGuard
 from holdfast.training.loop.loss_record import LossRecord
-from holdfast.training.loop.saving import Saver
+from holdfast.training.loop.saving import NothingSaved, Saver
 from holdfast.training.loop.segment_record import RecordKeeper
 from holdfast.training.loop.state import Counters, EpochRecord
 from holdfast.training.loop.state_validation import validate_state
@@ -44,7 +44,6 @@ from holdfast.training.own_loop.opening import Opened
 from holdfast.training.own_loop.state import Place, Whole, state_of
 from holdfast.training.preemption.notices import Notice, reclaim_signals
 from holdfast.training.preemption.signals import current_signal_flag
-from holdfast.training.replay.nothing_saved import NothingSaved
 from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.directory import (
     read_segments,

@@ -18,7 +18,6 @@ from holdfast.training.checkpointing.loading import RestoredCheckpoint, load_che
 from holdfast.training.checkpointing.manifest import local_folder, manifest_of
 from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
-    SaveSchedule,
     build_schedule,
 )
 from holdfast.training.distributed.launcher import STACKS_SIGNAL
@@ -27,6 +26,7 @@ from holdfast.training.distributed.world import World
 from holdfast.training.errors import ExperimentError, InputError, RankLostError
 from holdfast.training.exactness.trial import asked_trial
 from holdfast.training.loop.experiment_state import Stateful
+from holdfast.training.loop.saving import NothingSaved
 from holdfast.training.loop.segment import Together, build_trainer, run_segment
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.trainer import Trainer
@@ -107,7 +107,9 @@ def _follow(stage: Stage, world: World) -> StageOutcome:
     with closing(trainer.loader):
         if trainer.is_finished():
             return StageOutcome("completed", 0, step=trainer.state.counters.step)
-        saver = Follower(build_schedule(stage.config.checkpoint), trainer.state, restored)
+        is_measured = restored is not None and restored.manifest.info.is_selectable
+        schedule = build_schedule(stage.config.checkpoint)
+        saver = Follower(schedule, trainer.state, is_measured=is_measured)
         _vote(stage)
         trial = asked_trial()
         ended = trainer.fit(saver, on_step=lambda step: trial.after_step(step, world.rank))
@@ -153,33 +155,8 @@ def _restore(stage: Stage, trainer: Trainer, begin: Any) -> RestoredCheckpoint |
     return restored
 
 
-class Follower:
-    """Saves nothing, and yet knows when all ranks validate: rank 0's ``Saver`` does the rest."""
-
-    def __init__(
-        self, schedule: SaveSchedule, state: TrainState, restored: RestoredCheckpoint | None
-    ) -> None:
-        self._schedule = schedule
-        self._state = state
-        is_measured = restored is not None and restored.manifest.info.is_selectable
-        self._measured_step = state.counters.step if is_measured else None
-
-    def is_light_due(self) -> bool:
-        """As ``Saver.is_light_due``."""
-        counters = self._state.counters
-        is_due = self._schedule.is_light_due(counters.step, counters.epoch, is_epoch_end=False)
-        return counters.step_in_epoch > 0 and is_due and counters.step != self._measured_step
-
-    def after_step(self, measured: Mapping[str, float] | None = None) -> None:
-        """Remember what was measured."""
-        if measured is not None:
-            self._measured_step = self._state.counters.step
-
-    def after_epoch(self, metrics: Mapping[str, float], *, is_last: bool) -> None:
-        """Nothing."""
-
-    def finish(self) -> None:
-        """Nothing."""
+class Follower(NothingSaved):
+    """Knows when all ranks validate; rank 0's ``Saver`` does the rest."""
 
     def stop(self, notice: Notice) -> None:
         """Tell why this rank ends."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from holdfast.training.checkpointing.policy import build_schedule
 from holdfast.training.errors import InputError
 from holdfast.training.exactness.versions import device_name, library_versions
+from holdfast.training.loop.saving import NothingSaved
 from holdfast.training.loop.segment import build_trainer
 from holdfast.training.loop.trainer import Trainer
 from holdfast.training.replay.beginning import elsewhere, newest_before
@@ -21,7 +22,6 @@ from holdfast.training.replay.comparison import (
     require_kept,
     told_to,
 )
-from holdfast.training.replay.nothing_saved import NothingSaved
 from holdfast.training.runs.costs import Costs
 from holdfast.training.stage import NoticeCameError, Stage, StageArguments, prepared_stage
 
