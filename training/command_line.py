@@ -37,6 +37,7 @@ from holdfast.training.preemption.signals import (
 from holdfast.training.runs.durable_json import write_json_durably
 from holdfast.training.storage.address import is_address
 from holdfast.training.tiers.supervision import run_supervised
+from holdfast.training.told_errors import error_line
 
 if TYPE_CHECKING:
     from holdfast.training.stage import StageOutcome
@@ -194,7 +195,7 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
             return run_supervised(sys.argv[1:], options["store"], _run_name(options))
         num_threads = _num_threads(options)
     except HoldfastError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return _early_failure(error, outcome_file, options)
     if not is_environment_ready(num_threads):
         command = python_command("holdfast.training", *sys.argv[1:])

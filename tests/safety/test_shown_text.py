@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,46 @@ from holdfast.flows.command_line.group import exit_code_of
 from holdfast.training.bundles.console import main as console_main
 from holdfast.training.bundles.model_card import model_card
 from holdfast.training.bundles.registry import Registry
+from holdfast.training.errors import InputError
 from holdfast.training.reporting.markup import text
 from holdfast.training.runs.progress import Progress
 from holdfast.training.runs.shown_text import ShownFormatter, shown, shown_lines
+from holdfast.training.told_errors import told_errors
 from tests.safety.hostile import ESCAPES
 from tests.safety.test_bundles import FACTS, write_bundle
 
 HOSTILE = f"a|b`c`<script>alert(1)</script>[x](http://evil)\n# verified {ESCAPES}"
+
+
+def test_the_errors_of_commands_and_scripts_are_one_line_of_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left, told_errors():
+        raise InputError(f"no run {HOSTILE}")
+    assert left.value.code == 2
+    assert_plain(capsys.readouterr().err)
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import holdfast\n"
+        "from holdfast.training.errors import InputError\n"
+        "holdfast.run('gpt', 'first')\n"
+        f"raise InputError({HOSTILE!r})\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-P", str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert_plain(ended.stderr.splitlines()[-1])
+
+
+def assert_plain(told: str) -> None:
+    [line] = told.splitlines()
+    assert line.startswith("error: ")
+    assert line.isprintable()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import NoReturn, TextIO
 
 from holdfast.training.errors import HoldfastError
 from holdfast.training.experiment.error_places import users_place
+from holdfast.training.told_errors import error_line
 
 End = Callable[[BaseException | None], int]
 
@@ -53,8 +54,7 @@ class Ending:
         if is_ours:
             assert isinstance(error, HoldfastError)
             place = users_place(error)
-            told = " ".join(str(error).splitlines())
-            print(f"error: {told}{place and f' ({place})'}", file=_stderr())
+            print(error_line(f"{error}{place and f' ({place})'}"), file=_stderr())
             _leave(error.exit_code)
 
     def _on_thread_error(self, failed: threading.ExceptHookArgs) -> None:
