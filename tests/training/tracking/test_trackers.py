@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import struct
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -92,10 +93,14 @@ def in_tensorboard(run: RunDirectory) -> Scalars:
     return sorted((e.step, tag, e.value) for tag in tags for e in events.Scalars(tag))
 
 
+def database(run: RunDirectory) -> Path:
+    return run.tracking / "mlflow.db"
+
+
 def in_mlflow(run: RunDirectory) -> Scalars:
     from mlflow import MlflowClient
 
-    path = run.tracking / "mlflow.db"
+    path = database(run)
     if not path.exists():
         return []
     client = MlflowClient(f"sqlite:///{path}")
@@ -142,9 +147,13 @@ def assert_sent(run: RunDirectory, name: str, wanted: Scalars) -> None:
 
 
 def has_any(run: RunDirectory, name: str) -> bool:
-    with suppress(Exception):  # it is just being made
-        return bool(READERS[name](run))
-    return False
+    """Whether a tracker's files have a step; those of a database that is being made have none."""
+    if name == "mlflow":
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(database(run))) as found:
+            return found.execute("SELECT count(*) FROM metrics").fetchone()[0] > 0
+        return False
+    is_begun = any(path.is_file() for path in (run.tracking / name).rglob("*"))
+    return is_begun and bool(READERS[name](run))
 
 
 @pytest.mark.parametrize(
