@@ -17,7 +17,7 @@ from tests.flows.prefect_server import REPOSITORY, environment, free_port
 
 README = REPOSITORY / "README.md"
 MAKE_RUN_AND_TEST = 1
-END_ALL = "trap 'kill $(jobs -p) 2>/dev/null; wait; prefect server stop' EXIT\n"
+END_ALL = "trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT\n"
 
 
 def run_as_printed(folder: Path, *names: str, timeout_s: float = 280.0, before: str = "") -> str:
@@ -27,7 +27,9 @@ def run_as_printed(folder: Path, *names: str, timeout_s: float = 280.0, before: 
     script = before + "".join(printed[name] for name in names).replace(":4200/", f":{port}/")
     home = folder / "prefect"
     home.mkdir(exist_ok=True)
-    variables = environment(home, PREFECT_SERVER_API_PORT=port)
+    # A server that is started with its output in a pipe ends with the first line that it logs.
+    talks = {"PREFECT_LOGGING_SERVER_LEVEL": "INFO"}
+    variables = environment(home, PREFECT_SERVER_API_PORT=port, **talks)
     return "".join(run_script(folder, script, variables, timeout_s))
 
 
