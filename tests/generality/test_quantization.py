@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.ao import quantization
 from torch.nn.functional import cross_entropy
 
+from holdfast.training.checkpointing.manifest import STATE_NAME
+from holdfast.training.runs.stored_json import STATE, read_json
 from tests.faults.campaign import Training
-from tests.generality.harness import QUICK_EXPORT, assert_exact
+from tests.generality.harness import QUICK_EXPORT, assert_exact, assert_published
 from tests.generality.points import OnPoints, classification_rows
 
 SCALE = "1.weight_fake_quant.scale"
@@ -68,3 +70,44 @@ def test_observers_that_grow_are_exact_to_the_champion_and_not_exported(tmp_path
     [told] = [line for line in export.errors if line.startswith("error: ")]
     assert "torch.onnx cannot translate the model" in told
     assert "leave onnx out of export.formats" in told
+
+
+class DelayedScale(nn.Linear):
+    """Scales its input by the largest value seen so far, kept as extra state: as fp8 layers do."""
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__(num_inputs, num_outputs)
+        self.largest = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled = super().forward(x / self.largest)
+        if self.training:
+            self.largest = max(self.largest, float(x.detach().abs().max()))
+        return scaled
+
+    def get_extra_state(self) -> Any:
+        return {"largest": self.largest}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.largest = state["largest"]
+
+
+class Scaled(OnPoints):
+    def model(self) -> nn.Module:
+        return nn.Sequential(DelayedScale(6, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model(batch[0]), batch[1])
+
+    def score(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return classification_rows(model(batch[0]), batch[1])
+
+
+@pytest.mark.slow
+def test_state_that_is_no_tensor_goes_with_averages_and_into_the_export(tmp_path: Path) -> None:
+    experiment = f"{__file__}:Scaled"
+    run = assert_exact(experiment, tmp_path)
+    calm = Training(tmp_path / "calm", "one", experiment, QUICK_EXPORT)
+    assert_published(calm)  # with parity: the scale is in the graph
+    state = read_json(max(run.checkpoints.glob("step-*")) / STATE_NAME, STATE)
+    assert state["model"]["0._extra_state"]["largest"] > 2

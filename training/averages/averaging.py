@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from holdfast.training.checkpointing.digests import Bytes
 from holdfast.training.checkpointing.tensor_file import Layout, Slot, parse_layout, plan_layout
+from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError, SelectionError
 from holdfast.training.runs.durable_json import storage_error
 
@@ -170,12 +171,16 @@ def _plan(terms: Sequence[Term], template: Path | None) -> tuple[Layout, Iterato
     return layout, (chunk for tensor in tensors for chunk in _averaged(*tensor, sources))
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> str:
+def write_weights(
+    path: Path, tensors: Mapping[str, Tensor], extra_state: Mapping[str, Json] | None = None
+) -> str:
     """Write tensors as a file of weights, and return its digest. The same tensors, the same bytes.
+
+    ``extra_state`` is what modules keep beside tensors, by its name in the state dict.
 
     Raises StorageError.
     """
-    layout = plan_layout(tensors, path.name)
+    layout = replace(plan_layout(tensors, path.name), extra_state=extra_state or {})
     chunks = (tensors[name].detach().cpu().contiguous() for name in layout.slots)
     return WeightsWriter(path, layout).write(chunks)
 

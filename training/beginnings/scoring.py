@@ -75,10 +75,11 @@ def score(
         manifest = chosen_checkpoint(run, at, config)
         path, newest = run.checkpoint(manifest.step), experiment_checkpoint(run)
         weights = load_weights(path)
-        restore_experiment(experiment, path if manifest.kind == "full" else newest)
+        full = path if manifest.kind == "full" else newest
+        restore_experiment(experiment, full)
         seed_generators(stage.seed("model"))
         model = experiment.model()
-        load_saved(model, weights, config.checkpoint, newest)
+        load_saved(model, weights, config.checkpoint, full)
         dataset = experiment.dataset("validation")
         records = evaluate(
             experiment,

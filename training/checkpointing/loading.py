@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from holdfast.training.checkpointing.json_state import decode
+from holdfast.training.checkpointing.layouts import all_laid_out
 from holdfast.training.checkpointing.manifest import (
     MIGRATIONS,
     STATE_NAME,
@@ -101,6 +103,17 @@ def load_parts(folder: Path, names: Sequence[str], kind: Kind = "full") -> Resto
     wanted = {name: manifest.files[name] for name in names}
     part = manifest.model_copy(update={"kind": kind, "files": wanted})
     return load_checkpoint(found, part)
+
+
+def load_state_part(folder: Path, name: str) -> Any:
+    """One entry of a full checkpoint's state, with its tensors; nothing else is used.
+
+    Raises CheckpointCorruptError that names what is wrong, or StorageError.
+    """
+    restored = load_parts(folder, (STATE_NAME, f"state{TENSOR_SUFFIX}"))
+    state: Any = restored.state
+    strides = state.get("layouts", {}).get("state", {})
+    return decode(state[name], all_laid_out(restored.tensors["state"], strides))
 
 
 def _parse_state(content: Tensor, path: str) -> Json:

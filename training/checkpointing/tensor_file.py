@@ -4,8 +4,9 @@ https://github.com/huggingface/safetensors#format. Files load with ``safetensors
 They are deterministic. The format allows no gaps, but tensors should lie as torch's own do, at
 multiples of 64 bytes. So the header is padded to that, tensors of a multiple of 64 bytes come
 first, then those with the largest items; within that by name. A tensor that has several names
-(tied weights) is stored once, under the first of them; the header's metadata has one key,
-``aliases``, with a JSON object from name to stored name.
+(tied weights) is stored once, under the first of them; the header's metadata has a key
+``aliases``, with a JSON object from name to stored name. A champion's file also has
+``extra_state`` there, a JSON object of what its modules keep that is no tensor, where they do.
 
 The official writer is not used: it takes all tensors as bytes at once, and we write a snapshot
 that already has the layout of the file.
@@ -16,12 +17,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError
 from holdfast.training.runs.stored_json import parse_json
 
@@ -30,6 +32,7 @@ ALIGNMENT_BYTES = 64
 MAX_HEADER_BYTES = 100_000_000  # what the official reader accepts
 METADATA = "__metadata__"
 ALIASES = "aliases"
+EXTRA_STATE = "extra_state"
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -84,10 +87,12 @@ class Layout:
     Attributes:
         slots: the stored tensors by name, in the order of the file.
         aliases: further names of stored tensors.
+        extra_state: JSON by name, of what modules keep beside tensors.
     """
 
     slots: dict[str, Slot]
     aliases: dict[str, str]
+    extra_state: Mapping[str, Json] = field(default_factory=dict)
 
     @property
     def data_bytes(self) -> int:
@@ -97,8 +102,11 @@ class Layout:
     def header(self) -> bytes:
         """The file's bytes before the first tensor; a multiple of 64."""
         entries: dict[str, Any] = {}
-        if self.aliases:
-            entries[METADATA] = {ALIASES: json.dumps(self.aliases, sort_keys=True)}
+        metadata = {ALIASES: self.aliases, EXTRA_STATE: self.extra_state}
+        if any(metadata.values()):
+            entries[METADATA] = {
+                key: json.dumps(value, sort_keys=True) for key, value in metadata.items() if value
+            }
         for name, slot in self.slots.items():
             entries[name] = {
                 "dtype": DTYPE_NAMES[slot.dtype],
@@ -171,7 +179,9 @@ def parse_layout(memory: memoryview, file: str) -> tuple[Layout, memoryview]:
     """
     try:
         header, data = _split(memory)
-        aliases: Any = parse_json(header.pop(METADATA, {}).get(ALIASES, "{}").encode(), ALIASES)
+        metadata = header.pop(METADATA, {})
+        aliases: Any = parse_json(metadata.get(ALIASES, "{}").encode(), ALIASES)
+        extra: Any = parse_json(metadata.get(EXTRA_STATE, "{}").encode(), EXTRA_STATE)
         slots: dict[str, Slot] = {}
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -189,7 +199,7 @@ def parse_layout(memory: memoryview, file: str) -> tuple[Layout, memoryview]:
             raise ValueError(f"{len(data) - end} bytes follow the last tensor")
         if missing := sorted({str(stored) for stored in aliases.values()} - slots.keys()):
             raise ValueError(f"there is no {missing[0]}, which other names lead to")
-        return Layout(slots, aliases), data
+        return Layout(slots, aliases, dict(extra)), data
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _not_safetensors(file, error) from error
 

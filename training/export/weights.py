@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from holdfast.training.checkpointing.json_state import decode
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.model_weights import take_buffers
-from holdfast.training.checkpointing.tensor_file import parse_tensors
+from holdfast.training.checkpointing.tensor_file import parse_layout, parse_tensors
+from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError, ExportError, StorageError
 from holdfast.training.experiment.model_call import CallForm
 from holdfast.training.export.guard import GuardedModel
@@ -59,9 +62,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises ExportError where the file is missing or is no safetensors file.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Json]]:
     try:
         content, _ = read_file(path, "sha256")
-        return parse_tensors(content, path.name)
+        layout, _ = parse_layout(content.numpy().data, path.name)
+        return parse_tensors(content, path.name), layout.extra_state
     except (CheckpointCorruptError, StorageError) as error:
         raise ExportError(f"the champion cannot be read: {error}") from error
 
@@ -76,9 +84,10 @@ def load_champion(path: Path, model: nn.Module) -> nn.Module:
     Raises:
         ExportError: a tensor is missing or left over, or a parameter has another shape or type.
     """
-    stored = read_tensors(path)
+    stored, extra_state = _read(path)
     take_buffers(model.cpu(), stored)
-    target = model.state_dict(keep_vars=True)
+    _take_extra_state(model, extra_state)
+    target = _tensors(model)
     groups = tied_names(model)
     left_over = set(stored)
     for name, tensor in target.items():
@@ -100,9 +109,21 @@ def load_champion(path: Path, model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def _take_extra_state(model: nn.Module, stored: Mapping[str, Json]) -> None:
+    """Give modules what they keep beside tensors."""
+    for name, value in stored.items():
+        owner, _, _ = name.rpartition(".")
+        model.get_submodule(owner).set_extra_state(decode(value, {}))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Tensor name -> all names of the same storage, its own first."""
-    state = model.state_dict(keep_vars=True)
+    state = _tensors(model)
     places: dict[tuple[int, int], list[str]] = {}
     for name, tensor in state.items():
         key = (tensor.data_ptr(), tensor.numel()) if tensor.numel() else (0, -1 - len(places))

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from holdfast.training.checkpointing.json_state import decode
-from holdfast.training.checkpointing.layouts import all_laid_out
-from holdfast.training.checkpointing.loading import load_parts
-from holdfast.training.checkpointing.manifest import STATE_NAME, TENSOR_SUFFIX, read_manifest
+from holdfast.training.checkpointing.loading import load_state_part
+from holdfast.training.checkpointing.manifest import read_manifest
 from holdfast.training.checkpointing.policy import newest_full
 from holdfast.training.checkpointing.storage import LocalReader
 from holdfast.training.runs.paths import RunDirectory, parse_step
@@ -44,9 +42,4 @@ def restore_experiment(experiment: object, checkpoint: Path | None) -> None:
     """
     if checkpoint is None or not isinstance(experiment, Stateful):
         return
-    files = (STATE_NAME, f"state{TENSOR_SUFFIX}")
-    restored = load_parts(checkpoint, files)
-    state: Any = restored.state
-    strides = state.get("layouts", {}).get("state", {})
-    tensors = all_laid_out(restored.tensors["state"], strides)
-    experiment.load_state_dict(decode(state["experiment"], tensors))
+    experiment.load_state_dict(load_state_part(checkpoint, "experiment"))

@@ -13,16 +13,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from holdfast.training.averages.averaging import write_weights
-from holdfast.training.configuration.schema import CheckpointConfig
-from holdfast.training.errors import ExportError
+from holdfast.training.checkpointing.json_state import encode
+from holdfast.training.configuration.schema import CheckpointConfig, Json
+from holdfast.training.errors import ExportError, UnsupportedStateError
 from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.export.weights import load_champion
-from holdfast.training.weights.frozen import load_saved
+from holdfast.training.weights.frozen import load_saved, recorded_extra_state
 
 APART_NAME = "apart.safetensors"
 MERGED_NAME = "merged.safetensors"
@@ -85,16 +86,17 @@ def write_exported(
 
     Raises:
         ExportError: ``merged`` did not return a module.
+        UnsupportedStateError: a module keeps extra state that is not JSON.
         CheckpointMismatchError: the weights are not of this model, or of this base.
     """
     apart = folder / APART_NAME
     apart.unlink(missing_ok=True)
     if is_as_trained(experiment, config):
-        write_weights(apart, weights)
+        write_weights(apart, weights, _as_json(recorded_extra_state(checkpoint)))
         return apart
     model = experiment.model()
     load_saved(model, weights, config, checkpoint)
-    write_weights(apart, _tensors(model))
+    _write_model(apart, model)
     if not isinstance(experiment, Merging):
         return apart
     merged: object = experiment.merged(model)
@@ -105,9 +107,24 @@ def write_exported(
         )
     path = folder / MERGED_NAME
     path.unlink(missing_ok=True)
-    write_weights(path, _tensors(merged))
+    _write_model(path, merged)
     return path
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+def _write_model(path: Path, model: nn.Module) -> None:
+    state = model.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    extra = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    write_weights(path, tensors, _as_json(extra))
+
+
+def _as_json(extra_state: Mapping[str, Any]) -> dict[str, Json]:
+    """Raise UnsupportedStateError for what a file of weights can't hold."""
+    tensors: dict[str, Tensor] = {}
+    encoded = {name: encode(value, name, tensors) for name, value in extra_state.items()}
+    if tensors:
+        raise UnsupportedStateError(
+            f"get_extra_state() holds a tensor, {next(iter(tensors))}; candidates and bundles "
+            "take numbers, text, lists and dicts of it alone: keep tensors in buffers"
+        )
+    return encoded

@@ -17,6 +17,7 @@ import torch
 from holdfast.training.averages.ensemble import require_one_graph
 from holdfast.training.champion.batch_norm import recompute_batch_norm, training_batches
 from holdfast.training.champion.bootstrap import units_of
+from holdfast.training.checkpointing.json_state import decode
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.data.loader import Loader, Microbatch
 from holdfast.training.errors import CheckpointMismatchError, ExperimentError, InputError
@@ -166,16 +167,14 @@ class Trial:
         """A fresh model takes weights alone, as candidates and exports have them."""
         seed_generators(self.stage.seed("model"))
         model = self.stage.experiment.model()
+        state: Any = self.saved.state
+        extra = decode(state["model"], self.saved.tensors["state"])
+        weights = {**self.saved.tensors["model"], **extra}
         try:
-            load_saved(model, self.saved.tensors["model"], self.stage.config.checkpoint, None)
+            load_saved(model, weights, self.stage.config.checkpoint, None)
         except CheckpointMismatchError as error:
-            way_out = (
-                "; candidates and bundles hold tensors alone: keep the state in a buffer, not in "
-                "get_extra_state()"
-            )
-            has_extra = any(name.endswith("_extra_state") for name in model.state_dict())
             message = str(error).partition(": use the settings")[0]
-            raise CheckpointMismatchError(f"{message}{way_out if has_extra else ''}") from error
+            raise CheckpointMismatchError(message) from error
 
     def train_last(self) -> None:
         """The last batch of an epoch, where it is smaller than the others."""

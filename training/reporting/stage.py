@@ -11,7 +11,7 @@ from holdfast.training.averages.ensemble import experiment_of
 from holdfast.training.champion.candidates import preempted
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.experiment.protocol import Dataset, Records
-from holdfast.training.export.weights import load_champion
+from holdfast.training.export.weights import read_tensors
 from holdfast.training.loop.evaluation import evaluate
 from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.loop.train_step import resolve_device
@@ -21,6 +21,7 @@ from holdfast.training.reporting.page import page
 from holdfast.training.runs.fenced import publish_bytes
 from holdfast.training.runs.stored_json import read_json
 from holdfast.training.stage import Stage, StageOutcome
+from holdfast.training.weights.frozen import load_saved
 
 
 class _NoticeCameError(Exception):
@@ -64,7 +65,9 @@ def _figures(stage: Stage) -> Sequence[Figure]:
     seed_generators(stage.seed("model"))
     restore_experiment(stage.experiment, experiment_checkpoint(stage.run))
     champion = experiment_of(stage.experiment, evaluation["champion"]["name"])
-    model = load_champion(path, champion.model())
+    model = champion.model()
+    weights, config = read_tensors(path), stage.config.checkpoint
+    load_saved(model, weights, config, experiment_checkpoint(stage.run))
     model.to(resolve_device(stage.config.train.device))
 
     def measure(dataset: Dataset) -> Records:

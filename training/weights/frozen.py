@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.checkpointing.digests import Bytes, digest_of
+from holdfast.training.checkpointing.loading import load_state_part
 from holdfast.training.checkpointing.manifest import STATE_NAME
 from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.configuration.schema import CheckpointConfig
@@ -132,7 +133,10 @@ def load_saved(
     config: CheckpointConfig,
     checkpoint: Path | None,
 ) -> None:
-    """Load weights as checkpoints and candidates hold them; what was left out stays the model's.
+    """Load weights as checkpoints and candidates hold them.
+
+    Frozen parameters that were left out stay the model's. What a module keeps that is no tensor
+    (``get_extra_state``) is that of the checkpoint, as there is no average of it.
 
     Args:
         model: as ``model()`` returns it.
@@ -142,12 +146,33 @@ def load_saved(
 
     Raises CheckpointMismatchError where names or shapes differ, or the base is another one.
     """
+    saved = {**tensors, **_extra_state_for(model, checkpoint)}
     frozen = frozen_of(model, config)
     if frozen is None:
-        load_model(model, tensors)
+        load_model(model, saved)
         return
     frozen.require(recorded_digest(checkpoint))
-    load_model(model, tensors, frozen.names)
+    load_model(model, saved, frozen.names)
+
+
+def recorded_extra_state(checkpoint: Path | None) -> dict[str, Any]:
+    """What the model's modules kept beside tensors in a full checkpoint, by its name there."""
+    if checkpoint is None:
+        return {}
+    state: Any = read_json(checkpoint / STATE_NAME, STATE)
+    return load_state_part(checkpoint, "model") if state["model"] else {}
+
+
+def _extra_state_for(model: nn.Module, checkpoint: Path | None) -> dict[str, Any]:
+    """The same under the names of ``model``, which may be several such models side by side."""
+    names = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
+    recorded = recorded_extra_state(checkpoint) if names else {}
+    return {
+        name: value
+        for name in names
+        for key, value in recorded.items()
+        if f".{name}".endswith(f".{key}")
+    }
 
 
 def recorded_digest(checkpoint: Path | None) -> str | None:

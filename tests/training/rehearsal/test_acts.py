@@ -52,6 +52,7 @@ RESTORED = (
     "DrawsGlobally",
     "ZeroAtFirst",
     "LateBuffer",
+    "ExtraState",
 )
 
 
@@ -127,7 +128,6 @@ def test_nothing_is_promised_of_speed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "act", "message"),
     [
-        ("ExtraState", "weights alone", "keep the state in a buffer, not in get_extra_state()"),
         ("HoldsASet", "two steps", "experiment/seen is a builtins.set"),
         ("Forgetful", "save and restore", "state.json/experiment/num_calls differ; state_dict()"),
         ("Nondeterministic", "two steps", "in loss): use another operator there, or"),
