@@ -127,7 +127,9 @@ class Exporting:
 
 def _essence(error: ExportError) -> str:
     """What failed, without the advice to the makers of the exporter that torch adds."""
-    cause = COLOUR.sub("", str(error.__cause__ or error))
+    if error.__cause__ is None:
+        return " ".join(str(error).split())[:MAX_MESSAGE_CHARS]
+    cause = COLOUR.sub("", str(error.__cause__))
     _, mark, summary = cause.partition("Exception summary")
     text = " ".join((summary if mark else cause).split())
     head = str(error).partition(":")[0]
