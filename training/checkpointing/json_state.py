@@ -19,10 +19,14 @@ from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError
 
 Tensors = dict[str, Tensor]
+PAIRS = "$pairs"
 
 
-def encode(value: Any, path: str, tensors: Tensors) -> Json:
+def encode(value: Any, path: str, tensors: Tensors, *, keeps_order: bool = False) -> Json:
     """The JSON of a value. Tensors that it holds are added to ``tensors`` under their paths.
+
+    Files have the keys of JSON objects sorted. With ``keeps_order`` dicts come back in the order
+    in which they are, since somebody's own state may be gone through in it.
 
     Raises:
         UnsupportedStateError: something is neither JSON nor a tensor; the message names its path.
@@ -36,7 +40,7 @@ def encode(value: Any, path: str, tensors: Tensors) -> Json:
     if isinstance(value, bytes):
         return {"$bytes": _put(torch.tensor(list(value), dtype=torch.uint8), path, tensors)}
     if isinstance(value, (list, tuple, Mapping)):
-        return _encode_nest(value, path, tensors)
+        return _encode_nest(value, path, tensors, keeps_order)
     raise UnsupportedStateError(
         f"{path} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds "
         f"tensors and JSON only: return numbers, text, lists, dicts or tensors from state_dict()"
@@ -67,20 +71,22 @@ def _put(tensor: Tensor, path: str, tensors: Tensors) -> str:
 
 
 def _encode_nest(
-    value: list[Any] | tuple[Any, ...] | Mapping[Any, Any], path: str, tensors: Tensors
+    value: list[Any] | tuple[Any, ...] | Mapping[Any, Any],
+    path: str,
+    tensors: Tensors,
+    keeps_order: bool,
 ) -> Json:
+    def encoded(item: Any, key: Any) -> Json:
+        return encode(item, f"{path}/{key}", tensors, keeps_order=keeps_order)
+
     if isinstance(value, list):
-        return [encode(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
+        return [encoded(item, i) for i, item in enumerate(value)]
     if isinstance(value, tuple):
-        return {"$tuple": encode(list(value), path, tensors)}
+        return {"$tuple": encode(list(value), path, tensors, keeps_order=keeps_order)}
     is_plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
-    if is_plain:
-        return {key: encode(item, f"{path}/{key}", tensors) for key, item in value.items()}
-    pairs: list[Json] = [
-        [encode(key, f"{path}/key", tensors), encode(item, f"{path}/{key}", tensors)]
-        for key, item in value.items()
-    ]
-    return {"$pairs": pairs}
+    if is_plain and not (keeps_order and list(value) != sorted(value)):
+        return {key: encoded(item, key) for key, item in value.items()}
+    return {PAIRS: [[encoded(key, "key"), encoded(item, key)] for key, item in value.items()]}
 
 
 def _decode_tagged(tag: str, content: Json, tensors: Mapping[str, Tensor]) -> Any:
@@ -88,7 +94,7 @@ def _decode_tagged(tag: str, content: Json, tensors: Mapping[str, Tensor]) -> An
         return float(str(content))
     if tag == "$tuple":
         return tuple(decode(content, tensors))
-    if tag == "$pairs" and isinstance(content, list):
+    if tag == PAIRS and isinstance(content, list):
         return {key: item for key, item in decode(content, tensors)}
     if tag in ("$tensor", "$bytes"):
         tensor = tensors.get(str(content))

@@ -110,7 +110,10 @@ class TrainState:
             "experiment": self._experiment_state(),
             "model": model_extra,
         }
-        state = {name: encode(value, name, state_tensors) for name, value in components.items()}
+        state = {
+            name: encode(value, name, state_tensors, keeps_order=name == "experiment")
+            for name, value in components.items()
+        }
         tensors = {
             "model": model_tensors,
             "optimizer": optimizer.tensors,

@@ -96,7 +96,7 @@ class Kept:
 
     def state_dict(self) -> dict[str, Any]:
         """The others and the values."""
-        others = {name: dict(kept.state_dict()) for name, kept in self.others.items()}
+        others = {name: dict(kept.state_dict()) for name, kept in sorted(self.others.items())}
         return {"others": others, "values": dict(self.values)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

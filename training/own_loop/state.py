@@ -43,8 +43,9 @@ class Whole:
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept beside them, and the places of loaders and loop."""
-        loaders = {name: loader.state_dict() for name, loader in self._loaders.items()}
-        return {"kept": self._kept.state_dict(), "loaders": loaders, "place": vars(self._place)}
+        loaders = {name: loader.state_dict() for name, loader in sorted(self._loaders.items())}
+        place = dict(sorted(vars(self._place).items()))
+        return {"kept": self._kept.state_dict(), "loaders": loaders, "place": place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state_dict`` returned."""

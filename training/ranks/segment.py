@@ -174,7 +174,7 @@ def experiment_digest(state: TrainState) -> str:
     if not isinstance(state.experiment, Stateful):
         return ""
     tensors: dict[str, Tensor] = {}
-    values = encode(state.experiment.state_dict(), "experiment", tensors)
+    values = encode(state.experiment.state_dict(), "experiment", tensors, keeps_order=True)
     return f"{hashlib.sha256(repr(values).encode()).hexdigest()}/{_digest(tensors)}"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.training.checkpointing.json_state import PAIRS
 from holdfast.training.checkpointing.manager import RESUME_FILES
 from holdfast.training.checkpointing.manifest import STATE_NAME, TENSOR_SUFFIX
 from holdfast.training.checkpointing.snapshot import FileImage, SnapshotBuffers, json_image
@@ -96,6 +97,10 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and set(value) == {PAIRS}:
+        keys = [key for key, _ in value[PAIRS]]
+        yield f"{path}: order of keys", json.dumps(keys)
+        value = {str(key): item for key, item in value[PAIRS]}
     if isinstance(value, (dict, list)) and value:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         for key, item in pairs:

@@ -26,7 +26,8 @@ nests = st.recursive(
 
 def round_trip(value: Any) -> Any:
     tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps(encode(value, "root", tensors), allow_nan=False)
+    encoded = encode(value, "root", tensors, keeps_order=True)
+    text = json.dumps(encoded, allow_nan=False, sort_keys=True)  # as files are written
     return decode(json.loads(text), tensors)
 
 
@@ -35,6 +36,11 @@ def test_any_nest_comes_back_as_it_was(value: Any) -> None:
     again = round_trip(value)
     assert again == value
     assert repr(again) == repr(value)
+
+
+def test_order_is_kept_where_it_is_asked_for_alone() -> None:
+    assert list(round_trip({"b": 1, "a": {"d": 2, "c": 3}})["a"]) == ["d", "c"]
+    assert encode({"b": 1, "a": 2}, "scheduler", {}) == {"b": 1, "a": 2}
 
 
 def test_nan_and_infinity_come_back() -> None:
