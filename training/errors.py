@@ -40,6 +40,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 
+def kind_of(value: object, *, is_full: bool = False) -> str:
+    """What a value is: ``an int``, ``a Linear``; with its module where ``is_full`` asks for it."""
+    if value is None:
+        return "None"
+    kind = type(value)
+    is_named = is_full and kind.__module__ != "builtins"
+    name = f"{kind.__module__}.{kind.__qualname__}" if is_named else kind.__name__
+    return f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"  # a UNet, a UserDict
+
+
 class HoldfastError(Exception):
     """Base of all errors that are raised on purpose."""
 

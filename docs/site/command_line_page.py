@@ -18,8 +18,7 @@ from holdfast.training.command_line import main as training
 HEAD = """\
 # The command line
 
-`python -P docs/site/command_line_page.py` writes this page from the commands themselves; what it
-says, `--help` says, too.
+All commands and options, as `--help` tells them.
 
 `holdfast` trains, exports and publishes, with Prefect around it. `python -m holdfast.training` is
 what it runs: one stage, one process, without Prefect. Exit codes mean the same everywhere:

@@ -27,7 +27,7 @@ def _main_without_click() -> int:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command and not command.startswith("-") and command not in console.COMMANDS:
         print(
-            f"holdfast: {command} needs the whole installation (pip install holdfast); without "
+            f"error: {command} needs the whole installation (pip install holdfast); without "
             f"it there are {', '.join(console.COMMANDS)}",
             file=sys.stderr,
         )

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import click
 
 from holdfast.training.errors import HoldfastError, InputError
-from holdfast.training.runs.shown_text import shown, shown_lines
+from holdfast.training.runs.shown_text import shown_lines
+from holdfast.training.told_errors import EXIT_INTERRUPTED, error_line
 
 PACKAGES = {
     "checkpoint_commands": ("checkpoints", "evaluate", "fork"),
@@ -126,7 +127,8 @@ def exit_code_of(arguments: Sequence[str] | None = None) -> int:
     except click.UsageError as error:
         return _refuse(error)
     except (click.Abort, KeyboardInterrupt):
-        return _fail("stopped", 130)
+        click.echo("stopped", err=True)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # no second complaint
         return 0
@@ -147,6 +149,5 @@ def _refuse(error: click.UsageError) -> int:
 def _fail(message: str, exit_code: int) -> int:
     """Tell what is wrong: with the input, in one line; with a run, also the end of its log."""
     is_input = exit_code == InputError.exit_code
-    told = shown(" ".join(message.splitlines())) if is_input else shown_lines(message)
-    click.echo(f"holdfast: {told}", err=True)
+    click.echo(error_line(message) if is_input else f"error: {shown_lines(message)}", err=True)
     return exit_code

@@ -21,6 +21,7 @@ from holdfast.training.bundles.sources import BundleSource
 from holdfast.training.errors import BundleError, HoldfastError, InputError
 from holdfast.training.runs.shown_text import shown
 from holdfast.training.storage.address import is_address, parse_address
+from holdfast.training.told_errors import error_line
 
 COMMANDS = ("pull", "verify", "predict", "bundles")
 DEFAULT_STORE = os.environ.get("HOLDFAST_STORE", "runs")
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(options)
     except HoldfastError as error:
-        print(f"holdfast: {shown(error)}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return error.exit_code
     return 0
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from holdfast.training.configuration.schema import Json
-from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError
+from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError, kind_of
 
 Tensors = dict[str, Tensor]
 PAIRS = "$pairs"
@@ -42,7 +42,7 @@ def encode(value: Any, path: str, tensors: Tensors, *, keeps_order: bool = False
     if isinstance(value, (list, tuple, Mapping)):
         return _encode_nest(value, path, tensors, keeps_order)
     raise UnsupportedStateError(
-        f"{path} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds "
+        f"{path} is {kind_of(value, is_full=True)}; a checkpoint holds "
         f"tensors and JSON only: return numbers, text, lists, dicts or tensors from state_dict()"
     )
 

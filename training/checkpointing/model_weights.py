@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from holdfast.training.checkpointing.layouts import Strides, laid_out
-from holdfast.training.errors import CheckpointMismatchError
+from holdfast.training.errors import CheckpointMismatchError, kind_of
 
 MAX_DIFFERENCES_SHOWN = 3
 Slot = tuple[dict[str, Any], str]
@@ -88,7 +88,7 @@ def _mismatch(model: nn.Module, found: list[str]) -> CheckpointMismatchError:
     if len(found) > MAX_DIFFERENCES_SHOWN:
         shown.append(f"and {len(found) - MAX_DIFFERENCES_SHOWN} more")
     return CheckpointMismatchError(
-        f"these weights are not of a {type(model).__name__} as it is configured: "
+        f"these weights are not of {kind_of(model)} as it is configured: "
         f"{'; '.join(shown)}: use the settings and the code that made them, or another run id"
     )
 

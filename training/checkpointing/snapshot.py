@@ -17,7 +17,7 @@ from torch import Tensor
 from holdfast.training.checkpointing.digests import Bytes
 from holdfast.training.checkpointing.tensor_file import Layout, plan_layout
 from holdfast.training.configuration.schema import Json
-from holdfast.training.errors import UnsupportedStateError
+from holdfast.training.errors import UnsupportedStateError, kind_of
 from holdfast.training.runs.durable_json import json_bytes
 
 
@@ -121,6 +121,6 @@ def _require_json(value: object, path: str) -> None:
         raise UnsupportedStateError(f"{path} is {value}, which JSON does not have: use a tensor")
     elif value is not None and type(value) not in (bool, int, float, str):
         raise UnsupportedStateError(
-            f"{path} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds "
+            f"{path} is {kind_of(value, is_full=True)}; a checkpoint holds "
             f"tensors and JSON only: save numbers, text, lists, dicts or tensors"
         )

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from holdfast.training.configuration.schema import Json
-from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError
+from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError, kind_of
 from holdfast.training.runs.stored_json import parse_json
 
 LENGTH_BYTES = 8
@@ -216,14 +216,14 @@ def _split(memory: memoryview) -> tuple[dict[str, Any], memoryview]:
         raise ValueError(f"its header would have {num_bytes} bytes, the file {len(memory)}")
     header = parse_json(memory[LENGTH_BYTES : LENGTH_BYTES + num_bytes].tobytes(), "its header")
     if not isinstance(header, dict):
-        raise ValueError(f"its header is a {type(header).__name__}, not an object")
+        raise ValueError(f"its header is {kind_of(header)}, not an object")
     return header, memory[LENGTH_BYTES + num_bytes :]
 
 
 def _require_supported(tensor: object, name: str, path: str) -> None:
     problem = None
     if not isinstance(tensor, Tensor):
-        problem = f"a {type(tensor).__module__}.{type(tensor).__qualname__}"
+        problem = kind_of(tensor, is_full=True)
     elif tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
         problem = f"a tensor of layout {tensor.layout} on {tensor.device}"
     elif tensor.dtype not in DTYPE_NAMES:

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from holdfast.training.errors import ExperimentError
+from holdfast.training.errors import ExperimentError, kind_of
 from holdfast.training.experiments import EXPERIMENTS, SAME_BYTES
 from holdfast.training.runs.paths import RUN_ID, validate_run_id
 
@@ -318,9 +318,7 @@ def _check(reference: str, found: object) -> None:
     from holdfast.training.experiment.protocol import REQUIRED_METHODS
 
     if not inspect.isclass(found):
-        raise ExperimentError(
-            f"experiment {reference}: expected a class, found {type(found).__name__}"
-        )
+        raise ExperimentError(f"experiment {reference}: expected a class, found {kind_of(found)}")
     steps_itself = callable(getattr(found, "training_step", None))
     required = [name for name in REQUIRED_METHODS if not (name == "loss" and steps_itself)]
     missing = [name for name in required if not callable(getattr(found, name, None))]

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.training.configuration.schema import Section, Split
-from holdfast.training.errors import ExperimentError
+from holdfast.training.errors import ExperimentError, kind_of
 from holdfast.training.experiment.nests import children, default_collated, is_record
 
 Batch = Any
@@ -313,7 +313,7 @@ def model_inputs(batch: Batch, names: tuple[str, ...] = ()) -> tuple[Tensor, ...
         kinds = ", ".join(type(value).__name__ for value in flat) or "nothing"
         raise ExperimentError(
             f"the inputs of a batch must be a tensor, a tuple of tensors or a dict of tensors; "
-            f"found a {type(inputs).__name__} of {kinds}"
+            f"found {kind_of(inputs)} of {kinds}"
         )
     return flat
 

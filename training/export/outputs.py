@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from holdfast.training.errors import ExportError
+from holdfast.training.errors import ExportError, kind_of
 from holdfast.training.experiment.nests import Path, leaves, mapped
 
 
@@ -46,13 +46,13 @@ def flatten(returned: Any, wanted: tuple[str, ...]) -> tuple[OutputStructure, li
         if not isinstance(leaf, Tensor):
             where = f" as {'.'.join(map(str, path))}" if path else ""
             raise ExportError(
-                f"the model returns {type(leaf).__name__}{where}; an exported model returns a "
+                f"the model returns {kind_of(leaf)}{where}; an exported model returns a "
                 f"tensor, or a tuple, dictionary, named tuple or dataclass of tensors: leave out "
                 f"what is none"
             )
     if not found:
         raise ExportError(
-            f"the model returns {type(returned).__name__} without a tensor; an exported model "
+            f"the model returns {kind_of(returned)} without a tensor; an exported model "
             f"returns a tensor, or a tuple, dictionary, named tuple or dataclass of tensors"
         )
     names = _names([path for path, _ in found])

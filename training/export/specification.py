@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from holdfast.training.errors import ExportError
+from holdfast.training.errors import ExportError, kind_of
 from holdfast.training.experiment.model_call import BY_POSITION, CallForm, forward_parameters
 from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.export.outputs import OutputStructure, as_columns, flatten
@@ -87,7 +87,7 @@ def export_spec(experiment: Experiment) -> ExportSpec:
     spec = own()
     if not isinstance(spec, ExportSpec):
         raise ExportError(
-            f"export_spec() of {type(experiment).__name__} returned {type(spec).__name__}; "
+            f"export_spec() of {type(experiment).__name__} returned {kind_of(spec)}; "
             "it must return a holdfast.training.export.specification.ExportSpec"
         )
     return spec

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.data.loader import evaluation_batches
-from holdfast.training.errors import ExperimentError
+from holdfast.training.errors import ExperimentError, kind_of
 from holdfast.training.exactness.seeding import preserved_generators, seed_scoring
 from holdfast.training.experiment.nests import with_each
 from holdfast.training.experiment.protocol import (
@@ -141,7 +141,7 @@ def _number(method: str, name: str, value: object) -> float:
 def _require_samples(dataset: Dataset) -> None:
     if not len(dataset):
         raise ExperimentError(
-            f"the data set to evaluate on, a {type(dataset).__name__}, has no samples; expected at "
+            f"the data set to evaluate on, {kind_of(dataset)}, has no samples; expected at "
             f"least one in every split"
         )
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from holdfast.training.averages.averaging import write_weights
 from holdfast.training.checkpointing.json_state import encode
 from holdfast.training.configuration.schema import CheckpointConfig, Json
-from holdfast.training.errors import ExportError, UnsupportedStateError
+from holdfast.training.errors import ExportError, UnsupportedStateError, kind_of
 from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.export.weights import load_champion
 from holdfast.training.weights.frozen import load_saved, recorded_extra_state
@@ -102,8 +102,7 @@ def write_exported(
     merged: object = experiment.merged(model)
     if not isinstance(merged, nn.Module):
         raise ExportError(
-            f"{type(experiment).__name__}.merged must return a module, found a "
-            f"{type(merged).__name__}"
+            f"{type(experiment).__name__}.merged must return a module, found {kind_of(merged)}"
         )
     path = folder / MERGED_NAME
     path.unlink(missing_ok=True)

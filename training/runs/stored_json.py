@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.training.errors import DataFormatError, HoldfastError, StorageError
+from holdfast.training.errors import DataFormatError, HoldfastError, StorageError, kind_of
 
 if TYPE_CHECKING:
     from holdfast.training.configuration.schema import Json
@@ -232,4 +232,4 @@ def _described(value: object) -> str:
         return f"{value!r:.40}"
     if isinstance(value, str):
         return f"{value!r:.60}"
-    return f"a {type(value).__name__}"
+    return kind_of(value)

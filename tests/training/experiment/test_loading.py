@@ -93,7 +93,7 @@ def test_a_class_without_all_methods_is_refused_by_the_names_it_lacks(tmp_path: 
 
 def test_something_that_is_no_class_is_refused(tmp_path: Path) -> None:
     reference = write(tmp_path, "value.py", "Mine = 3\n")
-    with pytest.raises(ExperimentError, match="expected a class, found int"):
+    with pytest.raises(ExperimentError, match="expected a class, found an int"):
         load_experiment(f"{reference}:Mine")
 
 

@@ -99,7 +99,7 @@ def test_flat_outputs_become_what_the_model_returned(function: Any) -> None:
     [
         (lambda x: x.mean(), ExportSpec(), "must count samples"),
         (lambda _: "text", ExportSpec(), "the model returns str"),
-        (lambda _: [], ExportSpec(), "the model returns list"),
+        (lambda _: [], ExportSpec(), "the model returns a list"),
         (lambda x: {"a": (x, 3)}, ExportSpec(), "returns int as a.1; an exported model"),
         (lambda x: x, ExportSpec(input_names=("a", "b")), "one for each of 1 inputs"),
         (lambda x: x, ExportSpec(input_names=("output",)), "must be distinct"),
@@ -118,7 +118,7 @@ def test_an_experiment_must_return_the_right_kind() -> None:
             return {}
 
     experiment: Any = Wrong()
-    with pytest.raises(ExportError, match=r"export_spec\(\) of Wrong returned dict"):
+    with pytest.raises(ExportError, match=r"export_spec\(\) of Wrong returned a dict"):
         export_spec(experiment)
 
 

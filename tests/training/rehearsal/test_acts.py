@@ -129,7 +129,7 @@ def test_nothing_is_promised_of_speed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "act", "message"),
     [
-        ("HoldsASet", "two steps", "experiment/seen is a builtins.set"),
+        ("HoldsASet", "two steps", "experiment/seen is a set"),
         ("Forgetful", "save and restore", "state.json/experiment/num_calls differ; state_dict()"),
         ("Nondeterministic", "two steps", "in loss): use another operator there, or"),
         ("NondeterministicBackwards", "two steps", "or give exactness up with train.mode=speed"),

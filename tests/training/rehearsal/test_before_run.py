@@ -108,7 +108,7 @@ def test_the_depth_comes_from_the_configuration_then_from_the_environment() -> N
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("HoldsASet", (), "error: experiment/seen is a builtins.set"),
+        ("HoldsASet", (), "error: experiment/seen is a set"),
         ("Counter", ("--strict",), "error: a run that is resumed would end with other bytes"),
     ],
 )
@@ -212,5 +212,5 @@ def test_ctrl_c_ends_the_command_and_what_it_started(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert errors.strip() == b"holdfast: stopped"
+    assert errors.strip() == b"stopped"
     assert not child.is_running()
