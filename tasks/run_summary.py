@@ -24,6 +24,7 @@ from holdfast.training.runs.directory import (
 )
 from holdfast.training.runs.lease import LeaseView, read_lease
 from holdfast.training.runs.ledger import ledger
+from holdfast.training.runs.losses import with_known_ends
 from holdfast.training.runs.stored_json import RECORD, STATE, Limits, is_kind, read_json
 from holdfast.training.tiers.scratch import told_path
 from holdfast.training.tiers.viewing import has_report
@@ -80,7 +81,7 @@ class RunSummary:
 
 def summarize(run: RunDirectory) -> RunSummary:
     """Read a run. Raises DataFormatError or StorageError where a file of it is not readable."""
-    segments = read_segments(run)
+    segments = with_known_ends(read_segments(run), run)
     lease = read_lease(run)
     is_alive = lease is not None and lease.status == "held"
     outcomes = [

@@ -23,11 +23,14 @@ from holdfast.tasks.attempts import newest_step
 from holdfast.tasks.child import EXIT_BAD_INPUT, FINAL_ERRORS
 from holdfast.tasks.deathwatch import EXIT_PREEMPTED, watched
 from holdfast.tasks.limits import Limits
+from holdfast.training import code
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.own_loop.environment import OUTCOME
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.stored_json import read_json
+from holdfast.training.told_errors import error_line
 
+STARTED = Path(code.__file__).with_name("started.py")
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STAYS = ("signal", "wall_time")  # notices after which this machine may go on
 WAKE_S = 0.2  # how soon a pause notices a signal
@@ -42,6 +45,8 @@ class _Ended:
     had_progress: bool
     is_final: bool
     source: str | None
+    has_run: bool
+    error: str | None
 
 
 @dataclass
@@ -82,7 +87,7 @@ class ScriptRunner:
                     or num_idle > self.limits.max_idle_preemptions
                 )
                 if ended.code == 0 or ended.was_stopped or ended.is_final or is_over:
-                    return ended.code if ended.code >= 0 else 128 - ended.code
+                    return self._code(ended)
                 pause_s = 0.0
                 if not is_preempted:
                     pause_s = self.limits.crash_backoff_s * 2 ** (num_crashes - 1)
@@ -90,6 +95,22 @@ class ScriptRunner:
                 self._pause(pause_s)
                 if self._received:
                     return EXIT_PREEMPTED
+
+    def _code(self, ended: _Ended) -> int:
+        """The exit code of it all; the last word to the user, where the script had none."""
+        if ended.code == 0 and not ended.has_run:
+            raise InputError(
+                f"{self._name} has ended, and never called holdfast.run: it was run like any "
+                f"program, and nothing is kept of it; see docs/own_loop.md"
+            )
+        if ended.is_final and ended.error and ended.code != EXIT_BAD_INPUT:
+            self.tell(error_line(f"{ended.error}; another start would end so, too"))
+        return ended.code if ended.code >= 0 else 128 - ended.code
+
+    @property
+    def _name(self) -> str:
+        """What the user has named."""
+        return next((word for word in self.command[2:] if word != "-m"), self.command[-1])
 
     def _pause(self, seconds: float) -> None:
         """Until they are over, or a notice comes."""
@@ -108,14 +129,20 @@ class ScriptRunner:
         code = self._child.wait()
         told = _read(outcome_file)
         run = RunDirectory(Path(told["run"])) if "run" in told else None
-        source = told.get("source")
+        source, is_sure = told.get("source"), bool(told.get("is_sure"))
+        start_step = told.get("start_step")
+        had_progress = run is not None and start_step is not None and newest_step(run) > start_step
         is_leaving = code == EXIT_PREEMPTED and source not in (None, *STAYS)
         return _Ended(
             code=code,
             was_stopped=bool(self._received) or is_leaving,
-            had_progress=run is not None and newest_step(run) > int(told.get("start_step", 0)),
-            is_final=code == EXIT_BAD_INPUT or _has_failed_for_good(run),
+            had_progress=had_progress,
+            is_final=code == EXIT_BAD_INPUT
+            or (is_sure and not had_progress)
+            or _has_failed_for_good(run),
             source=source,
+            has_run=run is not None,
+            error=told.get("error"),
         )
 
     @contextmanager
@@ -149,7 +176,7 @@ def script_command(arguments: Sequence[str], python: str) -> list[str]:
     """
     first = arguments[0]
     if first == "-m" and len(arguments) > 1:
-        return [python, *arguments]
+        return [python, os.fspath(STARTED), *arguments]
     path = Path(first)
     if path.name.startswith("python") and not path.suffix:
         raise InputError(f"leave {first} out: write holdfast exec {' '.join(arguments[1:])}")
@@ -157,7 +184,7 @@ def script_command(arguments: Sequence[str], python: str) -> list[str]:
         raise InputError(
             f"there is no script {first}; expected the path of a Python file, or -m and a module"
         )
-    return [python, os.fspath(path), *arguments[1:]]
+    return [python, os.fspath(STARTED), os.fspath(path), *arguments[1:]]
 
 
 def _read(outcome_file: Path) -> dict[str, Any]:

@@ -278,7 +278,7 @@ def _require_one_run(run: RunDirectory, manifests: Sequence[Manifest]) -> None:
     record = read_run_record(run)
     for manifest in manifests:
         path = run.checkpoint(manifest.step)
-        if manifest.config_digest != record.config_digest:
+        if manifest.config_digest not in record.config_digests:
             raise SelectionError(
                 f"{path} was made by the configuration {manifest.config_digest}, this run has "
                 f"{record.config_digest}: they are not averaged or compared; move it away"

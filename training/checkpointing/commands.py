@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from holdfast.training.errors import HoldfastError
+from holdfast.training.runs.directory import RunDirectory, read_run_record
 from holdfast.training.runs.shown_text import shown
 from holdfast.training.told_errors import told_errors
 
@@ -165,13 +167,22 @@ def _row(seen: Inspection) -> dict[str, str]:
         condition = f"{condition}; {seen.error}"
     return {
         "step": str(seen.step),
-        "epoch": str(manifest.epoch) if manifest else "",
+        _epochs_name(seen): str(manifest.epoch) if manifest else "",
         "kind": manifest.kind if manifest else "",
         "MiB": f"{seen.size_bytes / 2**20:.1f}",
         "created": manifest.created_at[:19].replace("T", " ") if manifest else "",
         "metrics": _metrics(manifest.metrics) if manifest else "",
         "state": "latest" if seen.is_latest else condition,
     }
+
+
+def _epochs_name(seen: Inspection) -> str:
+    """What the number counts: of a script's run, how often it has validated."""
+    try:
+        record = read_run_record(RunDirectory(seen.path.parent.parent))
+    except (FileNotFoundError, HoldfastError):
+        return "epoch"
+    return "epoch" if record.script is None else "validations"
 
 
 def _metrics(metrics: dict[str, float]) -> str:

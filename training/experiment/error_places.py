@@ -45,12 +45,16 @@ def _place(frames: Sequence[traceback.FrameSummary]) -> str:
 
 def described(error: BaseException) -> str:
     """An error's type, message and place, in one line. A long message is cut."""
+    place = error_place(error)
+    return f"{named(error)} ({place})" if place else named(error)
+
+
+def named(error: BaseException) -> str:
+    """An error's type and message, in one line. A long message is cut."""
     message = " ".join(str(error).split())
     if len(message) > MAX_MESSAGE_CHARS:
         message = f"{message[:MAX_MESSAGE_CHARS]}…"
-    named = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    place = error_place(error)
-    return f"{named} ({place})" if place else named
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def is_users(path: Path) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from holdfast.training.errors import InputError
+from holdfast.training.errors import InputError, kind_of
 
 
 def require_told_state(callback: object, model: nn.Module, methods: str) -> None:
@@ -22,7 +22,7 @@ def require_told_state(callback: object, model: nn.Module, methods: str) -> None
     for name, value in held:
         if isinstance(value, (nn.Module, Tensor, Optimizer)) and id(value) not in known:
             raise InputError(
-                f"the callback {type(callback).__name__} has a {type(value).__name__} in .{name} "
+                f"the callback {type(callback).__name__} has {kind_of(value)} in .{name} "
                 f"and tells no state, so that a resume would lose it: give it {methods}"
             )
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from holdfast.training.errors import InputError
+from holdfast.training.errors import InputError, kind_of
 from holdfast.training.integrations.callbacks import require_told_state
 from holdfast.training.integrations.lightning_state import TrainerPart, restore_place, told_metrics
 from holdfast.training.integrations.stepping import TRAINER, SteppedRun
@@ -140,7 +140,7 @@ class Exact(Callback):  # type: ignore[misc]
             )
         if not isinstance(loader, DataLoader):
             raise InputError(
-                f"Trainer.fit: train_dataloader is a {type(loader).__name__}, which cannot be gone "
+                f"Trainer.fit: train_dataloader is {kind_of(loader)}, which cannot be gone "
                 f"back into: return a torch.utils.data.DataLoader"
             )
         self._loader = current_run("Trainer.fit()").adopted_loader(loader)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.training.errors import CheckpointError
-from holdfast.training.own_loop.newest import Newest
+from holdfast.training.integrations.newest import Newest, newest_state
 from holdfast.training.own_loop.run import Run
 
 TRAINER = "trainer"
@@ -36,7 +36,7 @@ class SteppedRun:
         self._has_kept = self._is_in_step = False
         self._num_before = 0
         self._losses: list[Tensor] = []
-        self.newest: Newest | None = run.newest(TRAINER)
+        self.newest: Newest | None = newest_state(run.opened.run, TRAINER)
 
     def before_batch(self) -> None:
         """To be called before each batch. The first call puts everything back."""

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from holdfast.training.exactness.strictness import warn_of_inexactness
 from holdfast.training.runs.directory import RunDirectory
-from holdfast.training.runs.losses import Difference, KnownLosses, bits_of, loss_files, loss_path
+from holdfast.training.runs.losses import (
+    Difference,
+    KnownLosses,
+    bits_of,
+    comparable_files,
+    loss_path,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +44,7 @@ class LossRecord:
         self._path = loss_path(run, segment, start_step + 1)
         self._segment = segment
         self._next_step = start_step + 1
-        self._known = KnownLosses(loss_files(run), start_step)
+        self._known = KnownLosses(comparable_files(run, segment), start_step)
         self._pending: list[Tensor] = []
         self._write_every_s = min(write_every_s, MAX_WRITE_EVERY_S)
         self._written_s = time.monotonic()

@@ -12,12 +12,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from holdfast.training.configuration.schema import Split
-from holdfast.training.errors import ExperimentError, InputError
+from holdfast.training.errors import ExperimentError, InputError, kind_of
 from holdfast.training.experiment.nests import mapped
 from holdfast.training.experiment.protocol import Batch, Records
 from holdfast.training.export.specification import Dimensions, ExportSpec
 from holdfast.training.loop.evaluation import as_arrays
 from holdfast.training.loop.experiment_state import Stateful
+from holdfast.training.own_loop import arguments
 
 Evaluate = Callable[..., Any]
 Metrics = Callable[[Records], Mapping[str, float]]
@@ -93,7 +94,7 @@ class HandedOver:
         built = copy.deepcopy(self.build) if isinstance(self.build, nn.Module) else self.build()
         if not isinstance(built, nn.Module):
             raise InputError(
-                f"run.champion(model=…): the function returned a {type(built).__name__}; expected "
+                f"run.champion(model=…): the function returned {kind_of(built)}; expected "
                 f"a module as it was kept"
             )
         return getattr(built, "_orig_mod", built).to("cpu")
@@ -181,14 +182,22 @@ def require_usable(handed: HandedOver, kept: nn.Module) -> None:
     if not callable(build):
         raise InputError(
             f"run.champion(model=…): expected the model that is kept, or a function that makes one "
-            f"like it, found a {type(build).__name__}"
+            f"like it, found {kind_of(build)}"
         )
     if not callable(evaluate) or not 1 <= num_arguments(evaluate) <= 2:
         raise InputError(
             "run.champion(evaluate=…): expected a function of (model), or of (model, split) with "
             "the split 'validation' or 'test'"
         )
+    arguments.function("run.champion(metrics=…)", handed.own_metrics)
     _require_inputs(handed.inputs)
+    if not isinstance(handed.spec, ExportSpec):
+        raise InputError(
+            f"run.champion(spec=…): expected a holdfast.ExportSpec, found "
+            f"{arguments.found(handed.spec)}"
+        )
+    dimensions = "sizes by the names of inputs"
+    arguments.mapping("run.champion(dynamic_dimensions=…)", handed.dynamic_dimensions, dimensions)
     _require_same_names(handed.model(), kept)
 
 
@@ -263,7 +272,7 @@ def _described(value: object) -> str:
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, (str, int, float, Mapping)) or value is None:
         return repr(value)[:80]
-    return f"a {type(value).__name__}"
+    return kind_of(value)
 
 
 def _lengths(lengths: Mapping[str, int | None]) -> str:

@@ -11,24 +11,33 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn, TextIO
 
-from holdfast.training.errors import HoldfastError
+from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.experiment.error_places import users_place
 from holdfast.training.told_errors import error_line
 
-End = Callable[[BaseException | None], int]
+End = Callable[[BaseException | None], HoldfastError | None]
+
+
+current: Ending | None = None
+"""That of this process."""
+
+
+class ScriptEndedError(HoldfastError):
+    """The script itself ended with an exit code that says that it failed."""
 
 
 class Ending:
     """Tells a script's error in one line where it is one of ours, and lets the run go.
 
     Made before anything can fail. ``watch`` names what is called once, when the script has raised
-    or the interpreter leaves: it is given the error, or None, and returns the exit code that the
-    process deserves where the script itself ended well. A process that the script has forked is
-    not concerned.
+    or the interpreter leaves: it is given the error, or None, and returns what is wrong where the
+    script itself ended well. In a process that the script has forked the run is left alone.
     """
 
     def __init__(self) -> None:
-        self._end: End = lambda _: 0
+        global current  # whoever started the script knows the exit code that it leaves with
+        current = self
+        self._end: End = lambda _: None
         self._pid = os.getpid()
         self._theirs = sys.excepthook
         self._has_raised = False
@@ -47,10 +56,9 @@ class Ending:
         is_ours = isinstance(error, HoldfastError)
         if not is_ours:
             self._theirs(kind, error, traceback)
-        if os.getpid() != self._pid:
-            return
-        self._has_raised = True
-        self._end(error)
+        if os.getpid() == self._pid:
+            self._has_raised = True
+            self._end(error)
         if is_ours:
             assert isinstance(error, HoldfastError)
             place = users_place(error)
@@ -65,8 +73,27 @@ class Ending:
             self._theirs_of_threads(failed)
 
     def _on_exit(self) -> None:
-        if os.getpid() == self._pid and not self._has_raised and (code := self._end(None)):
-            _leave(code)
+        if os.getpid() != self._pid or self._has_raised:
+            return
+        wrong = self._end(None)
+        if wrong is not None:
+            print(error_line(wrong), file=_stderr())
+            _leave(wrong.exit_code)
+
+    def left_with(self, code: int) -> None:
+        """The script leaves by itself, and says that it failed."""
+        self._has_raised = True
+        self._end(ScriptEndedError(f"the script ended with exit code {code}"))
+
+
+def leave_fork(what: str) -> NoReturn:
+    """End a process that the script has forked, and that uses the run of its parent.
+
+    Past what waits for errors there, as multiprocessing does to print where they came from.
+    """
+    told = f"{what} was called in a process that the script forked: the run is that of the process "
+    print(error_line(f"{told}which called holdfast.run; use it there"), file=_stderr())
+    _leave(InputError.exit_code)
 
 
 def _stderr() -> TextIO:

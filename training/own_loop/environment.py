@@ -1,5 +1,11 @@
 """The variables by which whoever starts a script speaks to it, and the script to them. No torch."""
 
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
 STORE = "HOLDFAST_STORE"
 EXPERIMENT = "HOLDFAST_EXPERIMENT"
 RUN_ID = "HOLDFAST_RUN_ID"
@@ -11,3 +17,11 @@ IS_STRICT = "HOLDFAST_STRICT"
 ALLOW_MISMATCH = "HOLDFAST_ALLOW_MISMATCH"
 OUTCOME = "HOLDFAST_OUTCOME"
 """A file, in which the script leaves where its run lies and what came of it."""
+
+
+def note_outcome(**values: str | int | bool) -> None:
+    """Tell ``holdfast exec``, which started this process, what came of it so far."""
+    if path := os.environ.get(OUTCOME):
+        file = Path(path)
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**known, **values}))

@@ -22,6 +22,7 @@ from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.seeding import derive_seed
 from holdfast.training.experiment.loading import experiment_name, script_path
 from holdfast.training.own_loop.champion import HandedOver
+from holdfast.training.own_loop.ending import ScriptEndedError
 from holdfast.training.own_loop.environment import (
     ALLOW_MISMATCH,
     ARGUMENTS,
@@ -81,16 +82,19 @@ def run_script_segment(arguments: StageArguments, log: SegmentLog) -> StageOutco
     with _own_stream(arguments) as stream:
         host = _host(arguments, record, _progress(arguments, log, stream), log)
         host.is_training = True
-        code, error = 0, None
+        error: BaseException | None = None
         try:
             code = _run_script(arguments)
+            error = _failed(code)
         except BaseException as raised:
             error = raised
             raise
         finally:
             if host.run is not None:
-                code = host.run.end(error) or code
+                error = host.run.end(error) or error
                 host.run.opened.monitor.stop()
+        if error is not None:
+            raise error
     return _segment_outcome(host, code)
 
 
@@ -100,9 +104,6 @@ def _segment_outcome(host: Host, code: int) -> StageOutcome:
     told: dict[str, Any] | None = None
     if code == EXIT_PREEMPTED and notice is not None:
         told = {"source": notice.source, "reason": notice.reason}
-    if code not in (0, EXIT_PREEMPTED):
-        kind = InputError if code == InputError.exit_code else ScriptEndedError
-        raise kind(f"the script ended with exit code {code}")
     return StageOutcome(
         "preempted" if code else "completed",
         code,
@@ -135,8 +136,12 @@ def script_experiment(reference: str) -> HandedOver:
     return host.champion
 
 
-class ScriptEndedError(HoldfastError):
-    """The script itself ended with an exit code that says that it failed."""
+def _failed(code: int) -> HoldfastError | None:
+    """What the exit code says that the script left with; None where it says nothing is wrong."""
+    if code in (0, EXIT_PREEMPTED):
+        return None
+    kind = InputError if code == InputError.exit_code else ScriptEndedError
+    return kind(f"the script ended with exit code {code}")
 
 
 def _host(
@@ -202,13 +207,32 @@ def _execute(path: Path, arguments: Sequence[str]) -> int:
     sys.argv = [str(path), *arguments]
     sys.path.insert(0, str(path.parent))
     try:
-        code = compile(path.read_bytes(), str(path), "exec")
-        exec(code, module.__dict__)
+        with _never_left_by_a_fork():
+            code = compile(path.read_bytes(), str(path), "exec")
+            exec(code, module.__dict__)
     except ChampionReachedError:
         return 0
     except SystemExit as leaving:
         return _exit_code(leaving)
     return 0
+
+
+@contextmanager
+def _never_left_by_a_fork() -> Iterator[None]:
+    """A process that the script forks ends where the script does: the stage is not its own."""
+    pid, code = os.getpid(), 0
+    try:
+        yield
+    except BaseException as error:
+        if os.getpid() == pid:
+            raise
+        code = _exit_code(error) if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+    if os.getpid() != pid:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _exit_code(leaving: SystemExit) -> int:

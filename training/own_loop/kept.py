@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from holdfast.training.checkpointing.json_state import encode
-from holdfast.training.errors import InputError, UnsupportedStateError
+from holdfast.training.errors import InputError, UnsupportedStateError, kind_of
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.optimizers.building import CONFIGURED, parameters_of
+from holdfast.training.own_loop.arguments import indexed
 
 SEVERAL_PROCESSES = "it trains in several processes: keep the module that it wraps"
 REFUSED = {
@@ -25,6 +27,12 @@ REFUSED = {
     "ZeroRedundancyOptimizer": "its state lies in several processes: keep the optimizer itself",
     "DataLoader": "it cannot be told where it stands: take batches from run.loader(dataset, …)",
 }
+
+
+VALUES, OTHERS = "experiment/kept/values", "experiment/kept/others"
+"""Where they stand in a state."""
+IN_STATE = re.compile(rf"(?:state\.)?({VALUES}|{OTHERS})/(.+?) ((?:is|has) [^;]*)(.*)", re.DOTALL)
+PLAIN = "numbers, text, lists, dicts or tensors"
 
 
 class Kept:
@@ -166,11 +174,29 @@ def _stateful(name: str, kept: Any) -> Stateful:
             return wrapped
     if not isinstance(kept, Stateful):
         raise InputError(
-            f"run.keep({name}=…): a {type(kept).__name__} has no state_dict and load_state_dict: "
+            f"run.keep({name}=…): {kind_of(kept)} has no state_dict and load_state_dict: "
             f"give it these, or put plain numbers, text and tensors into run.values"
         )
-    try:
-        encode(dict(kept.state_dict()), name, {})
-    except UnsupportedStateError as error:
-        raise InputError(f"run.keep({name}=…): {error}") from error
+    require_plain(dict(kept.state_dict()), f"{OTHERS}/{name}")
     return kept
+
+
+def require_plain(value: Any, path: str) -> None:
+    """Raise InputError, which names it as the script wrote it, for what no checkpoint can hold."""
+    try:
+        encode(value, path, {})
+    except UnsupportedStateError as error:
+        raise InputError(as_handed_over(str(error))) from error
+
+
+def as_handed_over(message: str) -> str:
+    """What is said of a place in a state, said of what the script has written."""
+    found = IN_STATE.match(message)
+    if found is None:
+        return message
+    root, names, told, rest = found.groups()
+    if root == VALUES:
+        told_of = told.partition(";")[0]
+        return f"{indexed('run.values', names)} {told_of}; expected {PLAIN}"
+    name, _, inner = names.partition("/")
+    return f"run.keep({name}=…): {indexed('its state_dict()', inner)} {told}{rest}"

@@ -6,14 +6,26 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, Microbatch, WorkerInit
 from holdfast.training.data.sampled_plan import SampledPlan
-from holdfast.training.errors import InputError
-from holdfast.training.experiment.protocol import require_map_style
+from holdfast.training.errors import InputError, kind_of
+from holdfast.training.own_loop import arguments
 
 Collate = Callable[[list[Any]], Any]
+TAKEN = (
+    "batch_size, drop_last, num_workers, prefetch_factor, collate_fn, worker_init_fn, pin_memory"
+)
+ORDER = "the order comes from (seed, epoch), shuffled; leave it out"
+WHY_NOT = {
+    "shuffle": ORDER,
+    "sampler": ORDER,
+    "batch_sampler": ORDER,
+    "generator": ORDER,
+    "persistent_workers": "loader processes live as long as the loader does; leave it out",
+}
+"""Arguments of DataLoader that ``run.loader`` has no use for."""
 
 
 class Steps(Protocol):
@@ -98,6 +110,26 @@ class RunLoader:
         self._epoch, self._step_in_epoch = state["epoch"], state["step_in_epoch"]
 
 
+def require_own(others: Mapping[str, Any]) -> None:
+    """Raise InputError for the first argument that ``run.loader`` does not take."""
+    for name, value in others.items():
+        if name == "shuffle" and value is True:
+            continue  # it does
+        why = WHY_NOT.get(name, f"it takes {TAKEN}; leave it out")
+        raise InputError(f"run.loader({name}=…): {why}")
+
+
+def _require_items(what: str, dataset: Any) -> None:
+    missing = [name for name in ("__len__", "__getitem__") if not hasattr(dataset, name)]
+    if isinstance(dataset, IterableDataset) or missing:
+        raise InputError(
+            f"{what}: expected a data set with __len__ and __getitem__, so that any place of it "
+            f"can be gone back to, found {kind_of(dataset)}"
+        )
+    if not len(dataset):
+        raise InputError(f"{what}: expected at least one item, found {kind_of(dataset)} of none")
+
+
 def build_loader(  # noqa: PLR0913  # the names of torch's DataLoader
     run: Steps,
     dataset: Any,
@@ -112,17 +144,24 @@ def build_loader(  # noqa: PLR0913  # the names of torch's DataLoader
     seed: int,
 ) -> RunLoader:
     """A loader that is part of the run. Raises InputError where the data set has no items."""
-    require_map_style(dataset, "train")
-    if batch_size < 1:
-        raise InputError(f"run.loader(batch_size={batch_size}): expected at least 1")
+    _require_items("run.loader(…)", dataset)
+    batch_size = arguments.whole_number("run.loader(batch_size=…)", batch_size, 1)
+    drop_last = arguments.flag("run.loader(drop_last=…)", drop_last)
+    if drop_last and len(dataset) < batch_size:
+        raise InputError(
+            f"run.loader(batch_size={batch_size}, drop_last=True): the data set has {len(dataset)} "
+            f"items, which make no batch: give a smaller batch_size"
+        )
+    arguments.function("run.loader(collate_fn=…)", collate_fn)
+    arguments.function("run.loader(worker_init_fn=…)", worker_init_fn)
     plan = FixedSizePlan(len(dataset), batch_size, drop_last, seed)
     loader = Loader(
         dataset if collate_fn is None else _Collated(dataset, collate_fn),
         plan,
-        num_workers=num_workers,
-        prefetch_factor=prefetch_factor,
+        num_workers=arguments.whole_number("run.loader(num_workers=…)", num_workers, 0),
+        prefetch_factor=arguments.whole_number("run.loader(prefetch_factor=…)", prefetch_factor, 1),
         seed=seed,
-        should_pin=pin_memory,
+        should_pin=arguments.flag("run.loader(pin_memory=…)", pin_memory),
         worker_init_fn=worker_init_fn,
         start_method="fork",  # as DataLoader: a script rarely guards its main module
     )
@@ -137,7 +176,7 @@ def adopted_loader(
     Raises InputError where it gives none that could be gone back to.
     """
     dataset, batch_sampler = loader.dataset, loader.batch_sampler
-    require_map_style(dataset, "train")
+    _require_items("the training DataLoader", dataset)
     if batch_sampler is None:
         raise InputError(
             "DataLoader(batch_size=None): its items are batches; give it items and a batch_size, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import re
 import sys
@@ -21,7 +22,7 @@ from holdfast.training.configuration.loading import (
     parsed_override,
     validated,
 )
-from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.configuration.schema import RunConfig, TrainConfig
 from holdfast.training.errors import InputError, UnsupportedStateError
 from holdfast.training.exactness.reproducibility import (
     default_num_threads,
@@ -34,6 +35,7 @@ from holdfast.training.exactness.surroundings import surroundings
 from holdfast.training.exactness.trial import Trial, asked_trial
 from holdfast.training.exactness.versions import library_versions
 from holdfast.training.experiment.loading import code_digest
+from holdfast.training.own_loop import arguments
 from holdfast.training.own_loop.environment import (
     ALLOW_MISMATCH,
     EXPERIMENT,
@@ -58,7 +60,11 @@ from holdfast.training.runs.progress import Progress
 from holdfast.training.runs.segment_log import SegmentLog
 
 DEFAULTS: dict[str, Any] = {"ema": {"decays": []}}
-VALIDATING = ("train.steps_per_epoch", "checkpoint.weights_every_steps")
+VALIDATING = (
+    "train.steps_per_epoch",
+    "checkpoint.weights_every_steps",
+    "checkpoint.weights_every_epochs",
+)
 ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/")
 OWN = (
     "data",
@@ -70,6 +76,22 @@ OWN = (
     "rehearsal",
 )
 """Sections that say what a script does by itself."""
+OWN_KEYS = frozenset(
+    (
+        *VALIDATING,
+        *(
+            f"train.{name}"
+            for name in TrainConfig.model_fields
+            if name not in ("mode", "num_threads")
+        ),
+        "checkpoint.frozen",
+        "checkpoint.max_metric_change",
+        "selection.should_recompute_batch_norm",
+        "selection.batch_norm_steps",
+        "logging.tensorboard",
+    )
+)
+"""Keys of other sections that say something of a loop which is not the script's."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +145,16 @@ def open_run(
     Raises InputError for what cannot be.
     """
     _require_one_process()
+    experiment = arguments.text("holdfast.run(experiment=…)", experiment)
+    run_id = arguments.text("holdfast.run(run_id=…)", run_id)
+    seed = arguments.whole_number("holdfast.run(seed=…)", seed, 0)
+    settings = arguments.mapping("holdfast.run(settings=…)", settings, "dotted keys")
+    arguments.path("holdfast.run(store=…)", store)
     if os.environ.get(IS_STRICT) == "1":
         be_strict()
     folder = _store_folder(str(os.environ.get(STORE) or store))
     run_id = validate_run_id(os.environ.get(RUN_ID) or run_id)
-    experiment = validate_run_id(os.environ.get(EXPERIMENT) or experiment)
+    experiment = validate_run_id(os.environ.get(EXPERIMENT) or experiment, "an experiment")
     run = RunDirectory(folder / experiment / run_id)
     resolved = run_config(seed, config, settings)
     num_threads = _num_threads(run, resolved)
@@ -202,9 +229,13 @@ def run_config(seed: int, config: object, settings: Mapping[str, Any] | None) ->
     table: dict[str, Any] = {name: dict(section) for name, section in DEFAULTS.items()}
     allowed = [key for key in RunConfig.model_fields if key not in (*OWN, "experiment", "seed")]
     for key, value in {**(settings or {}), **_overrides(), **asked_trial().settings()}.items():
-        section, _, name = key.partition(".")
+        section, _, name = arguments.text("a key of settings", key).partition(".")
         if section in OWN:
             raise InputError(f"settings: {key!r} is the script's own matter; leave it out")
+        if key in OWN_KEYS and key not in VALIDATING:
+            raise InputError(
+                f"settings: {key!r} changes nothing in a script's own loop; leave it out"
+            )
         if key in VALIDATING:
             raise InputError(
                 f"settings: {key!r} says when to validate, and a script does so by itself: call "
@@ -239,19 +270,24 @@ def _plain(config: object) -> dict[str, Any]:
         config = dataclasses.asdict(config)
     if not isinstance(config, Mapping):
         raise InputError(
-            f"config is a {type(config).__name__}; expected a dict, a dataclass or argparse's "
-            f"Namespace of everything that changes the result"
+            f"holdfast.run(config=…): expected a dict, a dataclass or argparse's Namespace of "
+            f"everything that changes the result, found {arguments.found(config)}"
         )
     plain = {str(k): str(v) if isinstance(v, Path) else v for k, v in config.items()}
     tensors: dict[str, Any] = {}
     try:
         encode(plain, "config", tensors)
     except UnsupportedStateError as error:
-        found = str(error).partition(";")[0]
-        raise InputError(f"{found}; expected numbers, text, lists, dicts") from error
+        path, _, found = str(error).partition(";")[0].partition(" is ")
+        raise InputError(_not_plain(path, found)) from error
     if tensors:
-        raise InputError(f"{next(iter(tensors))} is a tensor; expected numbers, text, lists, dicts")
+        raise InputError(_not_plain(next(iter(tensors)), "a tensor"))
     return plain
+
+
+def _not_plain(path: str, found: str) -> str:
+    place = arguments.indexed("config", path.partition("/")[2])
+    return f"{place} is {found}; expected numbers, text, lists, dicts"
 
 
 def _num_threads(run: RunDirectory, config: RunConfig) -> int:
@@ -278,6 +314,12 @@ def require_main_thread(what: str) -> None:
 
 def _require_one_process() -> None:
     require_main_thread("holdfast.run was called")
+    # Set while a process of multiprocessing's spawn reads the main module again.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise InputError(
+            "holdfast.run was called in a process that the script started, which reads the script "
+            'again: put what trains behind if __name__ == "__main__":'
+        )
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size != "1":
         raise InputError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.training.checkpointing.policy import build_schedule
+from holdfast.training.errors import InputError
 from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.loop.saving import NothingSaved
 from holdfast.training.own_loop.segment import ScriptSegment
@@ -25,9 +26,16 @@ class ReplayedSegment(ScriptSegment):
         """Take nothing over. Raises RunConflictError where the script has another configuration."""
         opened, trial = self._opened, self._opened.trial
         assert trial.replay_steps is not None
-        write_run_record_once(opened.run, opened.record)  # it is there: it is compared, no more
+        # It is there: it is compared, no more.
+        record = write_run_record_once(opened.run, opened.record)
         steps = Steps(*trial.replay_steps)
         restored = newest_before(opened.run, steps.first)
+        begun_after = 0 if restored is None else restored.manifest.step
+        if record.taken_over and begun_after < (last := record.taken_over[-1]).step:
+            raise InputError(
+                f"--steps {steps}: the run had another configuration up to step {last.step}: name "
+                f"later steps, with a full checkpoint before them"
+            )
         self._surroundings: tuple[str, ...] = ()
         if restored is not None:
             self.state.restore(restored.tensors, restored.state)

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from holdfast.training.data.loader import WorkerInit
-from holdfast.training.errors import InputError
+from holdfast.training.errors import InputError, UnsupportedStateError
 from holdfast.training.exactness.seeding import derive_seed
+from holdfast.training.experiment.error_places import is_users
 from holdfast.training.export.specification import Dimensions, ExportSpec
 from holdfast.training.loop.evaluation import model_device
+from holdfast.training.own_loop import arguments
 from holdfast.training.own_loop.champion import (
     Build,
     Evaluate,
@@ -25,12 +26,18 @@ from holdfast.training.own_loop.champion import (
     Metrics,
     require_usable,
 )
-from holdfast.training.own_loop.ending import Ending
+from holdfast.training.own_loop.ending import Ending, leave_fork
+from holdfast.training.own_loop.environment import note_outcome
 from holdfast.training.own_loop.finished import FinishedTraining, has_ended
 from holdfast.training.own_loop.host import ChampionReachedError, current_host
-from holdfast.training.own_loop.kept import Kept
-from holdfast.training.own_loop.loader import Collate, RunLoader, adopted_loader, build_loader
-from holdfast.training.own_loop.newest import Newest, newest_state
+from holdfast.training.own_loop.kept import Kept, as_handed_over
+from holdfast.training.own_loop.loader import (
+    Collate,
+    RunLoader,
+    adopted_loader,
+    build_loader,
+    require_own,
+)
 from holdfast.training.own_loop.opening import Opened, open_run, require_main_thread
 from holdfast.training.own_loop.replayed import ReplayedSegment
 from holdfast.training.own_loop.segment import ScriptSegment
@@ -56,11 +63,23 @@ class Run:
         self._kept = Kept()
         self._loaders: dict[str, RunLoader] = {}
         self._place = Place()
-        self._is_in_epochs = self._is_in_step = self._is_finished = False
+        self._is_in_epochs = self._is_in_step = self._is_finished = self._has_looped = False
+        self._pid, self._loop = os.getpid(), ""
         self._segment: ScriptSegment | FinishedTraining | None = None
         self._logged: dict[str, Any] = {}
         self._metrics: dict[str, float] = {}
-        self.values = self._kept.values
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Plain numbers, text, tensors and nests of them, by name."""
+        return self._kept.values
+
+    @values.setter
+    def values(self, value: object) -> None:
+        raise InputError(
+            f"run.values = …: it is there already, and is kept: write run.values[name] = …, or "
+            f"run.values.update(…); found {arguments.found(value)}"
+        )
 
     @property
     def step(self) -> int:
@@ -72,7 +91,7 @@ class Run:
         """Where the run lies."""
         return self._opened.run.path
 
-    def keep(self, **objects: Any) -> None:
+    def keep(self, *unnamed: Any, **objects: Any) -> None:
         """Hand over what changes while training, each under a name of its own.
 
         Modules, optimizers, schedulers, a gradient scaler, generators (torch's, NumPy's, Python's),
@@ -81,6 +100,12 @@ class Run:
 
         Raises InputError, which names the object and the way out, where one cannot be kept.
         """
+        self._require_here("run.keep(…)")
+        if unnamed:
+            raise InputError(
+                f"run.keep(…): found {arguments.found(unnamed[0])} without a name; write "
+                f"run.keep(model=model, optimizer=optimizer, …)"
+            )
         if self._segment is not None:
             raise InputError(
                 f"run.keep({', '.join(objects)}) came after training had begun: hand over "
@@ -100,11 +125,15 @@ class Run:
         collate_fn: Collate | None = None,
         worker_init_fn: WorkerInit | None = None,
         pin_memory: bool = False,
+        **others: Any,
     ) -> RunLoader:
         """Shuffled batches of a data set with ``__len__`` and ``__getitem__``; see ``RunLoader``.
 
         The arguments are those of ``torch.utils.data.DataLoader``. A batch of tuples is a tuple.
+        Raises InputError for others that it has, and for what none of them can be.
         """
+        self._require_here("run.loader(…)")
+        require_own(others)
         name, trial = f"loader-{len(self._loaders) + 1}", self._opened.trial
         loader = build_loader(
             self,
@@ -140,16 +169,23 @@ class Run:
         """The numbers of the steps that are left of ``num_steps``, from 0.
 
         Within ``run.epochs`` they are the steps of this epoch. After the last one everything is
-        saved, unless epochs go on.
+        saved, unless epochs go on. Raises InputError for a number that is none, and for a second
+        loop.
         """
+        num_steps = arguments.whole_number("run.steps(…)", num_steps, 1)
+        self._require_one_loop("run.steps(…)", may_repeat=self._is_in_epochs)
+        return self._steps(num_steps)
+
+    def _steps(self, num_steps: int) -> Iterator[int]:
         segment = self._begin()
-        if isinstance(segment, FinishedTraining):
-            return
-        while self._place.step < num_steps and not self._is_finished:
-            self.begin_step()
-            yield self._place.step
-            self.end_step(None if self._is_in_epochs else num_steps)
+        if isinstance(segment, ScriptSegment):
+            while self._place.step < num_steps and not self._is_finished:
+                self.begin_step()
+                yield self._place.step
+                if not self._has_ended:
+                    self.end_step(None if self._is_in_epochs else num_steps)
         if not self._is_in_epochs:
+            self._has_looped = True
             self.finish()
 
     def begin_step(self) -> None:
@@ -158,46 +194,51 @@ class Run:
         Before the first one, everything that was kept is put back. At a notice the state is saved
         and the process exits with 75.
         """
-        self._answer_notice(self._training())
+        self._require_here("a step of the run")
+        with _named_as_handed_over():
+            self._answer_notice(self._training())
         self._is_in_step = True
 
     def end_step(self, num_steps: int | None = None) -> None:
         """The state is whole again: saves where that is due. ``num_steps`` is shown."""
+        self._require_here("a step of the run")
         segment = self._training()
         self._is_in_step = False
         self._place.step += 1
         logged, self._logged = self._logged, {}
-        segment.after_step(logged, num_steps)
-        if not self._save_validated(segment):
-            segment.save_if_due()
+        with _named_as_handed_over():
+            segment.after_step(logged, num_steps)
+            if not self._save_validated(segment):
+                segment.save_if_due()
 
     def restore(self) -> None:
         """Put back everything that was kept, where a step has not done so already."""
         self._begin()
 
-    def newest(self, name: str) -> Newest | None:
-        """What the newest checkpoint has of an object that was kept, before it is restored.
-
-        None where there is no checkpoint. Takes no lease: whoever restores makes sure that it was
-        this one.
-        """
-        return newest_state(self._opened.run, name)
-
     def epochs(self, num_epochs: int) -> Iterator[int]:
         """The numbers of the epochs that are left of ``num_epochs``, from 0.
 
         Each holds a loop over ``run.steps(n)`` or ``for batch in loader``. An epoch that was
-        interrupted begins again with the steps that are left of it.
+        interrupted begins again with the steps that are left of it. Raises InputError for a number
+        that is none, and for a second loop.
         """
+        num_epochs = arguments.whole_number("run.epochs(…)", num_epochs, 1)
+        self._require_one_loop("run.epochs(…)", may_repeat=False)
+        return self._epochs(num_epochs)
+
+    def _epochs(self, num_epochs: int) -> Iterator[int]:
         segment = self._begin()
-        if isinstance(segment, FinishedTraining):
-            return
-        while self._place.epoch < num_epochs and not self._is_finished:
-            self._is_in_epochs = True
-            yield self._place.epoch
-            self._is_in_epochs = False
-            self._place.epoch, self._place.step = self._place.epoch + 1, 0
-            self._save_validated(segment)
+        if isinstance(segment, ScriptSegment):
+            while self._place.epoch < num_epochs and not self._is_finished:
+                self._is_in_epochs = True
+                yield self._place.epoch
+                self._is_in_epochs = False
+                if self._has_ended:
+                    break
+                self._place.epoch, self._place.step = self._place.epoch + 1, 0
+                with _named_as_handed_over():
+                    self._save_validated(segment)
+        self._has_looped = True
         self.finish()
 
     def steps_of_epoch(self, num_steps: int) -> Iterator[int]:
@@ -211,6 +252,7 @@ class Run:
 
     def require_step(self, what: str) -> None:
         """Raise InputError outside of a step."""
+        self._require_here(what)
         if not self._is_in_step:
             raise InputError(
                 f"{what} stands outside of a step: take batches within for step in run.steps(…)"
@@ -223,10 +265,7 @@ class Run:
         """
         self.require_step("run.log(…)")
         for name, value in values.items():
-            _require_scalar(f"run.log({name}=…)", value)
-        if isinstance(values.get("loss"), str):
-            raise InputError("run.log(loss=…): expected a number, found a str")
-        self._logged.update(values)
+            self._logged[name] = arguments.scalar(f"run.log({name}=…)", value)
 
     def validated(self, **metrics: float | Tensor) -> None:
         """Validation metrics of the weights as they are now, where selection may choose.
@@ -234,29 +273,42 @@ class Run:
         They are saved with the next state, and go into the history. To be called at places that
         depend on the step alone.
         """
+        self._require_here("run.validated(…)")
         if not (self._is_in_step or self._is_in_epochs):
-            raise InputError("run.validated(…) stands outside of run.steps(…) and run.epochs(…)")
+            raise InputError(
+                "run.validated(…) stands outside of run.steps(…) and run.epochs(…): call it within "
+                "the loop, where the step alone decides"
+            )
+        if not metrics:
+            raise InputError("run.validated(): expected metrics by name, such as loss=…")
         for name, value in metrics.items():
-            _require_scalar(f"run.validated({name}=…)", value)
-            number: object = value.item() if isinstance(value, Tensor) else value
-            if not isinstance(number, Real):  # NumPy's, too
-                raise InputError(
-                    f"run.validated({name}=…): expected a number, found a {type(value).__name__}"
-                )
-            self._metrics[name] = float(number)
+            found = arguments.scalar(f"run.validated({name}=…)", value)
+            number = found.item() if isinstance(found, Tensor) else found
+            self._metrics[name] = float(arguments.scalar(f"run.validated({name}=…)", number))
 
     @contextmanager
     def averaged(self, decay: float) -> Iterator[None]:
-        """The models hold the moving average of this decay within the block, as to validate it."""
+        """The models hold the moving average of this decay within the block, as to validate it.
+
+        Raises InputError for a decay that ``ema.decays`` does not name.
+        """
+        decays = self._opened.config.ema.decays
+        if decay not in decays:
+            named = ", ".join(map(repr, decays)) or "none"
+            raise InputError(
+                f"run.averaged({decay!r}): expected one of settings={{'ema.decays': […]}} of "
+                f"holdfast.run, found {arguments.found(decay)}; it names {named}"
+            )
         state = self._begin().state
         with state.averages.applied(state.model, f"decay-{decay!r}"):
             yield
 
     def finish(self) -> None:
         """Training ends here, also before the loop's own end. Saves, and lets the run go."""
+        self._require_here("run.finish()")
         if isinstance(self._segment, ScriptSegment) and not self._is_finished:
             self._is_finished = True
-            with self._failure_recorded(self._segment):
+            with _named_as_handed_over(), self._failure_recorded(self._segment):
                 self._segment.finish()
 
     def champion(  # what an experiment has six methods for
@@ -287,6 +339,7 @@ class Run:
 
         Raises InputError, which says what was expected, also where training has not ended.
         """
+        self._require_here("run.champion(…)")
         if self._segment is None or self._is_in_step or self._is_in_epochs or not self._has_ended:
             raise InputError(
                 f"run.champion(…) came after {self.step} steps, and training had not ended: call "
@@ -368,27 +421,67 @@ class Run:
             segment.validated(metrics)
         return bool(metrics)
 
-    def end(self, error: BaseException | None) -> int:
-        """What is left to do at the end of the process. Returns the exit code that it deserves."""
-        if self._is_finished or not isinstance(self._segment, ScriptSegment):
-            return 0
+    def end(self, error: BaseException | None) -> InputError | None:
+        """What is left to do at the end of the process; what is wrong with it, beside ``error``.
+
+        A script that itself ended well has to have come to the end of its loop.
+        """
+        if self._is_finished or isinstance(self._segment, FinishedTraining):
+            return None
         self._is_finished = True
-        if error is None:
-            error = InputError(
-                f"the script ended after step {self.step}, and its loop had not: call run.finish() "
-                f"where training is to end before"
+        wrong = None if error is not None else self._unfinished()
+        told = error or wrong
+        if self._segment is not None and told is not None:
+            self._segment.fail(told)
+        return wrong
+
+    def _unfinished(self) -> InputError:
+        if self._segment is None:
+            return InputError(
+                "the script called holdfast.run and took no step from it, so that nothing is kept: "
+                "loop over run.steps(…) or run.epochs(…), after run.keep(model=model, …)"
             )
-            print(f"error: {error}", file=sys.stderr)
-        self._segment.fail(error)
-        return 1
-
-
-def _require_scalar(what: str, value: object) -> None:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise InputError(
-            f"{what}: expected a number, found a tensor of shape {tuple(value.shape)}: take its "
-            f"mean()"
+        return InputError(
+            f"the script ended after step {self.step}, and its loop had not{self._loop}: call "
+            f"run.finish() where training is to end before"
         )
+
+    def _require_one_loop(self, what: str, *, may_repeat: bool) -> None:
+        """Raise InputError for a loop within a step, and for a second one."""
+        self._require_here(what)
+        if self._is_in_step or (self._is_in_epochs and not may_repeat):
+            inside = "a step" if self._is_in_step else "run.epochs(…)"
+            raise InputError(
+                f"{what} stands within {inside} of the loop: write for epoch in run.epochs(…), and "
+                f"in it for step in run.steps(…), or one of them alone"
+            )
+        if self._has_looped:
+            raise InputError(
+                f"{what} came after a loop that had ended: a run has one loop, give it all steps"
+            )
+        self._loop = _users_line()
+
+    def _require_here(self, what: str) -> None:
+        """Leave a process that the script has forked: the run is its parent's."""
+        if os.getpid() != self._pid:
+            leave_fork(what)
+
+
+@contextmanager
+def _named_as_handed_over() -> Iterator[None]:
+    """What cannot be saved is named as the script wrote it."""
+    try:
+        yield
+    except UnsupportedStateError as error:
+        raise InputError(as_handed_over(str(error))) from error
+
+
+def _users_line() -> str:
+    """The line of the script's that is running, in brackets."""
+    frame = sys._getframe(1)
+    while frame is not None and not is_users(Path(frame.f_code.co_filename)):
+        frame = frame.f_back  # type: ignore[assignment]
+    return "" if frame is None else f" ({frame.f_code.co_filename}:{frame.f_lineno})"
 
 
 _current: Run | None = None
@@ -397,6 +490,8 @@ _current: Run | None = None
 def current_run(who: str) -> Run:
     """The run of this process. Raises InputError, in the name of ``who``, where there is none."""
     if _current is None:
+        if current_host() is None:
+            Ending()  # it is told in one line, too
         raise InputError(
             f"{who} found no run: call holdfast.run(experiment, run_id, seed=…) before models and "
             f"data are made"
@@ -437,6 +532,7 @@ def run(
     host = current_host()
     ending = Ending() if host is None else None
     _current = Run(open_run(experiment, run_id, store, seed, config, settings))
+    note_outcome(run=str(_current.directory))
     if ending is not None:
         ending.watch(_current.end)
     elif host is not None:

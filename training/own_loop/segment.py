@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.training.checkpointing.json_state import encode
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
 from holdfast.training.checkpointing.policy import (
     build_crossings,
@@ -26,7 +23,6 @@ from holdfast.training.checkpointing.policy import (
 )
 from holdfast.training.code.archive import keep_code
 from holdfast.training.configuration.loading import digested_values
-from holdfast.training.errors import InputError, UnsupportedStateError
 from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.loop.loss_guard import LossGuard
@@ -35,13 +31,14 @@ from holdfast.training.loop.saving import NothingSaved, Saver
 from holdfast.training.loop.segment_record import RecordKeeper
 from holdfast.training.loop.state import Counters, EpochRecord
 from holdfast.training.loop.state_validation import validate_state
-from holdfast.training.own_loop.environment import OUTCOME
+from holdfast.training.own_loop.environment import note_outcome
 from holdfast.training.own_loop.finished import has_ended
 from holdfast.training.own_loop.host import current_host
-from holdfast.training.own_loop.kept import Kept
+from holdfast.training.own_loop.kept import VALUES, Kept, require_plain
 from holdfast.training.own_loop.looking import Traced, seen_variables
 from holdfast.training.own_loop.opening import Opened
 from holdfast.training.own_loop.state import Place, Whole, state_of
+from holdfast.training.own_loop.taking_over import take_over
 from holdfast.training.preemption.notices import Notice, reclaim_signals
 from holdfast.training.preemption.signals import current_signal_flag
 from holdfast.training.runs.costs import Costs
@@ -76,14 +73,15 @@ class ScriptSegment:
         check_trackers(opened.config.tracking)
         self._trackers = Trackers(opened.run, opened.config.tracking, opened.progress)
         whole = Whole(kept, loaders, place)
-        _require_plain(kept)
+        require_plain(kept.values, VALUES)
         self.state = state_of(kept, opened.config, whole)
         self._take_over()
 
     def _take_over(self) -> None:
         """Become the run's only writer, and put back what the newest good checkpoint has."""
         opened = self._opened
-        record = write_run_record_once(opened.run, opened.record)
+        is_allowed = opened.is_mismatch_allowed
+        record = write_run_record_once(opened.run, opened.record, is_mismatch_allowed=is_allowed)
         self._lease = self._closing.enter_context(
             Lease.acquire(opened.run, self._config.preemption.lease_ttl_s)
         )
@@ -97,7 +95,7 @@ class ScriptSegment:
         if opened.log is None:
             self._closing.callback(log.close)
         identity = CheckpointIdentity(
-            config_digest=record.config_digest,
+            config_digest=opened.record.config_digest if is_allowed else record.config_digest,
             versions=library_versions(),
             device=device_name(self.state.loss_sum.device.type),
             segment=self._keeper.number,
@@ -109,7 +107,10 @@ class ScriptSegment:
         )
         self._manager = CheckpointManager(opened.run, self._lease, identity, retention)
         with self._costs.measured("restore"):
-            self._restore()
+            self._restore(is_allowed or bool(record.taken_over))
+        if is_allowed:
+            place = self._keeper.number, self.step
+            take_over(opened.run, self._lease, record, opened.record, place)
         self._saver: Saver | NothingSaved = self._build_saver()
 
     @property
@@ -122,7 +123,7 @@ class ScriptSegment:
         if self._pace is None:
             reclaim_signals("before the first step")
             self._keeper.begin(self.step)
-            leave_word(run=str(self._opened.run.path), start_step=self.step)
+            note_outcome(run=str(self._opened.run.path), start_step=self.step)
             self._opened.progress.emit("started", step=self.step, segment=self._keeper.number)
             self._mark_beginning()
             self._losses = LossRecord(
@@ -178,7 +179,7 @@ class ScriptSegment:
         state.counters = Counters(step=counters.step, epoch=counters.epoch + 1, step_in_epoch=0)
         self._opened.progress.emit(
             "validation",
-            epoch=record.epoch,
+            number=record.epoch + 1,
             step=record.step,
             train_loss=record.train_loss,
             learning_rate=record.learning_rate,
@@ -189,7 +190,7 @@ class ScriptSegment:
     def stop(self, notice: Notice) -> None:
         """Save before the machine goes away, and let the run go."""
         self._opened.progress.emit("notice", source=notice.source, reason=notice.reason)
-        leave_word(
+        note_outcome(
             run=str(self._opened.run.path), start_step=self._start_step, source=notice.source
         )
         self._saver.stop(notice)
@@ -276,9 +277,9 @@ class ScriptSegment:
             "progress", step=self.step, num_steps=num_steps, **scalars, steps_per_s=pace
         )
 
-    def _restore(self) -> None:
+    def _restore(self, should_allow_mismatch: bool) -> None:
         restored = self._manager.restore(
-            should_allow_mismatch=self._opened.is_mismatch_allowed, validate=validate_state
+            should_allow_mismatch=should_allow_mismatch, validate=validate_state
         )
         if restored is not None:
             self.state.restore(restored.tensors, restored.state)
@@ -303,16 +304,3 @@ class ScriptSegment:
         )
         saver.before_save = self._sync_losses
         return saver
-
-
-def leave_word(**values: str | int) -> None:
-    """Tell ``holdfast exec``, which started this process, what came of it so far."""
-    if path := os.environ.get(OUTCOME):
-        Path(path).write_text(json.dumps(values))
-
-
-def _require_plain(kept: Kept) -> None:
-    try:
-        encode(kept.values, "run.values", {})
-    except UnsupportedStateError as error:
-        raise InputError(str(error).partition(":")[0]) from error

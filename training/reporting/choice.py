@@ -24,7 +24,9 @@ from holdfast.training.reporting.wording import decimals_for, number, plural, si
 def candidates_section(facts: RunFacts) -> Html:
     """A chart and a table of scores, best first."""
     if facts.champion is None:
-        words = "Not measured yet: run the stages candidates and evaluate when training is done."
+        stages = "run the stages candidates and evaluate when training is done"
+        way_on = stages if facts.record.script is None else "holdfast resume goes on"
+        words = f"Not measured yet: {way_on}."
         return section("Candidates", note(words))
     ranked = ranked_candidates(facts)
     charts = [_validation_chart(facts, ranked).drawn()]

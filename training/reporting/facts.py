@@ -30,7 +30,7 @@ from holdfast.training.runs.directory import (
 )
 from holdfast.training.runs.durable_json import json_bytes, without_nan
 from holdfast.training.runs.ledger import Ledger, Life, ledger, lives
-from holdfast.training.runs.losses import ComparedLosses, compare_losses
+from holdfast.training.runs.losses import ComparedLosses, compare_losses, with_known_ends
 from holdfast.training.runs.stored_json import (
     RECORD,
     STATE,
@@ -108,6 +108,7 @@ class RunFacts:
         rates: steps and their learning rates, by parameter group; of one without a name alone.
         champion: name of the candidate that won; None until it was chosen.
         exports: artifacts with parity, size and latency; empty where there is no bundle.
+        num_epochs: finished ones of a script's ``run.epochs``; 0 where it has none.
         promotion: content of ``promotion.json``; empty where the bundle was not published.
     """
 
@@ -126,6 +127,7 @@ class RunFacts:
     exports: tuple[Mapping[str, Any], ...] = ()
     promotion: Mapping[str, Any] = field(default_factory=dict)
     figures: Sequence[Figure] = ()
+    num_epochs: int = 0
 
     @property
     def metric(self) -> str:
@@ -147,7 +149,7 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
 
     Raises DataFormatError or StorageError where a file is not readable.
     """
-    records = read_segments(run)
+    records = with_known_ends(read_segments(run), run)
     state = newest_state(run)
     evaluation = _mapping(_optional(run.evaluation_json))
     promotion = _optional(run.promotion_json)
@@ -172,6 +174,7 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
         rule=str(evaluation.get("rule", "")),
         test=test,
         exports=tuple(artifact_rows(run.bundle)),
+        num_epochs=_epochs_of_script(state),
         promotion={} if promotion is None else promotion_fields(promotion, run.promotion_json),
     )
 
@@ -187,13 +190,14 @@ def newest_state(run: RunDirectory) -> dict[str, Any]:
     return {}
 
 
-def history_files(run: RunDirectory) -> dict[str, bytes]:
+def history_files(run: RunDirectory, *, is_script: bool = False) -> dict[str, bytes]:
     """Both files by name, from the newest checkpoint that can be resumed from.
 
-    One row for each epoch that has ended; ``nan`` and ``inf`` are written as text. Empty where no
-    epoch has ended yet.
+    One row for each epoch that has ended, or for each validation of a script, by its number.
+    ``nan`` and ``inf`` are written as text. Empty where there is none yet.
     """
-    rows = [_history_row(decode(entry, {})) for entry in newest_state(run).get("history", ())]
+    history = newest_state(run).get("history", ())
+    rows = [_history_row(decode(entry, {}), is_script=is_script) for entry in history]
     if not rows:
         return {}
     names = dict.fromkeys(name for row in rows for name in row)
@@ -204,8 +208,18 @@ def history_files(run: RunDirectory) -> dict[str, bytes]:
     return {"history.json": json_bytes(without_nan(rows)), "history.csv": text.getvalue().encode()}
 
 
-def _history_row(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{name: entry.get(name) for name in HISTORY_COLUMNS}, **entry["metrics"]}
+def _epochs_of_script(state: Mapping[str, Any]) -> int:
+    place = _mapping(_mapping(state.get("experiment")).get("place"))
+    epochs = _number(place.get("epoch"))
+    return 0 if epochs is None else int(epochs)
+
+
+def _history_row(entry: Mapping[str, Any], *, is_script: bool) -> dict[str, Any]:
+    columns = {name: entry.get(name) for name in HISTORY_COLUMNS}
+    if is_script:
+        columns = {"validation": entry["epoch"] + 1, **columns}
+        del columns["epoch"]
+    return {**columns, **entry["metrics"]}
 
 
 def _epoch(entry: Mapping[str, Any]) -> Epoch:

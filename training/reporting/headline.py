@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from holdfast.training.reporting import script
 from holdfast.training.reporting.facts import Estimate, RunFacts, TestFacts
 from holdfast.training.reporting.markup import Html, element, joined, text
 from holdfast.training.reporting.wording import decimals_for, number, percent, plural, signed
@@ -16,13 +17,19 @@ def headline(facts: RunFacts) -> Html:
     kicker = element("p", text(f"Holdfast \N{MIDDLE DOT} {facts.record.experiment}"), "kicker")
     title = element("h1", text(facts.record.run_id))
     lead = element("p", text(summary(facts)), "summary")
-    tiles = [_champion(facts), _test(facts), _against(facts), _exports(facts), _goodput(facts)]
+    if script.is_trained_alone(facts):
+        tiles = [_tile(name, value, words) for name, value, words in script.tiles(facts)]
+    else:
+        tiles = [_champion(facts), _test(facts), _against(facts), _exports(facts)]
+    tiles.append(_goodput(facts))
     return Html(f'<header>{kicker}{title}{lead}<div class="tiles">{joined(tiles)}</div></header>')
 
 
 def summary(facts: RunFacts) -> str:
     """What became of the run, in a sentence."""
     champion = facts.candidate(facts.champion)
+    if champion is None and facts.record.script is not None:
+        return script.summary(facts)
     if champion is None:
         planned = plural(facts.config.train.num_epochs, "epoch")
         return f"No champion yet: {len(facts.history)} of {planned} done."
@@ -58,7 +65,9 @@ def interval_words(estimate: Estimate, decimals: int, *, is_signed: bool = False
 def _champion(facts: RunFacts) -> Html:
     champion = facts.candidate(facts.champion)
     if champion is None:
-        return _tile("Champion", "not chosen", ["run the stages candidates and evaluate"])
+        return _tile(
+            "Champion", "not chosen", [_next(facts, "run the stages candidates and evaluate")]
+        )
     steps = champion.steps
     source = f"step {steps[0]:,}" if len(steps) == 1 else plural(len(steps), "checkpoint")
     return _tile("Champion", champion.name, [f"made from {source}"], is_name=True)
@@ -68,7 +77,7 @@ def _test(facts: RunFacts) -> Html:
     name = f"Test {facts.metric}"
     found = facts.test.champion.get(facts.metric) if facts.test else None
     if facts.test is None or found is None:
-        return _tile(name, "not measured", ["test data is opened after the choice"])
+        return _tile(name, "not measured", [_untested(facts)])
     decimals = decimals_for([found.value])
     confidence = facts.test.confidence
     told = f"{100 * confidence:.0f}\N{NARROW NO-BREAK SPACE}% interval" if confidence else ""
@@ -100,12 +109,22 @@ def difference_of(test: TestFacts, metric: str) -> Estimate | None:
 
 def _exports(facts: RunFacts) -> Html:
     if not facts.exports:
-        return _tile("Exports", "no bundle", ["run the stage export"])
+        return _tile("Exports", "no bundle", [_next(facts, "run the stage export")])
     passed = [row for row in facts.exports if row["is_passed"]]
     failed = [str(row["format"]) for row in facts.exports if not row["is_passed"]]
     value = f"{len(passed)} of {len(facts.exports)} proved"
     words = f"failed: {', '.join(failed)}" if failed else "outputs within the bounds of parity"
     return _tile("Exports", value, [words])
+
+
+def _next(facts: RunFacts, stages: str) -> str:
+    return stages if facts.record.script is None else "holdfast resume goes on"
+
+
+def _untested(facts: RunFacts) -> str:
+    if facts.record.script is not None and facts.champion is not None:
+        return "the script's evaluate takes no split: it has no test data"
+    return "test data is opened after the choice"
 
 
 def _goodput(facts: RunFacts) -> Html:

@@ -10,6 +10,11 @@ from holdfast.training.reporting.facts import Epoch, RunFacts
 from holdfast.training.reporting.markup import Html, element, joined, note, section, text
 from holdfast.training.reporting.wording import number, plural
 
+LEAD = "Over optimizer steps; validation after each epoch, training loss as the epoch's mean."
+SCRIPT_LEAD = (
+    "Over optimizer steps; validation where the script calls run.validated, training loss as the "
+    "mean since the validation before."
+)
 MAX_METRIC_CHARTS = 5
 MAX_RATE_CHARTS = 4
 SIGNS = {"preempted": "\u25bc", "killed": "\u2715", "failed": "!"}
@@ -18,8 +23,10 @@ Value = Callable[[Epoch], float | None]
 
 def learning_section(facts: RunFacts) -> Html:
     """Curves over steps, with marks where segments stopped."""
+    is_script = facts.record.script is not None
     if not facts.history:
-        return section("Learning curves", note("No epoch is finished yet."))
+        none = "The script has validated nothing so far (run.validated)."
+        return section("Learning curves", note(none if is_script else "No epoch is finished yet."))
     charts = [_chart(facts, name) for name in _metric_names(facts)]
     charts += _rate_charts(facts)
     drawn = [chart.drawn() for chart in charts if chart is not None]
@@ -27,7 +34,7 @@ def learning_section(facts: RunFacts) -> Html:
     return section(
         "Learning curves",
         Html(content),
-        "Over optimizer steps; validation after each epoch, training loss as the epoch's mean.",
+        SCRIPT_LEAD if is_script else LEAD,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,9 @@ from holdfast.training.reporting.markup import (
     table,
     text,
 )
+from holdfast.training.reporting.script import configuration, is_trained_alone
 from holdfast.training.reporting.wording import plural
+from holdfast.training.runs.directory import TakenOver
 
 ALONE = "run"
 
@@ -32,10 +35,13 @@ ALONE = "run"
 def provenance_section(facts: RunFacts) -> Html:
     """Data and configuration, candidates and their checkpoints, exports."""
     record = facts.record
-    pairs: list[tuple[str, Cell]] = [
-        ("data", short_digest(record.data_fingerprint or "unknown")),
-        ("configuration", short_digest(record.config_digest)),
-    ]
+    pairs: list[tuple[str, Cell]] = [("configuration", short_digest(record.config_digest))]
+    if record.script is None:
+        pairs.insert(0, ("data", short_digest(record.data_fingerprint or "unknown")))
+    else:
+        pairs.insert(0, ("script", shlex.join([record.script.path, *record.script.arguments])))
+        if record.experiment_digest is not None:
+            pairs.append(("code", short_digest(record.experiment_digest)))
     pairs += [(name.replace("_", " "), short_digest(one)) for name, one in
               sorted(record.weight_files.items())]  # fmt: skip
     if (lineage := record.lineage) is not None:
@@ -44,6 +50,9 @@ def provenance_section(facts: RunFacts) -> Html:
     if champion is not None:
         pairs.append(("champion", short_digest(champion.digest)))
     parts = [definitions(pairs, "facts")]
+    parts += [_taken_over(one) for one in record.taken_over]
+    if is_trained_alone(facts):
+        return section("What was made from what", joined(parts))
     if facts.candidates:
         parts += [_sources(facts), _files(facts)]
     else:
@@ -52,18 +61,30 @@ def provenance_section(facts: RunFacts) -> Html:
     return section("What was made from what", joined(parts))
 
 
+def _taken_over(one: TakenOver) -> Html:
+    before = ", ".join(f"{key} = {_shown(value)}" for key, value in one.changed.items())
+    return note(
+        f"Segment {one.segment} went on from step {one.step} with another configuration; before "
+        f"it: {before}."
+    )
+
+
 def configuration_section(facts: RunFacts) -> Html:
     """Every value, section by section; what differs from the general default is marked."""
     found, usual = facts.record.config, RunConfig().model_dump(mode="json")
     single = {name: value for name, value in found.items() if not isinstance(value, Mapping)}
-    groups = {ALONE: single} | {
+    groups: Mapping[str, Mapping[str, Any]] = {ALONE: single} | {
         name: value for name, value in found.items() if isinstance(value, Mapping) and value
     }
+    if facts.record.script is not None:
+        groups = configuration(facts)
     drawn = [
         _group(name, values, usual if name == ALONE else usual.get(name, {}))
         for name, values in groups.items()
     ]
     lead = "Bold: other than the general default."
+    if facts.record.script is not None:
+        lead = f"The script's own, as it gave them to holdfast.run, and Holdfast's settings. {lead}"
     return section("Configuration", element("div", joined(drawn), "columns"), lead)
 
 
@@ -110,7 +131,7 @@ def _files(facts: RunFacts) -> Html:
 def _exports(facts: RunFacts) -> Html:
     head = element("h3", text("Exports"))
     if not facts.exports:
-        return Html(head + note("No bundle was published yet: run the stage export."))
+        return Html(head + note(f"No bundle was published yet: {_way_on(facts)}."))
     rows = facts.exports
     columns = [
         Column("Format", [str(row["format"]) for row in rows]),
@@ -128,6 +149,10 @@ def _exports(facts: RunFacts) -> Html:
     )
     tables = Html(table(columns, name="exports") + _latencies(rows))
     return Html(head + note(words) + tables + _promotion(facts.promotion))
+
+
+def _way_on(facts: RunFacts) -> str:
+    return "run the stage export" if facts.record.script is None else "holdfast resume goes on"
 
 
 def _promotion(promotion: Mapping[str, Any]) -> Html:

@@ -13,6 +13,7 @@ from holdfast.training.reporting.making import (
 )
 from holdfast.training.reporting.markup import Html, element, joined, text
 from holdfast.training.reporting.predictions import predictions_section
+from holdfast.training.reporting.script import is_trained_alone
 from holdfast.training.reporting.style import STYLE
 from holdfast.training.reporting.time_spent import time_section
 
@@ -24,8 +25,11 @@ def page(facts: RunFacts) -> str:
     """The report of a run. The same facts give the same bytes: there is no "made at" in it."""
     parts = [
         headline(facts),
-        candidates_section(facts),
-        predictions_section(tuple(facts.figures), facts.champion),
+        Html("") if is_trained_alone(facts) else candidates_section(facts),
+        # A script has no pictures of its own.
+        Html("")
+        if facts.record.script is not None
+        else predictions_section(tuple(facts.figures), facts.champion),
         learning_section(facts),
         time_section(facts),
         provenance_section(facts),

@@ -41,8 +41,8 @@ def run_report(stage: Stage) -> StageOutcome:
         facts = report_facts(stage)
     except _NoticeCameError:
         return preempted(stage)
-    path = stage.run.report_html
-    files = {path.name: page(facts).encode(), **history_files(stage.run)}
+    path, is_script = stage.run.report_html, stage.record.script is not None
+    files = {path.name: page(facts).encode(), **history_files(stage.run, is_script=is_script)}
     changed = {name: content for name, content in files.items() if _is_other(path, name, content)}
     if changed:
         with stage.writing() as lease:

@@ -67,7 +67,7 @@ LedgerOutcome = Literal["running", "completed", "preempted", "failed", "killed"]
 ABSENT = "(absent)"
 OPTIMIZER_ARGS = "optimizer.args."
 NUM_PROCESSES = "distributed.num_processes"
-SELDOM = ("weight_files", "lineage", "script")
+SELDOM = ("weight_files", "lineage", "script", "taken_over")
 
 
 class Record(BaseModel):
@@ -135,6 +135,20 @@ class Lineage(Record):
         return is_new or "lr" in self.changed_options
 
 
+class TakenOver(Record):
+    """An earlier configuration of a script's run, which went on with another one."""
+
+    segment: int = Field(ge=1)
+    """The first segment that had the next one."""
+    step: Step
+    """Steps that were done by then, and count."""
+    at: Moment
+    config_digest: str
+    """Of the earlier configuration."""
+    changed: dict[str, Any]
+    """Keys that had other values, with those; `(absent)` for none."""
+
+
 class RunRecord(Record):
     """What a run is; the content of ``run.json``."""
 
@@ -162,6 +176,18 @@ class RunRecord(Record):
     """Digests of what the weights begin with: `initial_weights`, and the experiment's `base`."""
     lineage: Lineage | None = None
     """Of a fork."""
+    taken_over: list[TakenOver] = Field(default_factory=list)
+    """Configurations that a script's run had before, the oldest first; absent for none."""
+
+    @property
+    def config_digests(self) -> frozenset[str]:
+        """Of all configurations that the run has had."""
+        return frozenset((self.config_digest, *(one.config_digest for one in self.taken_over)))
+
+    def first_comparable(self, segment: int) -> int:
+        """The first segment that had the configuration which ``segment`` has."""
+        begun = (one.segment for one in self.taken_over if one.segment <= segment)
+        return max(begun, default=1)
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_used(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -216,10 +242,13 @@ def utc_now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def write_run_record_once(run: RunDirectory, record: RunRecord) -> RunRecord:
+def write_run_record_once(
+    run: RunDirectory, record: RunRecord, *, is_mismatch_allowed: bool = False
+) -> RunRecord:
     """Write ``run.json``, or return the one that is there if it describes the same run.
 
-    Of several processes at once, one writes and all others get what it wrote.
+    Of several processes at once, one writes and all others get what it wrote. Where a mismatch is
+    allowed, what is there is returned as it is.
 
     Raises:
         RunConflictError: the run id belongs to a run with another configuration or other data;
@@ -230,10 +259,10 @@ def write_run_record_once(run: RunDirectory, record: RunRecord) -> RunRecord:
     if create_json_durably(run.run_json, record.model_dump(mode="json")):
         return record
     existing = read_run_record(run)
-    differing = list(_conflicts(existing, record))
-    if not differing:
+    differing = list(conflicts(existing, record))
+    if not differing or is_mismatch_allowed:
         return existing
-    raise RunConflictError(_conflict_message(run, differing))
+    raise RunConflictError(_conflict_message(run, existing, differing))
 
 
 def read_run_record(run: RunDirectory) -> RunRecord:
@@ -357,7 +386,7 @@ def _read_record(run: RunDirectory, name: str, kind: type[RecordT]) -> RecordT:
         ) from error
 
 
-def _conflicts(existing: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
+def conflicts(existing: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any, Any]]:
     """What makes two records describe different runs. An unknown fingerprint differs from none.
 
     What changes only the choice among the weights that training left does not.
@@ -399,14 +428,18 @@ def _differences(there: Any, here: Any, key: str = "") -> Iterator[tuple[str, An
         yield key, there, here
 
 
-def _conflict_message(run: RunDirectory, differing: Sequence[tuple[str, Any, Any]]) -> str:
+def _conflict_message(
+    run: RunDirectory, existing: RunRecord, differing: Sequence[tuple[str, Any, Any]]
+) -> str:
     shown = [
         f"{key}: {there!r} there, {here!r} here"
         for key, there, here in differing[:MAX_DIFFERENCES_SHOWN]
     ]
     if len(differing) > MAX_DIFFERENCES_SHOWN:
         shown.append(f"and {len(differing) - MAX_DIFFERENCES_SHOWN} more")
+    is_script = existing.script is not None
+    way_out = "; holdfast exec --allow-mismatch goes on with the other one" if is_script else ""
     return (
         f"{run.path} belongs to another run ({'; '.join(shown)}): "
-        f"take another run id, or the configuration that this one was begun with"
+        f"take another run id, or the configuration that this one was begun with{way_out}"
     )

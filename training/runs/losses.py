@@ -12,10 +12,11 @@ import stat
 import struct
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from holdfast.training.runs.directory import SegmentRecord, read_run_record
 from holdfast.training.runs.paths import RunDirectory
 
 BYTES_PER_STEP = 8
@@ -114,9 +115,8 @@ class ComparedLosses:
 
     def told(self, num_repeated: int) -> str:
         """One line; ``num_repeated`` steps were done again, as the ledger has it."""
-        if not num_repeated and not self.num_compared:
+        if not num_repeated:
             return "no step was done twice"
-        num_repeated = max(num_repeated, self.num_compared)
         steps = "1 step was" if num_repeated == 1 else f"{num_repeated:,} steps were"
         words = f"{steps} done twice, {self.num_compared:,} compared"
         if not self.num_compared:
@@ -127,12 +127,18 @@ class ComparedLosses:
 
 
 def compare_losses(run: RunDirectory) -> ComparedLosses:
-    """Hold every loss of a step that was done again against the one before it."""
+    """Hold every loss of a step that was done again against the one before it.
+
+    Not against one that a segment with another configuration computed.
+    """
     num_compared = 0
     differences: list[Difference] = []
     files = loss_files(run)
+    first_comparable = _first_comparable(run)
     for number, file in enumerate(files):
-        known = KnownLosses(files[:number], file.first_step - 1)
+        first = first_comparable(file.segment)
+        before = [one for one in files[:number] if one.segment >= first]
+        known = KnownLosses(before, file.first_step - 1)
         if not len(known):
             continue
         for step, bits in enumerate(file.read(file.first_step), file.first_step):
@@ -146,6 +152,25 @@ def compare_losses(run: RunDirectory) -> ComparedLosses:
 def loss_files(run: RunDirectory) -> list[LossFile]:
     """What the segments of a run have written, by segment. Empty for runs from before."""
     return sorted(_files(run.losses), key=lambda file: file.segment)
+
+
+def comparable_files(run: RunDirectory, segment: int) -> list[LossFile]:
+    """As ``loss_files``, of segments that had the configuration which this segment has."""
+    first = _first_comparable(run)(segment)
+    return [file for file in loss_files(run) if file.segment >= first]
+
+
+def with_known_ends(records: Sequence[SegmentRecord], run: RunDirectory) -> list[SegmentRecord]:
+    """Records that know of each step whose loss was kept, also where a segment was killed.
+
+    A segment writes its losses more often than its record: whoever counts steps that were done
+    again counts by these.
+    """
+    ends = {file.segment: file.end_step for file in loss_files(run) if file.num_steps}
+    return [
+        record.model_copy(update={"end_step": max(record.end_step, ends.get(record.number, 0))})
+        for record in records
+    ]
 
 
 def loss_path(run: RunDirectory, segment: int, first_step: int) -> Path:
@@ -163,6 +188,13 @@ def bits_of(loss: float) -> int:
     """The bits of a loss, as its file has them."""
     value: int = struct.unpack("<Q", struct.pack("<d", loss))[0]
     return value
+
+
+def _first_comparable(run: RunDirectory) -> Callable[[int], int]:
+    try:
+        return read_run_record(run).first_comparable
+    except FileNotFoundError:
+        return lambda _: 1
 
 
 def _files(folder: Path) -> Iterator[LossFile]:

@@ -129,20 +129,20 @@ def parse_step(name: str) -> int | None:
     return step if name == f"step-{step:08d}" else None
 
 
-def validate_run_id(run_id: str) -> str:
-    """The run id, if it can be the name of a folder on every system.
+def validate_run_id(run_id: str, what: str = "a run id") -> str:
+    """The run id, or what else ``what`` says, if it can be the name of a folder on every system.
 
     Raises InputError: empty, too long, a path separator, ``..``, a leading dot or dash, or a
     character other than ASCII letters, digits and ``._+=@-``.
     """
     if len(run_id) > MAX_RUN_ID_CHARS:
         raise InputError(
-            f"the run id has {len(run_id)} characters, at most {MAX_RUN_ID_CHARS} are allowed: "
+            f"{what} of {len(run_id)} characters: at most {MAX_RUN_ID_CHARS} are allowed: "
             f"{run_id[:40]!r}..."
         )
     if RUN_ID.fullmatch(run_id) is None or ".." in run_id:
         raise InputError(
-            f"{run_id!r} cannot be a run id: it names a folder, so only ASCII letters, digits and "
+            f"{run_id!r} cannot be {what}: it names a folder, so only ASCII letters, digits and "
             f"._+=@- are allowed, beginning with a letter, a digit or _, and without '..'"
         )
     return run_id

@@ -22,7 +22,8 @@ own arguments. What has to be set before Python starts is set: hash seed, thread
 are passed on: at a first Ctrl-C or SIGTERM the script saves and exits with 75, and so does this
 command. A script that was preempted while this machine stays, that crashed or was killed is started
 again, and goes on from its newest checkpoint: any number of preemptions as long as there is
-progress, and --max-crashes crashes in a row without any.
+progress, and --max-crashes crashes in a row without any. What every start would end with is final:
+wrong input, a program that cannot be read or imported, a loop that ends before its steps do.
 
 \b
 Examples:
@@ -47,8 +48,8 @@ Examples:
     "--allow-mismatch",
     "is_mismatch_allowed",
     is_flag=True,
-    help="Go on from checkpoints of another configuration that were copied into this run's "
-    "folder; a run that has begun keeps its own configuration.",
+    help="Go on with another `config` or other settings than the run had so far, and keep to them "
+    "from there on; also from checkpoints that were copied into this run's folder.",
 )
 @click.option(
     "--max-crashes",

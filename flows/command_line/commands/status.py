@@ -48,7 +48,11 @@ def command(run: str | None, store: str, is_json: bool) -> None:
             losses.told(summary.num_repeated_steps),
             None if certificate is None else certificate.told(),
         ]
-        page = json.dumps(whole, indent=2) if is_json else _page(summary, told, _go_on(found))
+        page = (
+            json.dumps(whole, indent=2)
+            if is_json
+            else _page(summary, told, _next_steps(found, summary))
+        )
         click.echo(page)
         return
     rows = [_row(found) for found in find_runs(folder)]
@@ -96,15 +100,23 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             click.echo(shown(f"{row['name']}: {row['error']}"), err=True)
 
 
-def _go_on(run: RunDirectory) -> str:
-    """The command that goes on with a run."""
+def _next_steps(run: RunDirectory, summary: RunSummary) -> list[str]:
+    """The command that goes on with a run, where there is something left to do."""
     try:
         script = read_run_record(run).script
     except FileNotFoundError:
         script = None
+    if summary.state == "trained" and script is not None:
+        return [f"for a bundle: {_resume(run)} (where the script calls run.champion)"]
+    if summary.state not in ("preempted", "failed", "killed", "trained"):
+        return []
     was_in_flow = engine_directory(run).path.is_dir()
-    if script is not None and not was_in_flow:
-        return script_command_line(script)
+    if script is None or was_in_flow:
+        return [f"to go on: {_resume(run)}"]
+    return [f"to go on: {script_command_line(script)}"]
+
+
+def _resume(run: RunDirectory) -> str:
     store = run.path.parent.parent
     if address_of(store) is None:
         return f"holdfast resume {run.path}"
@@ -119,7 +131,7 @@ def _certificate(run: RunDirectory) -> KeptCertificate | None:
         return None
 
 
-def _page(summary: RunSummary, proofs: Sequence[str | None], go_on: str) -> str:
+def _page(summary: RunSummary, proofs: Sequence[str | None], next_steps: Sequence[str]) -> str:
     losses, certificate = proofs
     told: dict[str, Any] = {
         "run": summary.name,
@@ -144,8 +156,7 @@ def _page(summary: RunSummary, proofs: Sequence[str | None], go_on: str) -> str:
         "last error": summary.error,
     }
     lines = [f"{name:<14}{shown(value)}" for name, value in told.items() if value not in (None, "")]
-    if summary.state in ("preempted", "failed", "killed", "trained"):
-        lines.append(f"to go on: {shown(go_on)}")
+    lines += [shown(line) for line in next_steps]
     return "\n".join(lines)
 
 

@@ -175,7 +175,7 @@ HANDED: dict[str, Any] = {
         ({"inputs": torch.zeros(0, 6)}, r"found a tensor of shape \[0, 6\]"),
         ({"inputs": {}}, r"found \{\}"),
         ({"build": None}, "expected the model that is kept, or a function"),
-        ({"build": lambda: 3}, "the function returned a int"),
+        ({"build": lambda: 3}, "the function returned an int"),
         ({"build": lambda: net(8)}, r"bias has the shape \[8\] in it, and \[16\] in what is kept"),
         ({"evaluate": 3}, r"expected a function of \(model\), or of"),
         ({"evaluate": lambda: 3}, r"expected a function of \(model\), or of"),

@@ -87,23 +87,23 @@ def test_the_record_names_the_script_and_its_configuration(tmp_path: Path) -> No
 
 
 REFUSED = {
-    "config": "config/rate is a builtins.object; expected numbers, text, lists, dicts",
+    "config": 'config["rate"] is an object; expected numbers, text, lists, dicts',
     "own setting": "'optimizer.name' is the script's own matter; leave it out",
     "validating": "'checkpoint.weights_every_steps' says when to validate, and a script does so by",
     "unknown setting": "'checkpoints.every_steps' is no key of Holdfast's; did you mean",
     "name": "'../one' cannot be a run id",
     "parallel": "no DataParallel: use one process for each device",
     "process group": "no DistributedDataParallel: ",
-    "stateless": "a object has no state_dict and load_state_dict",
+    "stateless": "an object has no state_dict and load_state_dict",
     "data loader": "no DataLoader: it cannot be told where it stands",
-    "unkeepable": "run.keep(average=…): average/tensors is a builtins.set",
+    "unkeepable": 'run.keep(average=…): its state_dict()["tensors"] is a set',
     "no model": "the script keeps no model",
     "nothing": "the script keeps no model",
     "two runs": "holdfast.run was called twice in one process",
     "batch outside": "next(loader) stands outside of a step",
     "late keep": "run.keep(late) came after training had begun",
-    "value": "run.values/best is a builtins.set; a checkpoint holds tensors and JSON only",
-    "late value": "experiment/kept/values/best is a builtins.set; a checkpoint holds",
+    "value": 'run.values["best"] is a set; expected numbers, text, lists, dicts or tensors',
+    "late value": 'run.values["best"] is a set; expected numbers, text, lists, dicts or tensors',
     "loss of each": "run.log(loss=…): expected a number, found a tensor of shape (3,)",
     "metric of each": "run.validated(loss=…): expected a number, found a tensor of shape (3,)",
     "thread's loop": "training began outside of the main thread",
@@ -142,8 +142,10 @@ def test_a_step_that_raises_is_recorded_and_the_next_start_goes_on(tmp_path: Pat
 
 def test_a_loop_that_ends_before_its_steps_says_so(tmp_path: Path) -> None:
     code, _, errors = script("steps", "--fault=ends early", folder=tmp_path)
-    assert code == 1
-    assert "the script ended after step 10, and its loop had not: call run.finish()" in errors
+    assert code == 2
+    loop = SCRIPT.read_text().splitlines().index("    for step in run.steps(40):") + 1
+    told = f"the script ended after step 10, and its loop had not ({SCRIPT}:{loop}): call run.fin"
+    assert told in errors
     assert read_segments(run_in(tmp_path))[-1].outcome == "failed"
 
 

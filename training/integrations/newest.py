@@ -25,7 +25,10 @@ class Newest:
 
 
 def newest_state(run: RunDirectory, name: str) -> Newest | None:
-    """The newest one that can be read; None where there is no checkpoint or no such object."""
+    """The newest one that can be read; None where there is no checkpoint or no such object.
+
+    Takes no lease: whoever restores makes sure that it was this one.
+    """
     names = LocalReader(run.checkpoints).names() if run.checkpoints.is_dir() else []
     for step in sorted((s for s in map(parse_step, names) if s is not None), reverse=True):
         try:
