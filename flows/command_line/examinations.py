@@ -21,12 +21,11 @@ from holdfast.training.errors import HoldfastError
 from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.probe import probe
 from holdfast.training.storage.protocol import PART_BYTES
+from holdfast.training.tiers.bandwidth import fitting_bytes, note_bandwidth, told_size
 from holdfast.training.tiers.scratch import address_of
 
 PROBE_BYTES = 64 * 2**20
 MAX_CLOCK_DIFFERENCE_S = 5.0
-STOP_MARGIN_S = 6.0
-"""To finish a step, to save here, and to begin."""
 LOW_FREE_BYTES = 2 * 2**30
 GPU_QUESTION = (
     "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
@@ -124,16 +123,17 @@ def examine_bucket(store: Path, grace_period_s: float) -> Finding:
         bucket.upload(key, parts)
         duration_s = time.monotonic() - start_s
         bucket.delete([key])
+        note_bandwidth(address, PROBE_BYTES / duration_s)
     except HoldfastError as error:
         return Finding("bucket", "bad", str(error))
     speed = PROBE_BYTES / duration_s
-    fitting_bytes = speed * max(0.0, grace_period_s - STOP_MARGIN_S)
+    fitting = fitting_bytes(speed, grace_period_s)
     detail = (
         f"{address} keeps conditions; {speed / 2**20:.0f} MiB/s up; a grace period of "
-        f"{grace_period_s:g} s is enough for {fitting_bytes / 2**30:.1f} GiB of state, and where "
-        "there is more, for the checkpoint before"
+        f"{grace_period_s:g} s is enough for {told_size(fitting)} of state; a larger one is saved "
+        "and brought up as often as that lasts, and after a notice the last one that is up counts"
     )
-    return Finding("bucket", "warning" if fitting_bytes < 2**30 else "good", detail)
+    return Finding("bucket", "warning" if fitting < 2**30 else "good", detail)
 
 
 def examine_server(_store: Path, _grace_period_s: float) -> Finding:

@@ -32,7 +32,7 @@ from holdfast.tasks.engine_lease import (
 )
 from holdfast.tasks.job import Job
 from holdfast.training.errors import LeaseHeldError, LeaseLostError
-from holdfast.training.tiers.replica import kept_up, opened_replica
+from holdfast.training.tiers.keeping import kept_up, opened_replica
 from holdfast.training.tiers.viewing import viewed
 
 # Time enough for the lease of an engine that vanished to run out.

@@ -14,7 +14,7 @@ from holdfast.training.exactness.reproducibility import child_environment, pytho
 from holdfast.training.exactness.trial import Trial
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.storage.address import Address
-from holdfast.training.tiers.replica import kept_up, opened_replica
+from holdfast.training.tiers.keeping import kept_up, opened_replica
 from holdfast.training.tiers.scratch import tier_folder
 from holdfast.training.tiers.viewing import refresh_view
 from tests.contracts.object_servers import KEY, SECRET, make_bucket, moto

@@ -14,7 +14,7 @@ import pytest
 
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.storage.address import Address
-from holdfast.training.tiers.replica import kept_up, opened_replica
+from holdfast.training.tiers.keeping import kept_up, opened_replica
 from holdfast.training.tiers.scratch import tier_folder
 from tests.contracts.object_servers import SECRET, make_bucket, moto
 from tests.faults.campaign import Training, complete

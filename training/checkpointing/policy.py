@@ -305,7 +305,14 @@ class SaveSchedule:
         is_of_steps = steps is not None and step % steps == 0
         return is_of_steps or (is_epoch_end and epochs is not None and epoch % epochs == 0)
 
-    def due(self, moment: SaveMoment, *, cost_s: float | None, mtbp_s: float) -> Trigger | None:
+    def due(
+        self,
+        moment: SaveMoment,
+        *,
+        cost_s: float | None,
+        mtbp_s: float,
+        upload_s: float = math.inf,
+    ) -> Trigger | None:
         """Why to save now, or None.
 
         A save because of the time is skipped while another one is being written: it would only
@@ -315,6 +322,8 @@ class SaveSchedule:
             moment: where training stands.
             cost_s: measured seconds that a save takes from training; None before the first one.
             mtbp_s: mean time between preemptions.
+            upload_s: what a checkpoint takes on its way to the store, where that is longer than a
+                grace period; infinite where it is not.
         """
         if moment.is_epoch_end and moment.epoch % self.every_epochs == 0:
             return "epoch"
@@ -323,17 +332,18 @@ class SaveSchedule:
         if self.every_steps is not None and moment.step % self.every_steps == 0:
             return "steps"
         is_time = moment.has_advance_notice or (
-            moment.now_s - moment.last_save_s >= self.interval_s(cost_s, mtbp_s)
+            moment.now_s - moment.last_save_s >= self.interval_s(cost_s, mtbp_s, upload_s)
         )
         return "time" if is_time and not moment.is_in_flight else None
 
-    def interval_s(self, cost_s: float | None, mtbp_s: float) -> float:
+    def interval_s(self, cost_s: float | None, mtbp_s: float, upload_s: float = math.inf) -> float:
         """Seconds between two saves that are due to the time alone; infinite for never."""
         interval_s = math.inf if self.every_s is None else self.every_s
         if not self.is_auto:
             return interval_s
         assumed_s = ASSUMED_SAVE_S if cost_s is None else cost_s
-        return min(interval_s, young_daly_interval_s(assumed_s, mtbp_s, self.max_overhead))
+        own_s = young_daly_interval_s(assumed_s, mtbp_s, self.max_overhead)
+        return min(interval_s, own_s, max(upload_s, assumed_s / self.max_overhead))
 
 
 def build_schedule(checkpoint: CheckpointConfig) -> SaveSchedule:

@@ -30,6 +30,7 @@ from holdfast.training.preemption.notices import (
 )
 from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.progress import Progress
+from holdfast.training.tiers.bandwidth import UploadPace
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Saver:
         preemption: PreemptionConfig,
         progress: Progress,
         costs: Costs,
+        pace: UploadPace,
     ) -> None:
         self._manager = manager
         self._schedule = schedule
@@ -94,11 +96,14 @@ class Saver:
         self._preemption = preemption
         self._progress = progress
         self._costs = costs
+        self._pace = pace
         self._has_failed = False
         self._last_save_s = time.monotonic()
         self._last_save_step = self._snapshot_step = state.counters.step
         self._light: tuple[int, Trigger, Mapping[str, float]] | None = None
         restored = manager.restored
+        if restored is not None:
+            pace.note_saved(restored.step)
         is_measured = restored is not None and restored.is_selectable
         self._validations = ValidationsWithin(schedule, state, is_measured=is_measured)
         self._has_advance_notice = False
@@ -221,7 +226,12 @@ class Saver:
             is_in_flight=self._manager.is_in_flight,
             has_advance_notice=self._has_advance_notice,
         )
-        return self._schedule.due(moment, cost_s=self._manager.snapshot_s, mtbp_s=self._mtbp_s)
+        return self._schedule.due(
+            moment,
+            cost_s=self._manager.snapshot_s,
+            mtbp_s=self._mtbp_s,
+            upload_s=self._pace.upload_s,
+        )
 
     def _save(self, trigger: Trigger, metrics: Mapping[str, float], kind: Kind = "full") -> None:
         self._guard.check()
@@ -303,6 +313,7 @@ class Saver:
         self._has_failed = False
         self._progress.emit("saved", step=published.step, duration_s=published.durable_s)
         if published.kind == "full":
+            self._pace.note_saved(published.step)
             self._check_grace(published.durable_s)
 
     def _tell_failure(self, error: StorageError) -> None:

@@ -65,6 +65,7 @@ from holdfast.training.runs.event_log import check_event_log, event_file, told_t
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.segment_log import log_path
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
+from holdfast.training.tiers.bandwidth import UploadPace
 from holdfast.training.tracking.sending import tracked
 from holdfast.training.tracking.tracker import check_trackers
 from holdfast.training.weights.frozen import frozen_of
@@ -329,6 +330,7 @@ def build_saver(stage: Stage, trainer: Trainer, manager: CheckpointManager) -> S
         preemption=config.preemption,
         progress=stage.progress,
         costs=trainer.costs,
+        pace=UploadPace(stage.run, config.preemption.grace_period_s),
     )
 
 

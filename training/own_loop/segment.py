@@ -49,6 +49,7 @@ from holdfast.training.runs.directory import (
 )
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.segment_log import SegmentLog, log_path
+from holdfast.training.tiers.bandwidth import UploadPace
 from holdfast.training.tracking.sending import Trackers
 from holdfast.training.tracking.tracker import check_trackers
 
@@ -301,6 +302,7 @@ class ScriptSegment:
             preemption=config.preemption,
             progress=self._opened.progress,
             costs=self._costs,
+            pace=UploadPace(self._opened.run, config.preemption.grace_period_s),
         )
         saver.before_save = self._sync_losses
         return saver

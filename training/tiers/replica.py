@@ -16,8 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from holdfast.training.checkpointing.digests import digest_of
@@ -32,9 +31,8 @@ from holdfast.training.runs.lease_view import (
 )
 from holdfast.training.runs.paths import RunDirectory, parse_step
 from holdfast.training.runs.process_identity import ProcessIdentity
-from holdfast.training.storage.opening import open_store
-from holdfast.training.storage.probe import require_fit
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore
+from holdfast.training.tiers.bandwidth import Sending, Throttle, note_bandwidth
 from holdfast.training.tiers.folder_image import (
     Identity,
     Image,
@@ -55,18 +53,10 @@ KEEP_DROPPED_S = 60.0
 """What is no longer named is deleted this much later: somebody may be reading it."""
 FILES_AT_ONCE = 8
 RETRY_S = 2.0
-END_PATIENCE_S = 300.0
-GRACE_S = 30.0
+SOME_BYTES, SLOW_S = 256 * 1024, 1.0
+"""What is small tells how long requests take, unless it takes long."""
 WEIGHTY = ("checkpoints", "candidates", "bundle", "evaluation.json", "promotion.json")
 Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Upload:
-    """What a bringing up took: how fast the bucket takes bytes."""
-
-    num_bytes: int
-    duration_s: float
 
 
 class Replica:
@@ -75,15 +65,22 @@ class Replica:
     Attributes:
         head: the lease.
         tell: whom it tells what a person should know, in one line.
-        last_upload: of the last time that a checkpoint was brought up; None before.
+        bytes_per_s: how fast the bucket took the last state that had more than a part; None before.
     """
 
-    def __init__(
-        self, store: ObjectStore, run: RunDirectory, head: HeadLease, tell: Tell = lambda _: None
+    def __init__(  # a run, its place, and who is told
+        self,
+        store: ObjectStore,
+        run: RunDirectory,
+        head: HeadLease,
+        tell: Tell = lambda _: None,
+        throttle: Throttle | None = None,
     ) -> None:
         self.head = head
-        self.last_upload: Upload | None = None
+        self.bytes_per_s: float | None = None
         self.tell = tell
+        self._throttle = throttle or Throttle()
+        self._sending: Sending | None = None
         self._store, self._run = store, run
         self._name = run_name(run)
         self._tree = Tree()
@@ -118,12 +115,17 @@ class Replica:
         """Begin to keep the bucket up to date."""
         self._thread.start()
 
-    def finish(self, patience_s: float) -> None:
+    def finish(self, patience_s: float, *, is_urgent: bool = False) -> None:
         """Bring up the folder as it is now; the bucket has it all after return.
 
-        Tried again for ``patience_s`` where it fails. Raises StorageError, or LeaseLostError.
+        Tried again for ``patience_s`` where it fails. Where it ``is_urgent``, as after a notice, no
+        limit is kept to, and an older state that is still on its way is given up if the newest has
+        time to get there alone, and not both. Raises StorageError, or LeaseLostError.
         """
         self._should_stop.set()
+        if is_urgent:
+            self._throttle.lift()
+            self._make_way(patience_s)
         if self._thread.ident is not None:
             self._thread.join()
         deadline_s = time.monotonic() + patience_s
@@ -141,6 +143,16 @@ class Replica:
                     ) from error
                 time.sleep(min(RETRY_S, max(0.0, deadline_s - time.monotonic())))
 
+    def _make_way(self, patience_s: float) -> None:
+        sending, speed = self._sending, self.bytes_per_s
+        if sending is None or speed is None:
+            return
+        known = {identity for _, identity in self._known}
+        now = look_at(self._run.path)
+        newest_s = sum(one[1] for one in now.values() if one not in known) / speed
+        if newest_s <= patience_s < newest_s + sending.left_bytes / speed:
+            sending.give_up()
+
     def bring_up(self) -> None:
         """Bring up the folder as it is now, once. Raises StorageError or LeaseLostError."""
         self._bring_up(is_final=True)
@@ -157,7 +169,8 @@ class Replica:
                 self._yield_to_winner(error)
                 return
             except (HoldfastError, OSError) as error:
-                self._tell_failure(error)
+                if not self._should_stop.is_set():
+                    self._tell_failure(error)
                 self._should_stop.wait(RETRY_S)
 
     def _is_due(self) -> bool:
@@ -180,12 +193,20 @@ class Replica:
             has_news = is_final or _weighty(image.identities) != _weighty(self._looked)
             files, num_bytes = self._uploaded(image, has_news=has_news)
         finally:
+            self._sending = None
             image.drop()
         tree = Tree(files)
         self._commit(tree)
         self._looked, self._brought_up_s = dict(image.identities), time.monotonic()
-        if num_bytes > PART_BYTES:
-            self.last_upload = Upload(num_bytes, time.monotonic() - start_s)
+        duration_s = time.monotonic() - start_s
+        if num_bytes > PART_BYTES or (num_bytes > SOME_BYTES and duration_s > SLOW_S):
+            self._note_speed(num_bytes / duration_s)
+
+    def _note_speed(self, bytes_per_s: float) -> None:
+        self.bytes_per_s = bytes_per_s
+        address = address_of(self._run.path.parent.parent)
+        if address is not None:
+            note_bandwidth(address, bytes_per_s)
 
     def _uploaded(self, image: Image, *, has_news: bool) -> tuple[dict[str, TreeFile], int]:
         """All files of an image, each in the bucket; and how many bytes were sent."""
@@ -200,11 +221,13 @@ class Replica:
             else:
                 files[path] = known
         folder = f"{self._folder()}/{self._num_images:06d}"
+        sending = Sending(sum(image.identities[path][1] for path in new), self._throttle)
+        self._sending = sending
 
         def upload(path: str) -> TreeFile:
             self.head.check()
             reach("store.before-file")
-            return self._sent(image.links[path], f"{folder}/{path}", path)
+            return self._sent(image.links[path], f"{folder}/{path}", path, sending)
 
         reach("store.before-files")
         small = [path for path in new if image.identities[path][1] <= PART_BYTES]
@@ -219,14 +242,14 @@ class Replica:
         self._known = {key: file for key, file in self._known.items() if key[0] in files}
         return files, sum(files[path].size_bytes for path in new if files[path].key)
 
-    def _sent(self, link: Path, key: str, path: str) -> TreeFile:
+    def _sent(self, link: Path, key: str, path: str, sending: Sending) -> TreeFile:
         """A file in the bucket; what the last tree has with the same bytes is not sent again."""
         before = self._tree.files.get(path)
         if before is not None and before.key and before.size_bytes == link.stat().st_size:
             hasher = digest_of(_parts_of(link))
             if hasher == before.digest:
                 return before
-        return upload_file(self._store, link, key)
+        return upload_file(self._store, link, key, sending.before_part)
 
     def _commit(self, tree: Tree) -> None:
         content = tree.to_bytes()
@@ -335,65 +358,3 @@ def newest_steps(tree: Tree) -> Iterable[int]:
     """The steps of the checkpoints that a tree holds."""
     names = {path.split("/")[1] for path in tree.files if path.startswith("checkpoints/")}
     return sorted(step for name in names if (step := parse_step(name)) is not None)
-
-
-@contextmanager
-def opened_replica(
-    run: RunDirectory, *, wait_s: float = 0.0, tell: Tell = lambda _: None
-) -> Iterator[Replica | None]:
-    """Be the writer of a run in its bucket while the block runs; None for a run in a folder.
-
-    On entry the folder is made what the bucket has; at the end the head is released. What the
-    block writes is brought up by ``kept_up``.
-
-    Raises:
-        LeaseHeldError: another process writes this run, and still did after ``wait_s``.
-        InputError: the store is not fit, or cannot be found.
-        StorageError: it does not answer.
-    """
-    address = address_of(run.path.parent.parent)
-    if address is None:
-        yield None
-        return
-    store = open_store(address)
-    require_fit(store, str(address))
-    head = HeadLease.acquire(store, run_name(run), wait_s=wait_s, on_wait=tell)
-    replica = Replica(store, run, head, tell)
-    try:
-        replica.restore()
-        yield replica
-    finally:
-        head.release()
-
-
-@contextmanager
-def kept_up(
-    replica: Replica | None, *, patience_s: float = END_PATIENCE_S, grace_s: float = GRACE_S
-) -> Iterator[None]:
-    """Keep the bucket up to date while the block runs; it has all when the block is left.
-
-    Args:
-        replica: of ``opened_replica``; nothing is done for None.
-        patience_s: how long a bucket that does not answer is waited for at the end.
-        grace_s: the same where the block ends by an error or a notice.
-
-    Raises StorageError where it lacks the end, which is on this machine then.
-    """
-    if replica is None:
-        yield
-        return
-    replica.start()
-    try:
-        yield
-    except BaseException:
-        _finish_after_error(replica, grace_s)
-        raise
-    replica.finish(patience_s)
-
-
-def _finish_after_error(replica: Replica, grace_s: float) -> None:
-    """What failed matters more than that the bucket is behind, too."""
-    try:
-        replica.finish(grace_s)
-    except HoldfastError as error:
-        replica.tell(str(error))

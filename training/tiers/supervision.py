@@ -15,7 +15,7 @@ from holdfast.training.exactness.reproducibility import python_command
 from holdfast.training.preemption.signals import NOTICE_SIGNALS
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.storage.address import parse_address
-from holdfast.training.tiers.replica import END_PATIENCE_S, GRACE_S, opened_replica
+from holdfast.training.tiers.keeping import END_PATIENCE_S, GRACE_S, opened_replica
 from holdfast.training.tiers.scratch import tier_folder
 
 EXIT_PREEMPTED = 75
@@ -40,7 +40,8 @@ def run_supervised(arguments: Sequence[str], store: str, name: str) -> int:
         assert replica is not None
         replica.start()
         code = _run_child(command)
-        replica.finish(GRACE_S if code == EXIT_PREEMPTED else END_PATIENCE_S)
+        is_notice = code == EXIT_PREEMPTED
+        replica.finish(GRACE_S if is_notice else END_PATIENCE_S, is_urgent=is_notice)
     return code
 
 

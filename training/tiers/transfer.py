@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,17 +32,20 @@ def read_tree(store: ObjectStore, key: str, digest: str, folder: str) -> Tree | 
     raise DataFormatError(f"{key} was altered: its digest is not the one that the head names")
 
 
-def upload_file(store: ObjectStore, path: Path, key: str) -> TreeFile:
+def upload_file(
+    store: ObjectStore, path: Path, key: str, before_part: Callable[[int], None] = lambda _: None
+) -> TreeFile:
     """Bring a file into the bucket, and make sure that it is there as it is here.
 
-    A small one goes into the tree instead. Raises StorageError.
+    A small one goes into the tree instead. ``before_part`` is told the size of each part before it
+    is sent, and may wait, or raise StorageError to give the upload up. Raises StorageError.
     """
     try:
         with path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes <= PART_BYTES:  # what a file gains meanwhile comes with the next one
                 content = file.read(size_bytes)
-                return _upload_small(store, content, key)
+                return _upload_small(store, content, key, before_part)
             hasher = new_hasher("blake3")
 
             def parts() -> Iterator[bytes]:
@@ -50,6 +53,7 @@ def upload_file(store: ObjectStore, path: Path, key: str) -> TreeFile:
                 while left_bytes > 0 and (part := file.read(min(PART_BYTES, left_bytes))):
                     left_bytes -= len(part)
                     hasher.update(part)
+                    before_part(len(part))
                     yield part
 
             store.upload(key, parts())
@@ -64,10 +68,13 @@ def upload_file(store: ObjectStore, path: Path, key: str) -> TreeFile:
     return uploaded
 
 
-def _upload_small(store: ObjectStore, content: bytes, key: str) -> TreeFile:
+def _upload_small(
+    store: ObjectStore, content: bytes, key: str, before_part: Callable[[int], None]
+) -> TreeFile:
     digest = digest_of([content])
     if len(content) <= INLINE_BYTES:
         return TreeFile(len(content), digest, inline=content)
+    before_part(len(content))
     store.put(key, content, "any")
     if not store.has_checksums:
         found = store.get(key)

@@ -11,7 +11,7 @@ from holdfast.flows.command_line.stores import find_run, reading_store, written_
 from holdfast.tasks.job import Job, code_here
 from holdfast.tasks.run_summary import experiment_reference
 from holdfast.training.exactness.reproducibility import python_command
-from holdfast.training.tiers.replica import kept_up, opened_replica
+from holdfast.training.tiers.keeping import kept_up, opened_replica
 
 HELP = """Publish a run's bundle; it takes the alias champion if it is not worse than the holder.
 

@@ -14,7 +14,7 @@ from holdfast.flows.command_line.stores import find_run, reading_store, written_
 from holdfast.tasks.child import StageCommand
 from holdfast.tasks.job import Job, code_here
 from holdfast.tasks.run_summary import experiment_reference
-from holdfast.training.tiers.replica import kept_up, opened_replica
+from holdfast.training.tiers.keeping import kept_up, opened_replica
 
 HELP = """Write a run's report again, and say where it is.
 

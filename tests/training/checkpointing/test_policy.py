@@ -365,6 +365,14 @@ def test_auto_and_a_fixed_interval_combine_to_the_shorter() -> None:
     assert SaveSchedule().interval_s(1.0, 5000.0) == math.inf
 
 
+def test_where_uploads_are_slow_the_time_between_saves_is_theirs_within_the_overhead() -> None:
+    schedule = SaveSchedule(is_auto=True, max_overhead=0.01)
+    assert schedule.interval_s(0.1, 50_000.0, upload_s=40.0) == 40.0
+    assert schedule.interval_s(0.1, 50_000.0, upload_s=1.0) == 10.0  # 0.1 s are 1 % of it
+    assert schedule.interval_s(0.1, 50_000.0, upload_s=1000.0) == 100.0  # as without
+    assert SaveSchedule(every_s=60.0).interval_s(0.1, 50_000.0, upload_s=1.0) == 60.0
+
+
 def test_auto_saves_before_the_first_cost_is_measured() -> None:
     assert SaveSchedule(is_auto=True).interval_s(None, 3600.0) < 200.0
 

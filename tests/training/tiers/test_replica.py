@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from holdfast.training.checkpointing.digests import digest_of
 from holdfast.training.errors import DataFormatError, LeaseLostError, StorageError
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.paths import RunDirectory
-from holdfast.training.storage.protocol import Expected, Object
+from holdfast.training.storage.protocol import Bytes, Expected, Object
 from holdfast.training.tiers.folder_image import look_at, take_image
 from holdfast.training.tiers.head import HeadLease, head_key, read_head, run_folder
 from holdfast.training.tiers.replica import Replica
@@ -206,6 +208,89 @@ def test_a_bit_that_flips_on_the_way_is_seen(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="was altered"), opened(store, other, "b"):
         pass
     assert not other.path.exists()
+
+
+class Slow(MemoryObjects):
+    """A bucket that needs some time for each part, and remembers in which order heads came."""
+
+    part_s = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trees: list[str] = []
+
+    def put(self, key: str, content: bytes, expected: Expected) -> str | None:
+        if key == head_key(NAME):
+            self.trees.append(str(json.loads(content)["tree"]))
+        elif len(content) > LARGE:
+            time.sleep(self.part_s)
+        return super().put(key, content, expected)
+
+    def upload(self, key: str, parts: Iterable[Bytes]) -> None:
+        def slowly() -> Iterator[Bytes]:
+            for part in parts:
+                time.sleep(self.part_s)
+                yield part
+
+        super().upload(key, slowly())
+
+
+def checkpoint(run: RunDirectory, step: int, size_bytes: int) -> None:
+    write(run, f"checkpoints/step-{step:08d}/model.safetensors", os.urandom(size_bytes))
+
+
+def test_a_slow_bucket_gets_the_newest_state_skips_others_and_is_one_behind_at_most(
+    tmp_path: Path,
+) -> None:
+    store, run = Slow(), new_run(tmp_path)
+    store.part_s = 0.4
+    behind = []
+    with opened(store, run) as replica:
+        replica.start()
+        for step in range(20, 60):
+            checkpoint(run, step, LARGE + 1)
+            shutil.rmtree(run.checkpoint(step - 2), ignore_errors=True)
+            time.sleep(0.05)
+            found = read_head(store, NAME)
+            assert found is not None
+            behind.append((step, found[0].tree))
+        replica.finish(5.0)
+    num_states = len({tree for _, tree in behind if tree})
+    assert 2 <= num_states < 20  # of 40: the others were over
+    numbers = [int(tree.split("/")[-2]) for tree in store.trees if tree != "None"]
+    assert numbers == sorted(numbers)  # never an older one after a newer one
+    assert run.checkpoint(59).is_dir()
+    other = RunDirectory(tmp_path / "two" / NAME)
+    with opened(store, other, "b"):
+        assert contents(other) == contents(run)
+
+
+@pytest.mark.parametrize(("patience_s", "is_given_up"), [(1.5, True), (60.0, False)])
+def test_what_is_on_its_way_makes_way_for_the_newest_where_both_have_no_time(
+    patience_s: float, is_given_up: bool, tmp_path: Path
+) -> None:
+    store, run = Slow(), new_run(tmp_path)
+    with opened(store, run) as replica:
+        replica.bring_up()
+        replica.bytes_per_s = 10.0 * LARGE
+        store.part_s = 0.25
+        for number in range(24):  # 2.4 s at the speed that was measured
+            write(run, f"checkpoints/step-00000020/{number}", os.urandom(LARGE + 1))
+        replica.start()
+        while replica._sending is None:
+            time.sleep(0.01)
+        shutil.rmtree(run.checkpoint(20))
+        for number in range(8):
+            write(run, f"checkpoints/step-00000030/{number}", os.urandom(LARGE + 1))
+        replica.finish(patience_s, is_urgent=True)
+    found = read_head(store, NAME)
+    assert found is not None
+    assert found[0].tree is not None
+    assert "/000003/" in found[0].tree
+    assert any("/000002/" in tree for tree in store.trees) != is_given_up
+    other = RunDirectory(tmp_path / "two" / NAME)
+    with opened(store, other, "b"):
+        assert contents(other) == contents(run)
 
 
 def test_an_image_is_the_folder_at_one_moment(tmp_path: Path) -> None:
