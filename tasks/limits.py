@@ -1,4 +1,4 @@
-"""How much time and how many failures a run is given."""
+"""How much time and how many failures a run is given, and how long a store keeps runs."""
 
 from __future__ import annotations
 
@@ -21,4 +21,17 @@ class Limits(BaseModel):
     )
     max_idle_preemptions: int = Field(
         20, ge=1, description="Preemptions in a row without a new step, after which the run fails."
+    )
+
+
+class Pruning(BaseModel):
+    """What a store keeps: see ``holdfast prune``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keep_last: int = Field(
+        ge=1, description="Newest runs of each experiment, and versions of each bundle, that stay."
+    )
+    older_than_days: float = Field(
+        gt=0, description="What was changed within so many days stays, too."
     )

@@ -1,14 +1,25 @@
-"""The stages of a run as Prefect tasks. Each finds its own finished work in the run."""
+"""The stages of a run as Prefect tasks. Each finds its own finished work in the run.
+
+And one that is the store's: pruning it.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
 
 from holdfast.tasks.completion import complete_stage
 from holdfast.tasks.job import Job
-from holdfast.tasks.limits import Limits
+from holdfast.tasks.limits import Limits, Pruning
 from holdfast.tasks.reporter import Reporter
+from holdfast.training.errors import HoldfastError
+from holdfast.training.upkeep.plan import Rule
+from holdfast.training.upkeep.pruning import open_shelf, prune
+
+DAY_S = 24 * 3600.0
 
 
 @task(name="train", persist_result=False, cache_policy=NO_CACHE)
@@ -48,3 +59,19 @@ def promote(job: Job, limits: Limits, reporter: Reporter) -> None:
 def write_report(job: Job, limits: Limits, reporter: Reporter) -> None:
     """Write ``report.html``."""
     complete_stage("report", job, limits, reporter)
+
+
+@task(name="prune", persist_result=False, cache_policy=NO_CACHE)
+def prune_store(store: Path, pruning: Pruning) -> None:
+    """Delete old runs and bundles from the store. What cannot be deleted is told, and stays."""
+    logger = get_run_logger()
+    rule = Rule(pruning.keep_last, pruning.older_than_days * DAY_S)
+    try:
+        done = prune(open_shelf(store), rule)
+    except HoldfastError as error:
+        logger.warning("the store is not pruned: %s", error)
+        return
+    for one in done.gone:
+        logger.info("pruned %s", one.name)
+    for name, why in done.failed.items():
+        logger.warning("could not prune %s: %s", name, why)

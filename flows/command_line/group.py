@@ -20,6 +20,7 @@ from holdfast.training.told_errors import EXIT_INTERRUPTED, error_line
 
 PACKAGES = {
     "checkpoint_commands": ("checkpoints", "evaluate", "fork"),
+    "store_commands": ("prune",),
     "examination_commands": ("check", "verify-resume", "replay", "doctor"),
 }
 """Of commands that are not in ``commands/``."""
@@ -42,6 +43,7 @@ COMMANDS = {
     "pull": "Copy a bundle out of a store, verified.",
     "verify": "Prove a bundle on this machine.",
     "predict": "Predict a CSV, NPY or JSON file.",
+    "prune": "Delete old runs and bundles.",
     "deploy": "Put the deployments on a Prefect server.",
     "worker": "Take up runs here, and hand them over in time.",
     "rescue": "Notice runs that lost their machine.",

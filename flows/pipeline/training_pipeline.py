@@ -17,12 +17,20 @@ from prefect.runtime import flow_run
 from holdfast.flows.pipeline.attempt import attempt
 from holdfast.tasks.artifacts import show_run
 from holdfast.tasks.job import Job, code_here
-from holdfast.tasks.limits import Limits
+from holdfast.tasks.limits import Limits, Pruning
 from holdfast.tasks.preflight import store_path
 from holdfast.tasks.prepare import prepare
 from holdfast.tasks.reporter import Reporter
 from holdfast.tasks.run_summary import summarize
-from holdfast.tasks.stages import evaluate, export, make_candidates, promote, train, write_report
+from holdfast.tasks.stages import (
+    evaluate,
+    export,
+    make_candidates,
+    promote,
+    prune_store,
+    train,
+    write_report,
+)
 from holdfast.training.errors import HoldfastError
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.run_ids import DEFAULT_TEMPLATE, fill_run_id
@@ -60,6 +68,7 @@ def training_pipeline(  # noqa: PLR0913, PLR0917  # one per parameter of the dep
     limits: Limits = DEFAULT_LIMITS,
     is_strict: bool = False,
     arguments: tuple[str, ...] = (),
+    pruning: Pruning | None = None,
 ) -> dict[str, Any]:
     """Train an experiment, choose its champion, export it, and publish a verified bundle.
 
@@ -76,6 +85,7 @@ def training_pipeline(  # noqa: PLR0913, PLR0917  # one per parameter of the dep
         limits: Grace period and crash budget.
         is_strict: Warnings about exactness are errors.
         arguments: Those of a script.
+        pruning: What old runs and bundles the store keeps, once this run is done; unset: all.
     """
     asked = requested_job(experiment, run_id, store, config_file, overrides, is_resume)
     asked = prepare(replace(asked, is_strict=is_strict, arguments=tuple(arguments)))
@@ -90,6 +100,8 @@ def training_pipeline(  # noqa: PLR0913, PLR0917  # one per parameter of the dep
                 reporter.warn(NO_CHAMPION)
             write_report(job, limits, reporter)
         show_run(job)
+    if pruning is not None:
+        prune_store(job.store, pruning)
     return summarize(job.run).as_json()
 
 

@@ -126,3 +126,21 @@ def test_a_run_that_is_killed_is_resumed_elsewhere_published_and_pulled(
     for folder in (tmp_path, Path(environment["HOLDFAST_SCRATCH"])):
         for path in folder.rglob("*"):
             assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_pruning_says_what_it_would_do_and_keeps_what_is_young(environment: dict[str, str]) -> None:
+    code = "from holdfast.flows.command_line.entry_point import main; main()"
+
+    def prune(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-c", code, "prune", *arguments]
+        return subprocess.run(
+            command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        )
+
+    done = prune(STORE, "--keep-last", "1", "--older-than", "30d", "--dry-run", "--json")
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["gone"], told["failed"]) == (0, [], {})
+    assert told["kept"]["digits/first"] == "among the 1 newest of digits"
+    wrong = prune(STORE, "--keep-last", "1", "--older-than", "soon")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "as in 30d" in wrong.stderr

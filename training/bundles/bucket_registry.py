@@ -30,7 +30,13 @@ from holdfast.training.bundles.registry import (
     parse_move,
 )
 from holdfast.training.bundles.sources import BundleSource
-from holdfast.training.errors import BundleError, DataFormatError, InputError, StorageError
+from holdfast.training.errors import (
+    BundleError,
+    DataFormatError,
+    InputError,
+    RunConflictError,
+    StorageError,
+)
 from holdfast.training.runs.durable_json import storage_error
 from holdfast.training.runs.shown_text import shown
 from holdfast.training.runs.stored_json import parse_json
@@ -85,7 +91,7 @@ class BucketRegistry(Registry):
         folder = super().bundle(name, version)
         if folder.is_dir():
             return folder
-        tree = self._tree(name, version)
+        tree = self.tree(name, version)
         if tree is None:
             return folder
         partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
@@ -109,7 +115,7 @@ class BucketRegistry(Registry):
 
     def source(self, name: str, version: int) -> BundleSource:
         """As ``Registry.source``."""
-        tree = self._tree(name, version)
+        tree = self.tree(name, version)
         if tree is None:
             raise InputError(f"{self} has no version {version} of {name}")
         return BucketSource(self._store, tree, f"{self}/{name}/versions/{numbered(version)}")
@@ -158,14 +164,30 @@ class BucketRegistry(Registry):
         number = 1 if after is None else after.number + 1
         key = f"{self._alias_key(name, alias)}/{numbered(number)}.json"
         content = self._with_nonce(new_move(version, reason))
-        return self._store.put(key, content, "absent") is not None
+        is_moved = self._store.put(key, content, "absent") is not None
+        if is_moved:
+            self._require_still_there(name, alias, version)
+        return is_moved
 
-    def _tree(self, name: str, version: int) -> Tree | None:
+    def tree(self, name: str, version: int) -> Tree | None:
+        """The files of a version; None where there is no such version."""
         key = self._version_key(name, version)
         found = self._store.get(key)
         if found is None:
             return None
         return parse_tree(found.content, key, f"{BUNDLES}/{name}")
+
+    def withdraw(self, name: str, version: int) -> None:
+        """Take a version back that no alias stands for; its files stay.
+
+        Raises RunConflictError where an alias has come to stand for it; then it is there.
+        """
+        key = self._version_key(name, version)
+        found = self._store.get(key)
+        self._store.delete([key])
+        if version in self.aliases(name).values() and found is not None:
+            self._store.put(key, found.content, "absent")
+            raise RunConflictError(f"an alias has come to stand for {name}@{version}")
 
     def _move(self, name: str, alias: str, number: int) -> AliasMove:
         key = f"{self._alias_key(name, alias)}/{numbered(number)}.json"

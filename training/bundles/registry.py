@@ -194,7 +194,22 @@ class Registry:
         except OSError as error:
             raise storage_error("make the folder", folder, error) from error
         number = 1 if after is None else after.number + 1
-        return create_json_durably(folder / f"{numbered(number)}.json", new_move(version, reason))
+        path = folder / f"{numbered(number)}.json"
+        is_moved = create_json_durably(path, new_move(version, reason))
+        if is_moved:
+            self._require_still_there(name, alias, version)
+        return is_moved
+
+    def _require_still_there(self, name: str, alias: str, version: int) -> None:
+        """Whoever prunes looks at the aliases after a version is out of sight, we look at it now.
+
+        So one of the two sees the other. Raises InputError where the version was pruned.
+        """
+        if version not in self.versions(name):
+            raise InputError(
+                f"{name}@{version} was pruned in this moment, and {alias} stands for it: let "
+                f"{alias} stand for another version"
+            )
 
     def point_alias(self, name: str, alias: str, version: int, reason: str) -> None:
         """Let an alias stand for a version, wherever it stands now; no move where it does already.

@@ -270,12 +270,34 @@ class HeadLease:
 
     def release(self) -> None:
         """Let the next one begin at once. Never raises; where it fails, the lease runs out."""
-        self._should_stop.set()
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        self._stop()
         with contextlib.suppress(HoldfastError):
             if self.lost is None and not self.head.is_released:
                 self._move(is_released=True)
+
+    def empty(self) -> None:
+        """Let the head name nothing: from now on the run has no files. Raises as ``commit``."""
+        self._move(tree=None, tree_digest=None)
+
+    def remove(self) -> None:
+        """Delete the head of a run that has nothing, as one that was refused before it began.
+
+        A delete has no condition. So the lease is renewed right before it, and within the lease's
+        time nobody else can have taken it. Never raises; where it fails, the lease is released.
+        """
+        assert self.head.tree is None, "what a head names would be lost with it"
+        self._stop()
+        with contextlib.suppress(HoldfastError):
+            self._move()
+            if time.monotonic() - self._moved_s < self.head.ttl_s / 2:
+                self._store.delete([head_key(self._name)])
+                self.lost = "it was removed"
+        self.release()
+
+    def _stop(self) -> None:
+        self._should_stop.set()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _move(self, **changes: Any) -> None:
         with self._mutex:

@@ -45,7 +45,10 @@ def opened_replica(
         replica.restore()
         yield replica
     finally:
-        head.release()
+        if head.head.tree is None:  # it was refused before it began
+            head.remove()
+        else:
+            head.release()
 
 
 @contextmanager
