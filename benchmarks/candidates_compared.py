@@ -29,9 +29,10 @@ from torch import nn
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.model_weights import load_model
 from holdfast.training.checkpointing.tensor_file import parse_tensors
+from holdfast.training.configuration.schema import Split
 from holdfast.training.exactness.reproducibility import child_environment
 from holdfast.training.experiment.loading import experiment_name
-from holdfast.training.experiment.protocol import Dataset
+from holdfast.training.experiment.protocol import Dataset, concatenate
 from holdfast.training.loop.evaluation import evaluate
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageArguments, prepared_stage
@@ -84,17 +85,17 @@ def measure(arguments: argparse.Namespace, store: Path, seed: int) -> Seed:
         progress_format="none",
     )
     with prepared_stage(stage_arguments) as prepared:
-        return test_all(prepared)
+        return test_all(prepared, arguments.splits or ["test"])
 
 
-def test_all(stage: Stage) -> Seed:
-    """Every candidate of a finished evaluation on test data."""
+def test_all(stage: Stage, splits: Sequence[Split]) -> Seed:
+    """Every candidate of a finished evaluation on test data, or on several splits together."""
     evaluation = json.loads(stage.run.evaluation_json.read_text())
-    dataset = stage.experiment.dataset("test")
+    datasets = [stage.experiment.dataset(split) for split in splits]
     model = stage.experiment.model()
     return Seed(
         {
-            entry["name"]: test(stage, model, dataset, stage.run.path / entry["path"])
+            entry["name"]: test(stage, model, datasets, stage.run.path / entry["path"])
             for entry in evaluation["candidates"]
         },
         evaluation["champion"]["name"],
@@ -103,14 +104,20 @@ def test_all(stage: Stage) -> Seed:
     )
 
 
-def test(stage: Stage, model: nn.Module, dataset: Dataset, weights: Path) -> dict[str, float]:
+def test(
+    stage: Stage, model: nn.Module, datasets: Sequence[Dataset], weights: Path
+) -> dict[str, float]:
     """Test metrics of one candidate."""
     content, _ = read_file(weights, "sha256", None)
     load_model(model, parse_tensors(content, str(weights)))
     batch_size = stage.config.data.evaluation_batch_size
-    records = evaluate(stage.experiment, model, dataset, batch_size=batch_size)
-    assert records is not None
-    return {name: float(value) for name, value in stage.experiment.metrics(records).items()}
+    parts = []
+    for dataset in datasets:
+        records = evaluate(stage.experiment, model, dataset, batch_size=batch_size)
+        assert records is not None
+        parts.append(records)
+    metrics = stage.experiment.metrics(concatenate(parts))
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def table(seeds: Sequence[Seed], metric: str, is_more_better: bool) -> str:
@@ -173,6 +180,13 @@ def main() -> None:
         default=[],
         metavar="NAME[:max]",
         help="less is better, unless the name ends with ':max'",
+    )
+    parser.add_argument(
+        "--split",
+        dest="splits",
+        action="append",
+        choices=["validation", "test"],
+        help="measure on this, may be repeated; default: test",
     )
     parser.add_argument("--name", default="compared", help="what run ids begin with")
     parser.add_argument("--store", type=Path, help="keep the runs there")

@@ -80,6 +80,7 @@ def parsed(description: str | None) -> argparse.Namespace:
     """What is measured, how long and how often."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--experiment", default="digits")
+    parser.add_argument("--config", type=Path)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
     parser.add_argument("--steps", type=int, default=60, help="steps of one repetition")
     parser.add_argument("--repetitions", type=int, default=15)
@@ -96,6 +97,7 @@ def training_of(arguments: argparse.Namespace) -> Iterator[tuple[Stage, Callable
             store=Path(store),
             run_id="benchmark",
             num_threads=arguments.num_threads,
+            config_file=arguments.config,
             overrides=tuple(arguments.overrides),
             progress_format="none",
         )

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from holdfast.training.export.parts import InParts, Part
     from holdfast.training.export.specification import ExportSpec
     from holdfast.training.own_loop.run import Run, run
+    from holdfast.training.streams.stream_files import StreamFiles
 
     __version__: str = holdfast_version()
 
@@ -69,6 +70,7 @@ __all__ = [
     "Split",
     "Step",
     "StorageError",
+    "StreamFiles",
     "TrainingError",
     "TrainingPlace",
     "WeightedBatch",
@@ -96,6 +98,7 @@ _ROOMS = {
     "export.parts": ("InParts", "Part"),
     "export.specification": ("ExportSpec",),
     "own_loop.run": ("Run", "run"),
+    "streams.stream_files": ("StreamFiles",),
 }
 
 

@@ -52,6 +52,7 @@ from holdfast.training.runs.directory import (
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.progress import Progress, ProgressFormat, as_text
 from holdfast.training.runs.segment_log import SegmentLog
+from holdfast.training.storage.address import address_in
 from holdfast.training.weights.identity import weight_files
 
 EXIT_PREEMPTED = 75
@@ -284,6 +285,8 @@ def with_absolute_paths(config: RunConfig, folder: Path, begun_in: str | None) -
 
 
 def _located(path: Path, folder: Path, begun_in: str | None) -> Path:
+    if address_in(path) is not None:
+        return path
     located = folder / path
     if begun_in is None or located.exists():
         return located

@@ -42,7 +42,7 @@ COMMANDS = {
     "alias": "Let an alias stand for a version of a bundle.",
     "pull": "Copy a bundle out of a store, verified.",
     "verify": "Prove a bundle on this machine.",
-    "predict": "Predict a CSV, NPY or JSON file.",
+    "predict": "Predict a file, or continue a text.",
     "prune": "Delete old runs and bundles.",
     "deploy": "Put the deployments on a Prefect server.",
     "worker": "Take up runs here, and hand them over in time.",

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.training.bundles import consumer
+from holdfast.training.bundles.continuing import NUM_TOKENS
 from holdfast.training.bundles.pull import pull
 from holdfast.training.bundles.registry import BundleReference, Registry
 from holdfast.training.bundles.sources import BundleSource
+from holdfast.training.bundles.text_prediction import SUFFIX, predict_text
 from holdfast.training.errors import BundleError, HoldfastError, InputError
 from holdfast.training.runs.shown_text import shown
 from holdfast.training.storage.address import is_address, parse_address
@@ -72,10 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_pull(commands)
     verifying = commands.add_parser("verify", help="prove a bundle on this machine")
     verifying.add_argument("folder", type=Path, help="the bundle")
-    predicting = commands.add_parser("predict", help="predict a CSV, NPY or JSON file")
+    predicting = commands.add_parser("predict", help="predict a CSV, NPY or JSON file, or a text")
     predicting.add_argument("folder", type=Path, help="the bundle")
-    predicting.add_argument("input", type=Path, help="samples: .csv, .npy or .json")
+    predicting.add_argument("input", type=Path, help="samples: .csv, .npy or .json; or .txt")
     predicting.add_argument("--to", type=Path, metavar="FILE", help="write there, not to stdout")
+    predicting.add_argument(
+        "--tokens", type=int, default=NUM_TOKENS, metavar="N", help="that a text goes on for"
+    )
     for command in (verifying, predicting):
         command.add_argument(
             "--time-limit-s",
@@ -169,6 +174,10 @@ def _run_predict(options: argparse.Namespace) -> None:
     if not options.input.is_file():
         raise InputError(f"there is no file {options.input}; expected a CSV, NPY or JSON file")
     folder = _bundle_folder(options.folder)
+    if options.input.suffix.lower() == SUFFIX:
+        limits = options.time_limit_s, options.tokens
+        predict_text(folder, options.input, options.to, *limits)
+        return
     consumer.predict(folder, options.input, options.to, options.time_limit_s)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,8 @@ from holdfast.training.errors import InputError
 from holdfast.training.exactness.seeding import derive_seed
 
 BLOCK_SIZE = 2048
+OrderOfPositions = Callable[[Int64Array], Int64Array]
+"""The samples that stand at ascending positions of an epoch."""
 
 
 class BatchPlan(Protocol):
@@ -39,9 +42,17 @@ class FixedSizePlan:
 
     The last batch of an epoch is smaller, or dropped. Memory and the time of a call do not
     depend on ``n``: the order is computed for a block of positions around the place asked for.
+    ``permuted`` gives an epoch's order from its key, in the place of a ``Permutation`` of all.
     """
 
-    def __init__(self, n: int, batch_size: int, should_drop_last: bool, seed: int) -> None:
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        should_drop_last: bool,
+        seed: int,
+        permuted: Callable[[int], OrderOfPositions] | None = None,
+    ) -> None:
         if n < 1:
             raise InputError("the training data set is empty; expected at least one sample")
         self._n, self._batch_size, self._seed = n, batch_size, seed
@@ -52,7 +63,8 @@ class FixedSizePlan:
                 f"data.batch_size={batch_size}"
             )
         self._steps_per_block = max(1, BLOCK_SIZE // batch_size)
-        self._order: Permutation | None = None
+        self._permuted = permuted or partial(Permutation, n)
+        self._order: OrderOfPositions | None = None
         self._epoch = self._block_number = -1
         self._block: Int64Array = np.empty(0, dtype=np.int64)
 
@@ -71,7 +83,7 @@ class FixedSizePlan:
 
     def _compute_block(self, epoch: int, block_number: int) -> None:
         if self._order is None or epoch != self._epoch:
-            self._order = Permutation(self._n, derive_seed(self._seed, "order", epoch))
+            self._order = self._permuted(derive_seed(self._seed, "order", epoch))
         size = self._steps_per_block * self._batch_size
         first = block_number * size
         self._block = self._order(np.arange(first, min(first + size, self._n), dtype=np.int64))

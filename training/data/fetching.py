@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice, pairwise
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from holdfast.training.exactness.seeding import IsolatedGenerators, derive_seed,
 from holdfast.training.experiment.error_places import described
 from holdfast.training.experiment.nests import with_each
 from holdfast.training.experiment.protocol import Dataset, collate
+from holdfast.training.experiment.streamed import Streamed
 
 SOURCE_DEPTH = 3
 NUM_LOOKED_INTO = 4
@@ -139,6 +140,13 @@ class Fetcher:
         )
 
     def _batch(self, place: Place) -> Any:
+        if isinstance(self._dataset, Streamed):
+            return self._guarded(
+                lambda _: self._dataset.next_batch(place.indices),  # type: ignore[attr-defined]
+                [],
+                place,
+                "the next samples of the stream from",
+            )
         indices = place.indices.tolist()
         if self._fetch is not None:
             return self._guarded(self._fetch, indices, place, "the samples")
@@ -193,11 +201,20 @@ class ModuleSource:
 
 
 def _sources(dataset: Dataset) -> tuple[ModuleSource, ...]:
-    """The modules of the data set's class, of its attributes' classes, and of what these hold."""
+    """The modules of the data set's class, of its attributes' classes, and of what these hold.
+
+    Of a function among them, its own.
+    """
     names = {
-        cls.__module__ for value in _held(dataset, SOURCE_DEPTH) for cls in type(value).__mro__
+        part.__module__
+        for value in _held(dataset, SOURCE_DEPTH)
+        for part in (value, *type(value).__mro__)
+        if isinstance(part, (type, FunctionType))
     }
-    modules = [(name, getattr(sys.modules.get(name), "__file__", None)) for name in sorted(names)]
+    modules = [
+        (name, getattr(sys.modules.get(name), "__file__", None))
+        for name in sorted(filter(None, names))
+    ]
     return tuple(ModuleSource(name, file) for name, file in modules if file and name != "__main__")
 
 

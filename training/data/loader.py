@@ -37,6 +37,7 @@ from holdfast.training.data.permutation import Permutation
 from holdfast.training.errors import InputError, LoaderError
 from holdfast.training.exactness.seeding import derive_seed
 from holdfast.training.experiment.protocol import Dataset
+from holdfast.training.experiment.streamed import Carried, Streamed
 
 __all__ = [
     "BatchPlan",
@@ -71,6 +72,7 @@ class Microbatch:
     batch: Any
     shard: int = 0
     num_shards: int = 1
+    stream_state: Any = None
 
     @property
     def is_last_in_step(self) -> bool:
@@ -91,8 +93,9 @@ class Loader:
     microbatches; the microbatches are those of the shards that are this process's.
     ``num_workers``, ``has_persistent_workers`` and ``prefetch_factor`` never change a byte. With
     ``fork`` the data set need not be picklable, and a program's main module is not imported again.
-    ``worker_init_fn`` is called in each loader process, with its number, before the first fetch;
-    SIGINT, SIGTERM and SIGUSR1 are ignored there anyway.
+    A stream (``Streamed``) is read by one process, whatever their number; each of its microbatches
+    has the stream's state after it. ``worker_init_fn`` is called in each loader process, with its
+    number, before the first fetch; SIGINT, SIGTERM and SIGUSR1 are ignored there anyway.
     """
 
     def __init__(  # noqa: PLR0913  # one per configured key
@@ -114,7 +117,7 @@ class Loader:
         self._fetcher = Fetcher(dataset, seed, should_tell_epoch=True)
         self._plan = plan
         self._num_microbatches = num_microbatches
-        self._num_workers = num_workers
+        self._num_workers = min(num_workers, 1) if isinstance(dataset, Streamed) else num_workers
         self._has_persistent_workers = has_persistent_workers
         self._prefetch_factor = prefetch_factor
         self._seed = seed
@@ -136,16 +139,22 @@ class Loader:
         """The order that microbatches come in."""
         return self._plan
 
-    def steps(self, epoch: int, step_in_epoch: int) -> Iterator[Microbatch]:
+    def steps(
+        self, epoch: int, step_in_epoch: int, stream_state: Any = None
+    ) -> Iterator[Microbatch]:
         """The microbatches from the start of a step on, over all later epochs, without an end.
 
         ``step_in_epoch`` may be the number of the epoch's steps, which is the next epoch's start.
-        A new call ends the iterator of the one before. Raises LoaderError, which names the sample
+        A new call ends the iterator of the one before. ``stream_state`` is what came with the last
+        microbatch before, where the data are a stream. Raises LoaderError, which names the sample
         or the place.
         """
         self.close()
         if step_in_epoch == self._plan.num_steps(epoch):
             epoch, step_in_epoch = epoch + 1, 0
+        if isinstance(self._dataset, Streamed):
+            first = int(self._plan.indices(epoch, step_in_epoch)[0])
+            self._dataset.go_to(first, stream_state)
         batches = self._worker_batches if self._num_workers else self._own_batches
         return batches(epoch, step_in_epoch)
 
@@ -288,6 +297,7 @@ def evaluation_batches(
 
 
 def _microbatch(place: Place, batch: Any) -> Microbatch:
+    batch, state = (batch.batch, batch.state) if isinstance(batch, Carried) else (batch, None)
     return Microbatch(
         place.epoch,
         place.step_in_epoch,
@@ -298,6 +308,7 @@ def _microbatch(place: Place, batch: Any) -> Microbatch:
         batch,
         place.shard,
         place.num_shards,
+        state,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from holdfast.training.data.batch_plan import OrderOfPositions
 from holdfast.training.data.permutation import Int64Array
 from holdfast.training.errors import InputError
 from holdfast.training.exactness.seeding import IsolatedGenerators, derive_seed
@@ -44,6 +45,12 @@ def own_order(dataset: Dataset, seed: int) -> Order | None:
             f"or torch, which are seeded by the epoch"
         )
     return order
+
+
+def own_permutation(dataset: Dataset) -> Callable[[int], OrderOfPositions] | None:
+    """The data set's own ``permutation_by_key``; None where it has none."""
+    found = getattr(dataset, "permutation_by_key", None)
+    return found if _is_of_epoch(found) else None
 
 
 def _is_of_epoch(value: object) -> bool:

@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from holdfast.training.configuration.loading import experiment_settings
-from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.configuration.schema import RunConfig, Split
 from holdfast.training.errors import ExperimentError
 from holdfast.training.exactness.seeding import derive_seed, preserved_generators, seed_generators
 from holdfast.training.experiment.loading import settings_class
 from holdfast.training.experiment.protocol import Context, Experiment
+from holdfast.training.experiment.streamed import taken
 from holdfast.training.weights.initial import InitialWeights
 
 SEEDED_METHODS = ("dataset", "model")
@@ -34,6 +35,15 @@ class SeededMethod:
         with preserved_generators():
             seed_generators(self._seed)
             return self._method(*arguments, **named)
+
+
+class SeededDataset(SeededMethod):
+    """The method ``dataset``; a stream that trains comes as ``Streamed``."""
+
+    def __call__(self, split: Split) -> Any:
+        """What it returns. Raises ExperimentError for a stream that does not know its place."""
+        dataset = super().__call__(split)
+        return taken(dataset) if split == "train" else dataset
 
 
 def build_experiment(
@@ -62,7 +72,7 @@ def build_experiment(
             own = getattr(experiment, name)
             if name == "model" and config.train.initial_weights is not None:
                 own = InitialWeights(own, config)
-            method = SeededMethod(own, seeds[name])
+            method = (SeededDataset if name == "dataset" else SeededMethod)(own, seeds[name])
             object.__setattr__(experiment, name, method)
     except AttributeError as error:
         raise ExperimentError(

@@ -69,6 +69,11 @@ class Dataset(Sized, Protocol):
     - ``weights(epoch) -> numbers``: one for each sample, none of them negative. An epoch draws as
       many samples as there are, with replacement, in proportion to them.
 
+    - ``permutation_by_key(key) -> order``: an epoch's order from its key, in the place of a random
+      permutation, where memory and the cost of a place shall not grow with the data: ``order``
+      takes ascending positions, int64, and gives the index of the sample at each. Every sample has
+      one position. ``holdfast.StreamFiles`` has it.
+
     ``order`` and ``weights`` are functions of the epoch alone. They may draw from the global
     generators, which are seeded for each call.
 

@@ -9,6 +9,10 @@ EXPERIMENTS: dict[str, str] = {
     "digits": "holdfast.training.experiments.digits:Digits",
     "turbofan": "holdfast.training.experiments.turbofan.experiment:Turbofan",
     "translation": "holdfast.training.experiments.translation.experiment:Translation",
+    "language_model": "holdfast.training.experiments.language_model.experiment:LanguageModel",
+    "language_model_lora": (
+        "holdfast.training.experiments.language_model.adapters:AdaptedLanguageModel"
+    ),
 }
 
 SAME_BYTES: dict[str, tuple[str, ...]] = {

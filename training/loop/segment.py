@@ -37,7 +37,7 @@ from holdfast.training.data.loader import (
     OwnOrderPlan,
     TokenPlan,
 )
-from holdfast.training.data.own_order import own_order
+from holdfast.training.data.own_order import own_order, own_permutation
 from holdfast.training.distributed.refusals import refuse_wrappers
 from holdfast.training.distributed.sharded_step import ShardedStep
 from holdfast.training.distributed.stopping import AgreedMonitor
@@ -49,6 +49,7 @@ from holdfast.training.exactness.trial import asked_trial
 from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.experiment.loading import own_file
 from holdfast.training.experiment.protocol import Dataset
+from holdfast.training.experiment.streamed import ENDLESS, Streamed
 from holdfast.training.loop.loss_record import LossRecord
 from holdfast.training.loop.revalidation import repeat_validation
 from holdfast.training.loop.saving import Saver
@@ -345,6 +346,8 @@ def in_steps(config: RunConfig, plan: BatchPlan) -> WarmupConfig:
 def batch_plan(dataset: Dataset, config: RunConfig, seed: int) -> BatchPlan:
     """Which samples make which step. Raises InputError where the data set's own order is none."""
     data = config.data
+    if isinstance(dataset, Streamed):
+        return _stream_plan(dataset, config, seed)
     order = own_order(dataset, seed)
     if order is not None:
         if data.batch_tokens is not None:
@@ -354,7 +357,8 @@ def batch_plan(dataset: Dataset, config: RunConfig, seed: int) -> BatchPlan:
             )
         return OwnOrderPlan(order, data.batch_size, data.should_drop_last)
     if data.batch_tokens is None:
-        return FixedSizePlan(len(dataset), data.batch_size, data.should_drop_last, seed)
+        permuted = own_permutation(dataset)
+        return FixedSizePlan(len(dataset), data.batch_size, data.should_drop_last, seed, permuted)
     lengths = getattr(dataset, "lengths", None)
     if lengths is None:
         raise ConfigError(
@@ -362,6 +366,25 @@ def batch_plan(dataset: Dataset, config: RunConfig, seed: int) -> BatchPlan:
             f"its items; {type(dataset).__name__} has no attribute 'lengths': use data.batch_size"
         )
     return TokenPlan(lengths, data.batch_tokens, seed)
+
+
+def _stream_plan(dataset: Streamed, config: RunConfig, seed: int) -> BatchPlan:
+    """The batches of a stream, as they come. Raises ConfigError for what needs its length."""
+    name = type(dataset.source).__name__
+    if config.train.steps_per_epoch is None:
+        raise ConfigError(
+            f"{name} is a stream and has no length: say how many steps an epoch has with "
+            f"train.steps_per_epoch"
+        )
+    if config.data.batch_tokens is not None or config.distributed.strategy != "none":
+        key = "data.batch_tokens" if config.data.batch_tokens else "distributed.strategy"
+        raise ConfigError(
+            f"{name} is a stream, which one process reads item by item, and {key} is set: leave "
+            f"it out, or take stream files (holdfast.StreamFiles)"
+        )
+    return FixedSizePlan(
+        ENDLESS, config.data.batch_size, False, seed, lambda _: lambda place: place
+    )
 
 
 def restore(stage: Stage, manager: CheckpointManager, state: TrainState) -> int:

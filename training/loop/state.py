@@ -34,6 +34,9 @@ from holdfast.training.optimizers.schedule import Schedule
 from holdfast.training.runs.directory import Lineage
 from holdfast.training.weights.frozen import FrozenParameters, digest_in
 
+OWN_STATE = ("experiment", "stream")
+"""What somebody else's ``state_dict`` gave."""
+
 
 @dataclass(frozen=True)
 class EpochRecord:
@@ -64,7 +67,8 @@ class TrainState:
     """Everything that changes while training, in one place.
 
     ``loss_sum`` is the sum of the losses of this epoch's steps, fp64 on the training device.
-    ``frozen`` are the parameters that checkpoints leave out, where any are.
+    ``frozen`` are the parameters that checkpoints leave out, where any are; ``stream_state`` is
+    that of the training data after the last step, where they are a stream.
     """
 
     model: nn.Module
@@ -78,6 +82,7 @@ class TrainState:
     counters: Counters = field(default_factory=Counters)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     history: list[EpochRecord] = field(default_factory=list)
+    stream_state: Any = None
 
     def __post_init__(self) -> None:
         self._first_strides: dict[str, Strides] = {
@@ -110,8 +115,10 @@ class TrainState:
             "experiment": self._experiment_state(),
             "model": model_extra,
         }
+        if self.stream_state is not None:
+            components["stream"] = self.stream_state
         state = {
-            name: encode(value, name, state_tensors, keeps_order=name == "experiment")
+            name: encode(value, name, state_tensors, keeps_order=name in OWN_STATE)
             for name, value in components.items()
         }
         tensors = {
@@ -195,6 +202,7 @@ class TrainState:
         self.counters = Counters(**parts["counters"])
         self.history = [EpochRecord(**record) for record in parts["history"]]
         self.loss_sum.copy_(parts["loss_sum"])
+        self.stream_state = parts.get("stream")
         self.averages.restore(tensors.get("ema", {}), parts["ema"])
         if isinstance(self.experiment, Stateful):
             self.experiment.load_state_dict(parts["experiment"])

@@ -170,9 +170,11 @@ class Trainer:
 
     def steps(self) -> Iterator[list[Microbatch]]:
         """The microbatches of each step from where the state stands, without an end."""
-        microbatches = self.loader.steps(*self._place())
+        microbatches = self.loader.steps(*self._place(), self.state.stream_state)
         for _, group in itertools.groupby(microbatches, key=lambda m: (m.epoch, m.step_in_epoch)):
-            yield list(group)
+            step = list(group)
+            self.state.stream_state = step[-1].stream_state
+            yield step
 
     def _place(self) -> tuple[int, int]:
         """The pass over the data and the step in it that comes next."""

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 
 from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, Microbatch, WorkerInit
+from holdfast.training.data.own_order import own_permutation
 from holdfast.training.data.sampled_plan import SampledPlan
 from holdfast.training.errors import InputError, kind_of
 from holdfast.training.own_loop import arguments
@@ -154,7 +155,7 @@ def build_loader(  # noqa: PLR0913  # the names of torch's DataLoader
         )
     arguments.function("run.loader(collate_fn=…)", collate_fn)
     arguments.function("run.loader(worker_init_fn=…)", worker_init_fn)
-    plan = FixedSizePlan(len(dataset), batch_size, drop_last, seed)
+    plan = FixedSizePlan(len(dataset), batch_size, drop_last, seed, own_permutation(dataset))
     loader = Loader(
         dataset if collate_fn is None else _Collated(dataset, collate_fn),
         plan,
@@ -199,5 +200,6 @@ def _plan_of(dataset: Any, batch_sampler: Any, seed: int) -> BatchPlan:
     sampler: Any = getattr(batch_sampler, "sampler", None)
     is_plain = type(batch_sampler) is BatchSampler and type(sampler) is RandomSampler
     if is_plain and not sampler.replacement and sampler.num_samples == len(dataset):
-        return FixedSizePlan(len(dataset), batch_sampler.batch_size, batch_sampler.drop_last, seed)
+        size, drops_last = batch_sampler.batch_size, batch_sampler.drop_last
+        return FixedSizePlan(len(dataset), size, drops_last, seed, own_permutation(dataset))
     return SampledPlan(batch_sampler, seed)

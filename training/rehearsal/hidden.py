@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.experiment.building import SeededMethod
+from holdfast.training.experiment.streamed import Streamed
 
 Kind = Literal["generator", "iterator", "network", "optimizer", "tensor", "value"]
 Fingerprints = dict[str, tuple[Kind, str]]
@@ -47,6 +48,7 @@ CODE = (
     types.BuiltinFunctionType,
     types.MethodType,
     SeededMethod,
+    Streamed,  # its place travels with each batch
 )
 
 

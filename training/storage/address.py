@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from holdfast.training.errors import InputError
@@ -86,3 +87,15 @@ def _checked_prefix(path: str, scheme: str) -> str:
                 "expected letters, digits, and ._=+@-"
             )
     return prefix
+
+
+def address_in(path: str | Path) -> str | None:
+    """The address that a text, or a path that was made of one, is; None for a folder.
+
+    A path has lost one of the two slashes.
+    """
+    if isinstance(path, str):
+        return path if is_address(path) else None
+    scheme, *rest = path.parts or ("",)
+    is_one = scheme.endswith(":") and scheme[:-1] in SCHEMES
+    return f"{scheme}//{'/'.join(rest)}" if is_one else None

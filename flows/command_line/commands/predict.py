@@ -9,30 +9,43 @@ import click
 
 from holdfast.flows.command_line.options import EXIT_CODES, TIME_LIMIT_OPTION
 from holdfast.training.bundles import console
+from holdfast.training.bundles.continuing import NUM_TOKENS
 
-HELP = """Predict a CSV, NPY or JSON file with a bundle's ONNX model, for a first look.
+MAX_TOKENS = 1_000_000
+HELP = """Predict a CSV, NPY or JSON file with a bundle's ONNX model, or continue a text.
 
 A CSV file has a header and one sample a row, flattened, an empty cell is NaN; an NPY file is the
 input array; a JSON file is a list of samples, or an object with such a list for each input. What is
 printed is CSV, or JSON for a JSON file; --to takes either, or NPY with all outputs side by side.
+A file that ends with .txt is a text, which the bundle of a language model goes on with.
 
 \b
 Examples:
   holdfast predict digits-model samples.csv
   holdfast predict digits-model samples.npy --to predictions.json
+  holdfast predict language-model beginning.txt --tokens 300
 """
 
 
 @click.command(
-    "predict", help=HELP, epilog=EXIT_CODES, short_help="Predict a CSV, NPY or JSON file."
+    "predict", help=HELP, epilog=EXIT_CODES, short_help="Predict a file, or continue a text."
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("input_file", metavar="INPUT", type=click.Path(path_type=Path))
 @click.option(
     "--to", type=click.Path(path_type=Path), metavar="FILE", help="Write there, not to stdout."
 )
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1, max=MAX_TOKENS),
+    default=NUM_TOKENS,
+    show_default=True,
+    help="How many tokens a text goes on for.",
+)
 @TIME_LIMIT_OPTION
-def command(bundle: Path, input_file: Path, to: Path | None, time_limit_s: float) -> None:
+def command(
+    bundle: Path, input_file: Path, to: Path | None, tokens: int, time_limit_s: float
+) -> None:
     """Predict it."""
-    told = {"input": input_file, "to": to, "time_limit_s": time_limit_s}
+    told = {"input": input_file, "to": to, "time_limit_s": time_limit_s, "tokens": tokens}
     console.run(Namespace(command="predict", folder=bundle, **told))

@@ -19,6 +19,7 @@ from holdfast.training.configuration.schema import UNLESS_DEFAULT, RunConfig, Se
 from holdfast.training.errors import ConfigError
 from holdfast.training.experiment.loading import default_values, load_experiment, settings_class
 from holdfast.training.experiment.protocol import NoSettings
+from holdfast.training.experiments import EXPERIMENTS
 from holdfast.training.optimizers.building import build_optimizer
 from holdfast.training.optimizers.schedule import build_scheduler
 
@@ -285,7 +286,8 @@ PUBLISHED = [*REPOSITORY.glob("benchmarks/configurations/*.toml"), *REPOSITORY.g
 
 @pytest.mark.parametrize("path", PUBLISHED or ["there are none"])
 def test_the_configurations_that_are_published_are_valid(path: Path) -> None:
-    experiment = load_experiment(path.stem.partition("_")[0])
+    names = [name for name in EXPERIMENTS if path.stem.startswith(name)]
+    experiment = load_experiment(max(names, key=len))
     settings = settings_class(experiment)
     config = resolve_config(
         settings_class=settings, defaults=default_values(experiment), file=path, overrides=()

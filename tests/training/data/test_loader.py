@@ -228,24 +228,27 @@ def test_a_data_set_that_cannot_be_sent_is_refused_with_advice() -> None:
         next(loader_of(Local(), num_workers=1).steps(0, 0))
 
 
-def test_a_class_from_a_file_outside_of_any_package_reaches_loader_processes(
-    tmp_path: Path,
+@pytest.mark.parametrize("built", ["module.Squares()", "_Collated(list(range(9)), module.squared)"])
+def test_code_from_a_file_outside_of_any_package_reaches_loader_processes(
+    tmp_path: Path, built: str
 ) -> None:
     (tmp_path / "own.py").write_text(
         "import torch\n"
         "class Squares:\n"
         "    def __len__(self): return 9\n"
         "    def __getitem__(self, index): return torch.tensor(index ** 2), 0\n"
+        "def squared(items): return torch.tensor(items) ** 2, 0\n"
     )
     # The name under which experiment files are loaded; no loader process can import it.
     script = (
         "import importlib.util, sys\n"
         "from holdfast.training.data.loader import FixedSizePlan, Loader\n"
+        "from holdfast.training.own_loop.loader import _Collated\n"
         "spec = importlib.util.spec_from_file_location('outside_of_packages', 'own.py')\n"
         "module = sys.modules['outside_of_packages'] = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
         "plan = FixedSizePlan(9, 9, False, 0)\n"
-        "loader = Loader(module.Squares(), plan, num_workers=1, seed=0)\n"
+        f"loader = Loader({built}, plan, num_workers=1, seed=0)\n"
         "print(sorted(next(loader.steps(0, 0)).batch[0].tolist()))\n"
         "loader.close()\n"
     )

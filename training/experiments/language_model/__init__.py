@@ -1,0 +1,1 @@
+"""A language model on text: characters or a learnt vocabulary."""

@@ -1,0 +1,1 @@
+"""Stream files: an index that is built once, and samples of them in an order by place."""
