@@ -244,8 +244,72 @@ PEERS = (
     ),
 )
 
+SIMULATE = (
+    Section(
+        "All traces",
+        "the interval that training finds for itself reaches 98 % of the best one's useful share",
+        (("traces.py", "--traces", f"{DATA}/spot_traces"),),
+        "Step, save and durable save of the first run were measured on that GPU; the second has "
+        "the pace of `turbofan` and stands for small models. 30 s of notice, 20 starts, prices of "
+        "0.92 and 3.06 an hour.",
+    ),
+    Section(
+        "Held against real replays",
+        "the simulator's finish within 10 % of the real one",
+        (
+            ("simulated.py", "--trace", f"{DATA}/spot_traces/p3-trace.csv"),
+            ("simulated.py", "--trace", f"{DATA}/spot_traces/g4dn-trace.csv"),
+        ),
+        "Digits, trained by real segments on machines that come and go as the trace says, its time "
+        "compressed; machines are told 4 s before they go, and half of them vanish without. A "
+        "start is not compressed, so it weighs hundreds of times more than it would. Processes are "
+        "forked from one that has imported torch, and the next is started at once: noticing, and "
+        "Prefect, are no part of it.",
+    ),
+)
+
+SIMULATE_HEAD = """# What preemptions would cost
+
+`holdfast simulate` sets a run's own costs (a step, a save, a start, read from its records) against
+machines that come and go, and says when the run would end, which share of the time that is paid
+would be useful, which interval between saves would have been the best, and what it would cost.
+Nothing is trained.
+
+```bash
+holdfast simulate first --trace p3-trace.csv
+holdfast simulate first --mean-life-s 3600 --num-steps 500000 \\
+    --set prices.spot_per_hour=0.92 --set prices.on_demand_per_hour=3.06
+holdfast simulate --mean-life-s 3600 --num-steps 100000 --step-s 0.5 --save-s 0.05 \\
+    --durable-s 2 --start-s 15
+```
+
+The first takes the run's costs and its number of steps; options take their place. The last needs no
+run at all. `--json` prints the same for programs.
+
+A trace is a CSV file with a row for each event, a time, `add` or `remove`, and the machine:
+`60000,add,node1`. Times are milliseconds; a first row `seconds,event,machine` has them in seconds
+(or minutes, or hours). One that is empty, malformed or runs backwards is refused with its line.
+Times that are all multiples of a minute were seen by somebody who looked once a minute: each is
+drawn from the minute before.
+
+What is assumed:
+
+- The run trains on one machine at a time: the one that has been there longest and was not told of
+  its end. Where none is there, it waits. After its end the trace begins again.
+- A machine is told `--notice-s` before it goes (`preemption.grace_period_s`), and saves if that is
+  time enough; `--without-notice` is the share of those that vanish.
+- The next segment begins `--takeover-s` after a machine vanished, `--handover-s` after one that was
+  told: the medians of the run's own pauses, or 35 and 8 s where it had none
+  ([coming_back.md](coming_back.md)).
+- The online interval is that of Young and Daly as training computes it, from a save's cost and the
+  lives so far. The best one is a fixed interval that is known afterwards; ends of epochs are saved
+  in both. Closeness is the useful share of the first as a part of that of the second.
+- Paid is all time in which a segment lives, at `prices.spot_per_hour`; on demand the same work has
+  one start and no step twice, at `prices.on_demand_per_hour`. The report of a run has this line of
+  money, too, from what it really took."""
 
 PAGES = {
+    "simulate": Page(Path("docs", "simulate.md"), SIMULATE_HEAD, SIMULATE),
     "speed": Page(
         Path("docs", "benchmarks.md"),
         "# Benchmarks\n\nEvery ratio is the median of rivals that took turns within one run.",

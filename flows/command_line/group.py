@@ -21,7 +21,7 @@ from holdfast.training.told_errors import EXIT_INTERRUPTED, error_line
 PACKAGES = {
     "checkpoint_commands": ("checkpoints", "evaluate", "fork"),
     "store_commands": ("prune",),
-    "examination_commands": ("check", "verify-resume", "replay", "doctor"),
+    "examination_commands": ("check", "verify-resume", "replay", "doctor", "simulate"),
 }
 """Of commands that are not in ``commands/``."""
 COMMANDS = {
@@ -34,6 +34,7 @@ COMMANDS = {
     "status": "Show the runs of a store, or one run.",
     "logs": "Show what a run's segments said.",
     "report": "Write a run's report again, and say where.",
+    "simulate": "Reckon what preemptions would cost a run.",
     "checkpoints": "List, verify, compare or convert checkpoints.",
     "evaluate": "Score one checkpoint on validation data.",
     "fork": "Begin a new run with a checkpoint of another.",

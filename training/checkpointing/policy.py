@@ -376,11 +376,6 @@ def young_daly_interval_s(cost_s: float, mtbp_s: float, max_overhead: float) -> 
 def mean_time_between_preemptions_s(records: Sequence[SegmentRecord], default_s: float) -> float:
     """Mean time between preemptions, from a run's own segments that have ended.
 
-    All time that the segments lived, over the number of those that were preempted or killed: the
-    maximum likelihood estimate for exponential times, some of which ended otherwise. ``default_s``
-    counts as one more preemption, so that one early death does not decide alone, and so that the
-    estimate begins with it.
-
     Args:
         records: segments before the one that asks. One that says ``running`` was killed.
         default_s: what to assume before the first preemption.
@@ -389,6 +384,16 @@ def mean_time_between_preemptions_s(records: Sequence[SegmentRecord], default_s:
         ledger_outcome(record, is_alive=False) in ("preempted", "killed") for record in records
     )
     lived_s = sum(segment_duration_s(record) for record in records)
+    return estimated_mean_time_s(lived_s, num_preempted, default_s)
+
+
+def estimated_mean_time_s(lived_s: float, num_preempted: int, default_s: float) -> float:
+    """Mean time between preemptions of segments that lived so long, all of them together.
+
+    The maximum likelihood estimate for exponential times, some of which ended otherwise.
+    ``default_s`` counts as one more preemption, so that one early death does not decide alone, and
+    so that the estimate begins with it.
+    """
     return (default_s + lived_s) / (1 + num_preempted)
 
 

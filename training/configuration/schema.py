@@ -422,6 +422,27 @@ class PromotionConfig(Section):
     """Paired resamples of the test data."""
 
 
+class PricesConfig(Section):
+    """What machines cost, for the report and `holdfast simulate`. Never changes the result."""
+
+    spot_per_hour: float | None = Field(None, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    """Price of an hour of the machine that trains; it is paid while a segment lives."""
+    on_demand_per_hour: float | None = Field(None, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    """Price of an hour of one that is never taken away, to compare with."""
+    currency: str = Field(
+        "USD", min_length=1, max_length=8, pattern=r"^\S+$", json_schema_extra=OUTSIDE_DIGEST
+    )
+    """What the prices are in, as it is shown."""
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        if self.on_demand_per_hour is not None and self.spot_per_hour is None:
+            raise ValueError(
+                "on_demand_per_hour is compared with spot_per_hour, which is not set: set both"
+            )
+        return self
+
+
 class RehearsalConfig(Section):
     """What is tried on throw-away objects before the first step. Never changes the result."""
 
@@ -457,6 +478,7 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     export: ExportConfig = ExportConfig()
     promotion: PromotionConfig = PromotionConfig()
+    prices: PricesConfig = PricesConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
 
     @property

@@ -38,6 +38,7 @@ from holdfast.training.runs.stored_json import (
     read_json,
     shape_expected,
 )
+from holdfast.training.simulation.money import Money, money_of
 
 Metrics = Mapping[str, float | None]
 
@@ -116,6 +117,7 @@ class RunFacts:
     config: RunConfig
     segments: tuple[SegmentFacts, ...] = ()
     ledger: Ledger = field(default_factory=lambda: ledger([]))
+    money: Money | None = None
     losses: ComparedLosses = field(default_factory=ComparedLosses)
     certificate: KeptCertificate | None = None
     history: tuple[Epoch, ...] = ()
@@ -150,7 +152,7 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
     Raises DataFormatError or StorageError where a file is not readable.
     """
     records = with_known_ends(read_segments(run), run)
-    state = newest_state(run)
+    state, spent = newest_state(run), ledger(records)
     evaluation = _mapping(_optional(run.evaluation_json))
     promotion = _optional(run.promotion_json)
     with shape_expected(run.checkpoints):
@@ -164,7 +166,8 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
             SegmentFacts(one, life, ledger_outcome(one, is_alive=False))
             for one, life in zip(records, lives(records), strict=True)
         ),
-        ledger=ledger(records),
+        ledger=spent,
+        money=money_of(spent, config.prices),
         losses=compare_losses(run),
         certificate=read_certificate(run, record),
         history=history,

@@ -39,6 +39,8 @@ def time_section(facts: RunFacts) -> Html:
         f"Goodput {percent(found.goodput)}: useful time divided by the time in which a segment "
         f"lived. {facts.losses.told(found.num_recomputed_steps).capitalize()}."
     )
+    if facts.money is not None:
+        lead += f" Money: {facts.money.told()}."
     if facts.certificate is not None:
         lead += f" Certificate of holdfast verify-resume: {facts.certificate.told()}."
     charts = element("div", joined([_progress(facts), _spent_table(found)]), "charts")

@@ -13,7 +13,7 @@ import pytest
 
 from holdfast.training.champion.candidates import run_candidates
 from holdfast.training.champion.selection import run_evaluation
-from holdfast.training.configuration.schema import Split
+from holdfast.training.configuration.schema import PricesConfig, Split
 from holdfast.training.experiment.protocol import Dataset
 from holdfast.training.reporting.facts import read_facts
 from holdfast.training.reporting.markup import VARIES
@@ -146,6 +146,16 @@ def test_the_learning_rate_is_the_one_of_each_step_and_one_that_overflowed_is_le
         facts = read_facts(stage.run, stage.record, stage.config)
         assert [step for step, _ in facts.rates[""] if step < 5] == [0, 1, 2, 4]
         assert "learning rate" in page(facts)
+
+
+def test_the_page_has_a_line_of_money_where_prices_are_configured(calm: Path) -> None:
+    prices = PricesConfig(spot_per_hour=0.92, on_demand_per_hour=3.06)
+    with resumed(calm) as stage:
+        assert "Money" not in page(read_facts(stage.run, stage.record, stage.config))
+        config = stage.config.model_copy(update={"prices": prices})
+        told = page(read_facts(stage.run, stage.record, config))
+    assert "USD paid, " in told
+    assert "USD on demand." in told
 
 
 def test_the_stage_says_where_the_report_is(calm: Path) -> None:
