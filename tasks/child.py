@@ -40,6 +40,7 @@ FINAL_ERRORS = (
     "BundleError",
     "SelectionError",
     "NonFiniteLossError",
+    "LossJumpError",
     "NonFiniteStateError",
     "OutOfMemoryError",
 )

@@ -197,13 +197,15 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
     except HoldfastError as error:
         print(error_line(error), file=sys.stderr)
         return _early_failure(error, outcome_file, options)
+    command = python_command("holdfast.training", *sys.argv[1:])
     if not is_environment_ready(num_threads):
-        command = python_command("holdfast.training", *sys.argv[1:])
         exec_held(command, child_environment(num_threads))
     install_signal_flag()
     from holdfast.training.stages import run_stage
 
     outcome = run_stage(name, {**options, "num_threads": num_threads}, sys.argv[1:])
+    if outcome.should_start_again:
+        exec_held(command, child_environment(num_threads))
     _write_outcome(outcome_file, outcome)
     return outcome.exit_code
 

@@ -23,6 +23,7 @@
     ├── TrainingError
     │   ├── LoaderError                         a sample could not be fetched; a loader process died
     │   ├── NonFiniteLossError (ArithmeticError)
+    │   ├── LossJumpError (ArithmeticError)     a loss far above those before, or one spike too many
     │   ├── NonFiniteStateError (ArithmeticError)  optimizer, weights or averages hold NaN
     │   ├── OutOfMemoryError (MemoryError)
     │   └── RankLostError                       another process of this training is gone
@@ -160,6 +161,20 @@ class NonFiniteLossError(TrainingError, ArithmeticError):
         super().__init__(message)
         self.step = step
         self.batch = batch
+
+
+class LossJumpError(TrainingError, ArithmeticError):
+    """A loss jumps, where spikes are watched; or there was one spike more than is allowed.
+
+    Attributes:
+        step: the step whose loss it is.
+        loss: its value; NaN where the number of spikes is the reason.
+    """
+
+    def __init__(self, message: str, *, step: int, loss: float) -> None:
+        super().__init__(message)
+        self.step = step
+        self.loss = loss
 
 
 class NonFiniteStateError(TrainingError, ArithmeticError):

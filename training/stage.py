@@ -108,6 +108,7 @@ class StageOutcome:
         notice: source and reason, where a notice ended the stage.
         error: type, message and traceback, where the stage failed.
         has_champion: of a script's training, whether it handed a champion over.
+        should_start_again: whether this process is to do the same anew, in the place of ending.
     """
 
     outcome: Literal["completed", "preempted", "failed"]
@@ -116,10 +117,12 @@ class StageOutcome:
     notice: dict[str, Json] | None = None
     error: dict[str, Json] | None = None
     has_champion: bool | None = None
+    should_start_again: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """For outcome files and progress lines."""
         told = asdict(self)
+        del told["should_start_again"]
         if self.has_champion is None:
             del told["has_champion"]
         return told

@@ -57,8 +57,8 @@ def run_stage(name: str, options: dict[str, Any], command_line: Sequence[str] = 
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     with segment_log() as log:
         outcome = _outcome_of(name, arguments, log, command_line)
-        if own_seat() is not None:
-            return outcome  # told by the launcher
+        if own_seat() is not None or outcome.should_start_again:
+            return outcome  # told by the launcher, or by what comes after
         if arguments.progress_format != "text":
             log.write(as_text("outcome", _summary(outcome, has_error=True)))
         emit_outcome(outcome, arguments.progress_format)

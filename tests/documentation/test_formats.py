@@ -30,6 +30,7 @@ from holdfast.training.preemption.notices import Notice
 from holdfast.training.runs.directory import Lineage, RunRecord, SegmentError, SegmentRecord
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.paths import RunDirectory
+from holdfast.training.spikes.rollbacks import Rollback
 from holdfast.training.stage import StageArguments, prepared_stage
 from tests.documentation.pages import REPOSITORY, field_tables, file_tables
 
@@ -63,6 +64,7 @@ WRITTEN: dict[str, Iterable[str]] = {
     "Counters": names(Counters),
     "EpochRecord": names(EpochRecord),
     "EarlyStopping": names(EarlyStopping),
+    "Rollback": names(Rollback),
     "Source": names(Source),
     "GreedyStep": names(GreedyStep),
     "choice": CHOICE,

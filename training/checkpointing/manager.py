@@ -259,6 +259,15 @@ class CheckpointManager:
         """All committed checkpoints whose manifest can be read, by step."""
         return sorted((manifest.info for _, _, manifest in self._readable()), key=lambda i: i.step)
 
+    def forget(self, first_step: int, last_segment: int) -> None:
+        """Delete what segments up to one have saved from a step on, of whatever kind.
+
+        Raises StorageError or LeaseError; what is deleted already stays so.
+        """
+        for name, _, manifest in [*self._readable()]:
+            if manifest.step >= first_step and manifest.segment <= last_segment:
+                self._storage.remove(name)
+
     def restore(
         self,
         *,

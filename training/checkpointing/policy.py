@@ -17,7 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
-from holdfast.training.configuration.schema import CheckpointConfig, EmaConfig, SelectionConfig
+from holdfast.training.configuration.schema import (
+    CheckpointConfig,
+    EmaConfig,
+    SelectionConfig,
+    SpikesConfig,
+)
 from holdfast.training.runs.directory import SegmentRecord, ledger_outcome, segment_duration_s
 
 Trigger = Literal["epoch", "light", "threshold", "steps", "time", "notice", "end"]
@@ -148,6 +153,27 @@ class KeepEvery:
 
 
 @dataclass(frozen=True)
+class KeepBehind:
+    """Full checkpoints to go back to: one at least ``num_steps`` before any step that is to come.
+
+    The newest one that is so old already; and the oldest after it, which will be.
+    """
+
+    num_steps: int
+    needs: ClassVar[Kind] = "full"
+
+    def __post_init__(self) -> None:
+        _require_positive("KeepBehind.num_steps", self.num_steps)
+
+    def keep(self, infos: Sequence[CheckpointInfo]) -> set[int]:
+        """At most two steps."""
+        steps = sorted(info.step for info in infos if info.kind == "full")
+        behind = [step for step in steps if step <= steps[-1] - self.num_steps][-1:]
+        ahead = [step for step in steps if not behind or step > behind[0]][:1]
+        return {*behind, *ahead}
+
+
+@dataclass(frozen=True)
 class KeepCrossing:
     """The first checkpoint of the end of an epoch whose metric reached a threshold, in full.
 
@@ -230,7 +256,10 @@ def newest_full(infos: Sequence[CheckpointInfo]) -> set[int]:
 
 
 def build_retention(
-    checkpoint: CheckpointConfig, selection: SelectionConfig, ema: EmaConfig
+    checkpoint: CheckpointConfig,
+    selection: SelectionConfig,
+    ema: EmaConfig,
+    spikes: SpikesConfig = SpikesConfig(),  # noqa: B008  # it is frozen
 ) -> tuple[Retention, ...]:
     """The policies that a configuration asks for."""
     policies: list[Retention] = [
@@ -243,6 +272,8 @@ def build_retention(
         policies.append(KeepSnapshots(ema.posthoc_snapshot_epochs))
     if checkpoint.keep_every_steps is not None:
         policies.append(KeepEvery(checkpoint.keep_every_steps))
+    if spikes.num_left_out is not None:
+        policies.append(KeepBehind(spikes.num_left_out))
     return (*policies, *build_crossings(checkpoint))
 
 

@@ -422,6 +422,31 @@ class PromotionConfig(Section):
     """Paired resamples of the test data."""
 
 
+class SpikesConfig(Section):
+    """What is done about a loss that is not finite or jumps: nothing, or back, and past it."""
+
+    num_left_out: int | None = Field(None, ge=1, json_schema_extra=UNLESS_DEFAULT)
+    """Steps to leave out, up to the one with the spike: training goes back before them, and on
+    without their batches. Unset: a loss that is not finite fails the run, and jumps are not looked
+    for. Fewer than the steps of an epoch."""
+    max_jump: float | None = Field(None, ge=1, json_schema_extra=UNLESS_DEFAULT)
+    """A loss above so many times the mean of those before is a spike. Unset: only one that is not
+    finite is."""
+    window_steps: int = Field(100, ge=1, json_schema_extra=UNLESS_DEFAULT)
+    """Length of that mean; before there are so many losses none is a jump."""
+    max_rollbacks: int = Field(3, ge=1, json_schema_extra=OUTSIDE_DIGEST)
+    """Spikes after which the run fails."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_jump is not None and self.num_left_out is None:
+            raise ValueError(
+                f"max_jump={self.max_jump:g} finds jumps, and num_left_out says how many steps are "
+                f"left out for one: set it, too"
+            )
+        return self
+
+
 class PricesConfig(Section):
     """What machines cost, for the report and `holdfast simulate`. Never changes the result."""
 
@@ -478,6 +503,7 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
     export: ExportConfig = ExportConfig()
     promotion: PromotionConfig = PromotionConfig()
+    spikes: SpikesConfig = SpikesConfig()
     prices: PricesConfig = PricesConfig()
     rehearsal: RehearsalConfig = RehearsalConfig()
 
@@ -505,6 +531,11 @@ class RunConfig(Section):
         )
         _require_mode("early_stopping.", stopping.metric, stopping.mode, selection.metric)
         self._require_light_saves()
+        if self.spikes.num_left_out is not None and self.distributed.strategy != "none":
+            raise ValueError(
+                f"spikes.num_left_out={self.spikes.num_left_out} is for a training of one process: "
+                f"write distributed.strategy=none, or leave it out"
+            )
         if self.data.batch_tokens is None and self.train.num_microbatches > self.data.batch_size:
             raise ValueError(
                 f"train.num_microbatches={self.train.num_microbatches} is more than "

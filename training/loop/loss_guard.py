@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from holdfast.training.errors import NonFiniteLossError
+from holdfast.training.spikes.watch import SpikeWatch
 
 
 class LossGuard:
@@ -18,9 +19,18 @@ class LossGuard:
     place is noted on the device and read by ``check``.
     """
 
-    def __init__(self, device: torch.device, explain: Callable[[], str] = lambda: "") -> None:
-        """``explain`` tells what may have made a loss so, before the step changes anything."""
+    def __init__(
+        self,
+        device: torch.device,
+        explain: Callable[[], str] = lambda: "",
+        watch: SpikeWatch | None = None,
+    ) -> None:
+        """``explain`` tells what may have made a loss so, before the step changes anything.
+
+        ``watch`` is asked first, where spikes are watched.
+        """
         self._explain = explain
+        self._watch = watch
         self._is_immediate = device.type == "cpu"
         self._first_bad = torch.full((2,), -1, dtype=torch.int64, device=device)
 
@@ -34,8 +44,18 @@ class LossGuard:
         is_first = (self._first_bad[0] < 0) & ~torch.isfinite(loss)
         self._first_bad = torch.where(is_first, place, self._first_bad)
 
+    def observe_step(self, loss: Tensor, step: int) -> None:
+        """Look at the loss of a whole step. Raises LossJumpError or NonFiniteLossError."""
+        if self._watch is not None:
+            self._watch.observe(loss, step)
+
     def check(self) -> None:
-        """Raise NonFiniteLossError if a loss was not finite. Waits for the GPU."""
+        """Raise NonFiniteLossError if a loss was not finite, LossJumpError if one has jumped.
+
+        Waits for the GPU.
+        """
+        if self._watch is not None:
+            self._watch.check()
         if not self._is_immediate and (place := self._first_bad.tolist())[0] >= 0:
             _raise_non_finite(math.nan, *place)
 

@@ -235,6 +235,8 @@ class Saver:
 
     def _save(self, trigger: Trigger, metrics: Mapping[str, float], kind: Kind = "full") -> None:
         self._guard.check()
+        if self._is_spike_ahead(trigger):
+            return
         self.before_save()
         with self._costs.measured("saving"):
             self._wait()
@@ -258,6 +260,15 @@ class Saver:
         if kind == "full":
             self._last_save_s, self._last_save_step = time.monotonic(), counters.step
             self._has_advance_notice = False
+
+    def _is_spike_ahead(self, trigger: Trigger) -> bool:
+        """Whether the next loss will not be finite, and is watched for: there is nothing to save.
+
+        What the clock has asked for must not decide whether the run fails or goes back.
+        """
+        if self._state.watch is None or trigger not in ("time", "steps", "notice"):
+            return False
+        return bool(non_finite(dict(self._state.model.named_parameters())))
 
     def _require_finite_weights(self) -> None:
         """Raise NonFiniteStateError where a resume from these weights could not go on.

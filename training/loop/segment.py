@@ -42,7 +42,13 @@ from holdfast.training.distributed.refusals import refuse_wrappers
 from holdfast.training.distributed.sharded_step import ShardedStep
 from holdfast.training.distributed.stopping import AgreedMonitor
 from holdfast.training.distributed.world import World
-from holdfast.training.errors import CheckpointNotFoundError, ConfigError, ExperimentError
+from holdfast.training.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    ExperimentError,
+    LossJumpError,
+    NonFiniteLossError,
+)
 from holdfast.training.exactness.reproducibility import compile_statically
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.exactness.trial import asked_trial
@@ -65,6 +71,14 @@ from holdfast.training.runs.directory import read_segments, run_identity
 from holdfast.training.runs.event_log import check_event_log, event_file, told_to_event_file
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.segment_log import log_path
+from holdfast.training.spikes.rollbacks import (
+    decide,
+    forget_losses,
+    publish,
+    read_rollbacks,
+    require_shorter_than_epochs,
+)
+from holdfast.training.spikes.watch import SpikeWatch
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
 from holdfast.training.tiers.bandwidth import UploadPace
 from holdfast.training.tracking.sending import tracked
@@ -108,6 +122,10 @@ def run_segment(stage: Stage, together: Together = ALONE) -> StageOutcome:
     with costs.measured("startup"):
         trainer = build_trainer(stage, costs)
         together.prepare(trainer)
+        train, epochs = trainer.config.train, range(trainer.config.train.num_epochs)
+        require_shorter_than_epochs(
+            stage.config.spikes, (steps_of_epoch(train, trainer.plan, epoch) for epoch in epochs)
+        )
         if not stage.run.run_json.exists():
             trainer.state.schedule.require_length(trainer.num_steps(), trainer.epoch_ends())
     with stage.writing() as lease:
@@ -130,6 +148,9 @@ def _train(
 ) -> StageOutcome:
     manager = build_manager(stage, trainer, lease, keeper.number)
     with trainer.costs.measured("restore"):
+        for rollback in read_rollbacks(stage.run):
+            manager.forget(rollback.first, rollback.segment)
+        forget_losses(stage.run, lease, trainer.state.left_out)
         start_step = restore(stage, manager, trainer.state)
         repeat_validation(
             trainer,
@@ -145,25 +166,59 @@ def _train(
     stage.progress.emit("started", step=start_step, segment=keeper.number)
     saver, trial = build_saver(stage, trainer, manager), asked_trial()
     own_place = () if stage.world is None else (stage.world.rank, stage.world.launcher_pid)
-    with (
-        saver.settled_on_error(),
-        _event_log(stage, keeper.number, start_step),
-        closing(
-            LossRecord(stage.run, keeper.number, start_step, stage.config.logging.every_s)
-        ) as losses,
-    ):
-        saver.before_save = losses.sync
+    try:
+        with (
+            saver.settled_on_error(),
+            _event_log(stage, keeper.number, start_step),
+            closing(
+                LossRecord(stage.run, keeper.number, start_step, stage.config.logging.every_s)
+            ) as losses,
+        ):
+            saver.before_save = losses.sync
 
-        def after_step(step: int) -> None:
-            losses.add(trainer.train_step.last_loss)
-            keeper.advance(step)
-            trial.after_step(step, *own_place)
+            def after_step(step: int) -> None:
+                losses.add(trainer.train_step.last_loss)
+                keeper.advance(step)
+                trial.after_step(step, *own_place)
 
-        ended = trainer.fit(saver, on_step=after_step)
+            ended = trainer.fit(saver, on_step=after_step)
+    except (NonFiniteLossError, LossJumpError) as error:
+        if trainer.state.watch is None:
+            raise
+        return _rolled_back(stage, trainer, lease, keeper, error)
     keeper.end(ended.outcome, ended.step, ended.notice, manager.save_s())
     exit_code = EXIT_PREEMPTED if ended.outcome == "preempted" else 0
     notice = None if ended.notice is None else ended.notice.as_record(time.monotonic())
     return StageOutcome(ended.outcome, exit_code, step=ended.step, notice=notice)
+
+
+def _rolled_back(
+    stage: Stage,
+    trainer: Trainer,
+    lease: Lease,
+    keeper: RecordKeeper,
+    error: NonFiniteLossError | LossJumpError,
+) -> StageOutcome:
+    """Write down which steps are left out for a spike; a process anew goes back before them.
+
+    Raises what ``decide`` raises.
+    """
+    left_out, lineage = trainer.state.left_out, stage.record.lineage
+    is_jump = isinstance(error, LossJumpError)
+    found = decide(
+        stage.config.spikes,
+        left_out,
+        error.step,
+        str(error) if is_jump else f"the loss of step {error.step} is not finite",
+        segment=keeper.number,
+        begin_step=0 if lineage is None else lineage.step,
+        epoch_ends=trainer.epoch_ends(),
+    )
+    publish(stage.run, lease, [*left_out, found])
+    keeper.fail(error)
+    stage.progress.emit("spike", step=found.step, reason=found.reason, left_out_from=found.first)
+    step = trainer.state.counters.step
+    return StageOutcome("preempted", EXIT_PREEMPTED, step=step, should_start_again=True)
 
 
 def _event_log(stage: Stage, segment: int, start_step: int) -> AbstractContextManager[None]:
@@ -276,6 +331,8 @@ def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainSta
         loss_sum=torch.zeros((), dtype=torch.float64, device=device),
         experiment=stage.experiment,
         frozen=frozen,
+        watch=None if config.spikes.num_left_out is None else SpikeWatch(config.spikes, device),
+        left_out=read_rollbacks(stage.run),
     )
     seed_generators(stage.seed("training"))
     return state
@@ -303,7 +360,7 @@ def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) ->
         config=_digested(stage),
         run=run_identity(stage.record),
     )
-    retention = build_retention(config.checkpoint, config.selection, config.ema)
+    retention = build_retention(config.checkpoint, config.selection, config.ema, config.spikes)
     return CheckpointManager(stage.run, lease, identity, retention)
 
 

@@ -32,6 +32,8 @@ from holdfast.training.optimizers.optimizer_state import (
 )
 from holdfast.training.optimizers.schedule import Schedule
 from holdfast.training.runs.directory import Lineage
+from holdfast.training.spikes.rollbacks import LeftOut
+from holdfast.training.spikes.watch import SpikeWatch
 from holdfast.training.weights.frozen import FrozenParameters, digest_in
 
 OWN_STATE = ("experiment", "stream")
@@ -68,7 +70,8 @@ class TrainState:
 
     ``loss_sum`` is the sum of the losses of this epoch's steps, fp64 on the training device.
     ``frozen`` are the parameters that checkpoints leave out, where any are; ``stream_state`` is
-    that of the training data after the last step, where they are a stream.
+    that of the training data after the last step, where they are a stream. ``watch`` is there
+    where spikes are watched; ``left_out`` are the steps that do nothing because of one.
     """
 
     model: nn.Module
@@ -79,6 +82,8 @@ class TrainState:
     loss_sum: Tensor
     experiment: object = None
     frozen: FrozenParameters | None = None
+    watch: SpikeWatch | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
     counters: Counters = field(default_factory=Counters)
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     history: list[EpochRecord] = field(default_factory=list)
@@ -140,6 +145,7 @@ class TrainState:
                 if flag != self._first_flags.get(name)
             },
             "frozen": None if self.frozen is None else self.frozen.as_json(),
+            "spikes": None if self.watch is None else encode(self._spikes(), "spikes", {}),
         }
         named = {name: value for name, value in seldom.items() if value}
         return tensors, {**state, **named, "optimizer": optimizer.values}
@@ -206,6 +212,7 @@ class TrainState:
         self.averages.restore(tensors.get("ema", {}), parts["ema"])
         if isinstance(self.experiment, Stateful):
             self.experiment.load_state_dict(parts["experiment"])
+        self._restore_spikes(parts.get("spikes"))
         if self.frozen is not None and not self.frozen.names.isdisjoint(tensors["model"]):
             self.frozen.begin()  # the checkpoint is of a run that kept them
         restore_generators(tensors["state"])
@@ -215,6 +222,21 @@ class TrainState:
         if self.counters.step_in_epoch == 0 and self.counters.step > 0:
             frozen.require_same_bits(self.counters.step)
         return frozen.others(tensors)
+
+    @property
+    def num_done_in_epoch(self) -> int:
+        """Steps of this epoch so far that were not left out."""
+        last, num_steps = self.counters.step, self.counters.step_in_epoch
+        return num_steps - self.left_out.num_within(last - num_steps + 1, last)
+
+    def _spikes(self) -> dict[str, Any]:
+        assert self.watch is not None
+        return {**self.watch.state(), "rollbacks": self.left_out.as_state(self.counters.step)}
+
+    def _restore_spikes(self, saved: Any) -> None:
+        if saved is not None and self.watch is not None:
+            self.watch.restore(saved)
+            self.left_out = self.left_out.joined(saved["rollbacks"])
 
     def _experiment_state(self) -> Mapping[str, Any]:
         return self.experiment.state_dict() if isinstance(self.experiment, Stateful) else {}

@@ -63,7 +63,7 @@ class TrainStep:
 
         ``shards`` does the shards of a step and sums them up, where the steps have shards.
         """
-        self.guard = LossGuard(device, self._cause)
+        self.guard = LossGuard(device, self._cause, state.watch)
         self.last_loss = torch.zeros((), device=device)
         self._experiment = experiment
         self._config = config
@@ -99,11 +99,21 @@ class TrainStep:
             self._update(microbatches)
         if state.frozen is not None:
             state.frozen.watch(counters.step + 1)
+        self.guard.observe_step(self.last_loss, counters.step + 1)
         state.loss_sum += self.last_loss
         state.counters = replace(
             counters, step=counters.step + 1, step_in_epoch=counters.step_in_epoch + 1
         )
         state.averages.update(state.model, state.counters.step)
+        state.schedule.after_step()
+
+    def leave_out(self) -> None:
+        """Count a step, and move the rate, without anything that its batch would have done."""
+        state, counters = self._state, self._state.counters
+        self.last_loss = torch.full_like(self.last_loss, torch.nan)
+        state.counters = replace(
+            counters, step=counters.step + 1, step_in_epoch=counters.step_in_epoch + 1
+        )
         state.schedule.after_step()
 
     def _update(self, microbatches: Iterable[Microbatch]) -> None:

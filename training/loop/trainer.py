@@ -114,7 +114,8 @@ class Trainer:
         unless the notice left too little time, and then the last one counts.
 
         Raises:
-            NonFiniteLossError: a loss is NaN or infinite; nothing of it was saved.
+            NonFiniteLossError, LossJumpError: a loss is NaN or infinite, or jumps where spikes are
+                watched; nothing of it was saved.
             StorageError: two saves in a row failed.
             LeaseLostError: another segment writes this run now.
         """
@@ -126,7 +127,11 @@ class Trainer:
         while not self.is_finished():
             if self.is_preempted():
                 return self._stop(saver)
-            self.train_step(next(steps))
+            microbatches = next(steps)
+            if self.state.counters.step + 1 in self.state.left_out:
+                self.train_step.leave_out()
+            else:
+                self.train_step(microbatches)
             if is_first:
                 is_first = False
                 reclaim_signals("after the first step")
@@ -231,7 +236,7 @@ class Trainer:
         record = EpochRecord(
             epoch=counters.epoch,
             step=counters.step,
-            train_loss=state.loss_sum.item() / counters.step_in_epoch,
+            train_loss=state.loss_sum.item() / state.num_done_in_epoch,
             learning_rate=state.schedule.rate,
             metrics=metrics,
         )

@@ -69,6 +69,7 @@ ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/")
 OWN = (
     "data",
     "distributed",
+    "spikes",
     "optimizer",
     "scheduler",
     "warmup",

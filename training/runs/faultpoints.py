@@ -56,6 +56,13 @@ STORE_POINTS = {
 }
 """Of the process that keeps a bucket up to date, which is not the one that trains."""
 
+SPIKE_POINTS = {
+    "spike.before-decision": "a loss has spiked; which steps are left out is not written down",
+    "spike.after-decision": "it is; checkpoints and losses of these steps are still there",
+    "spike.before-losses": "their checkpoints are gone; before each file of losses is cut",
+}
+"""Of a training that watches for spikes, and has found one."""
+
 _num_reached: Counter[str] = Counter()
 
 
@@ -64,7 +71,7 @@ def reach(name: str) -> None:
     wanted = os.environ.get(POINT_VARIABLE)
     if not wanted:
         return
-    assert name in FAULT_POINTS or name in STORE_POINTS, name
+    assert any(name in points for points in (FAULT_POINTS, STORE_POINTS, SPIKE_POINTS)), name
     point, _, count = wanted.partition(":")
     if name != point:
         return

@@ -51,6 +51,11 @@ class RunDirectory:
         return self.path / "candidates"
 
     @property
+    def rollbacks_json(self) -> Path:
+        """Spikes, and the steps that are left out for them; absent where there was none."""
+        return self.path / "rollbacks.json"
+
+    @property
     def evaluation_json(self) -> Path:
         """Metrics of all candidates and which one is the champion."""
         return self.path / "evaluation.json"
