@@ -99,6 +99,13 @@ class TrainConfig(Section):
     """Where to train; `auto` takes a GPU where there is one."""
     num_threads: int | None = Field(None, ge=1)
     """CPU threads of torch. Unset: OMP_NUM_THREADS, or all cores, of the first segment."""
+    hang_timeout_s: float | None = Field(
+        None, gt=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST
+    )
+    """A training of one process that does nothing new for so long (a step, a batch of a validation)
+    hangs: where each thread stands is written down, and it is killed, which counts as a crash.
+    Longer than a save and a step take; until the first step is done it is at least ten minutes.
+    Unset: nobody watches. Several processes have `distributed.hang_timeout_s`."""
     initial_weights: Path | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
     """What `model()` begins with: a safetensors file, a checkpoint or bundle of ours, or a torch
     file. Its content is part of the run's identity, wherever the file lies."""

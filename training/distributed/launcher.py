@@ -23,6 +23,7 @@ from typing import IO, Any
 from torch._C._distributed_c10d import TCPStore
 
 from holdfast.training.distributed.seat import Beats, Seat, without_seat
+from holdfast.training.distributed.watchdog import STACKS_S, STARTING_S, Silence, ask_for_stacks
 from holdfast.training.distributed.world import ERROR, HOST
 from holdfast.training.errors import StorageError
 from holdfast.training.preemption.signals import (
@@ -35,12 +36,7 @@ POLL_S = 0.02
 END_S = 10.0
 """How long ranks may take to end by themselves once one has failed: they learn of it within a
 second, and rank 0 lets the save in flight end."""
-STARTING_S = 600.0
-"""How long ranks may take until their first step is done, where that is more than they may be
-silent later: they import, build, restore and compile."""
 NUM_BEATS_OF_START = 3  # when it has met the others, and around its first step
-STACKS_S = 1.0
-STACKS_SIGNAL = signal.SIGUSR2
 NUM_TAIL_LINES = 400
 GOOD_CODES = (0, 75)
 
@@ -176,7 +172,7 @@ def _watch(
 ) -> tuple[int | None, float | None]:
     """Wait until all have ended. The rank that failed first, and for how long all hung."""
     first_failed, end_s = None, float("inf")
-    seen, seen_s = beats.all(), time.monotonic()
+    silence = Silence(beats, hang_timeout_s, NUM_BEATS_OF_START)
     while True:
         codes = [rank.process.poll() for rank in ranks]
         if None not in codes:
@@ -190,13 +186,10 @@ def _watch(
                 _tell_others(store, first_failed, codes[first_failed])
         if now_s > end_s:
             return first_failed, None
-        has_begun = min(seen) >= NUM_BEATS_OF_START
-        allowed_s = hang_timeout_s if has_begun else max(hang_timeout_s, STARTING_S)
-        if (found := beats.all()) != seen:
-            seen, seen_s = found, now_s
-        elif now_s - seen_s > allowed_s and first_failed is None:
-            _ask_for_stacks(ranks)
-            return None, now_s - seen_s
+        hung_s = silence.too_long_s()
+        if hung_s is not None and first_failed is None:
+            ask_for_stacks(rank.process.pid for rank in ranks if rank.process.poll() is None)
+            return None, hung_s
         time.sleep(POLL_S)
 
 
@@ -204,13 +197,6 @@ def _tell_others(store: TCPStore, rank: int, code: int | None) -> None:
     """For a rank that a signal has ended, which cannot say so itself."""
     if code is not None and code < 0:
         store.set(ERROR.format(rank), json.dumps(f"ended by {signal.Signals(-code).name}"))
-
-
-def _ask_for_stacks(ranks: Sequence[_Rank]) -> None:
-    for rank in ranks:
-        if rank.process.poll() is None:
-            rank.process.send_signal(STACKS_SIGNAL)
-    time.sleep(STACKS_S)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ from holdfast.training.data.own_order import own_order, own_permutation
 from holdfast.training.distributed.refusals import refuse_wrappers
 from holdfast.training.distributed.sharded_step import ShardedStep
 from holdfast.training.distributed.stopping import AgreedMonitor
+from holdfast.training.distributed.watchdog import watched
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import (
     CheckpointNotFoundError,
@@ -169,6 +170,7 @@ def _train(
     try:
         with (
             saver.settled_on_error(),
+            watched(None if stage.world else stage.config.train.hang_timeout_s) as trainer.beat,
             _event_log(stage, keeper.number, start_step),
             closing(
                 LossRecord(stage.run, keeper.number, start_step, stage.config.logging.every_s)

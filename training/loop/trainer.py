@@ -91,7 +91,8 @@ def _measured_here(trainer: Trainer) -> dict[str, float] | None:
 class Trainer:
     """One segment's training. All parts are given; ``fit`` puts them to work.
 
-    ``measure`` gives the validation metrics; None where a notice came first.
+    ``measure`` gives the validation metrics; None where a notice came first. ``beat`` is called
+    before each step and each batch of a validation, for whoever watches whether anything happens.
     """
 
     experiment: Experiment
@@ -105,6 +106,7 @@ class Trainer:
     progress: Progress
     costs: Costs
     measure: Callable[[Trainer], dict[str, float] | None] = field(default=_measured_here)
+    beat: Callable[[], None] = field(default=lambda: None)
     _num_steps: int | None = field(default=None, init=False)
 
     def fit(self, saver: Saving, on_step: Callable[[int], None]) -> SegmentOutcome:
@@ -190,6 +192,7 @@ class Trainer:
 
     def is_preempted(self) -> bool:
         """Whether a notice has come."""
+        self.beat()
         return self.monitor.notice is not None
 
     def _is_at_epoch_end(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -20,8 +19,8 @@ from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
     build_schedule,
 )
-from holdfast.training.distributed.launcher import STACKS_SIGNAL
 from holdfast.training.distributed.stopping import AgreedMonitor
+from holdfast.training.distributed.watchdog import answer_for_stacks
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import ExperimentError, InputError, RankLostError
 from holdfast.training.exactness.trial import asked_trial
@@ -45,7 +44,7 @@ def run_rank(stage: Stage) -> StageOutcome:
     """As ``run_segment``, for one of several ranks. Raises what that raises, and RankLostError."""
     world = stage.world
     assert world is not None
-    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    answer_for_stacks()
     require_same_stage(stage, world)
     if world.rank > 0:
         return _follow(stage, world)

@@ -39,6 +39,7 @@ from holdfast.training.runs.stored_json import (
     shape_expected,
 )
 from holdfast.training.simulation.money import Money, money_of
+from holdfast.training.spikes.rollbacks import LeftOut, read_rollbacks
 
 Metrics = Mapping[str, float | None]
 
@@ -107,6 +108,7 @@ class RunFacts:
 
     Attributes:
         rates: steps and their learning rates, by parameter group; of one without a name alone.
+        left_out: steps that were left out because a loss spiked.
         champion: name of the candidate that won; None until it was chosen.
         exports: artifacts with parity, size and latency; empty where there is no bundle.
         num_epochs: finished ones of a script's ``run.epochs``; 0 where it has none.
@@ -121,6 +123,7 @@ class RunFacts:
     losses: ComparedLosses = field(default_factory=ComparedLosses)
     certificate: KeptCertificate | None = None
     history: tuple[Epoch, ...] = ()
+    left_out: LeftOut = field(default_factory=LeftOut)
     rates: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
     candidates: tuple[CandidateFacts, ...] = ()
     champion: str | None = None
@@ -171,6 +174,7 @@ def read_facts(run: RunDirectory, record: RunRecord, config: RunConfig) -> RunFa
         losses=compare_losses(run),
         certificate=read_certificate(run, record),
         history=history,
+        left_out=read_rollbacks(run),
         rates=rates,
         candidates=candidates,
         champion=_mapping(evaluation.get("champion")).get("name"),

@@ -31,11 +31,16 @@ def learning_section(facts: RunFacts) -> Html:
     charts += _rate_charts(facts)
     drawn = [chart.drawn() for chart in charts if chart is not None]
     content = element("div", joined(drawn), "charts") + _key(facts)
-    return section(
-        "Learning curves",
-        Html(content),
-        SCRIPT_LEAD if is_script else LEAD,
-    )
+    lead = SCRIPT_LEAD if is_script else LEAD
+    return section("Learning curves", Html(content), " ".join([lead, *_spikes(facts)]))
+
+
+def _spikes(facts: RunFacts) -> Iterator[str]:
+    """A sentence for each loss that spiked."""
+    for one in facts.left_out:
+        reason = one.reason[:1].upper() + one.reason[1:]
+        which = f"steps {one.first} to {one.step} were" if one.first < one.step else "it was"
+        yield f"{reason}: {which} left out."
 
 
 def stops(facts: RunFacts) -> Iterator[Mark]:

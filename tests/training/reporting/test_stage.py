@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from holdfast.training.reporting.facts import read_facts
 from holdfast.training.reporting.markup import VARIES
 from holdfast.training.reporting.page import page
 from holdfast.training.reporting.stage import run_report
+from holdfast.training.spikes.rollbacks import LeftOut, Rollback
 from holdfast.training.stage import Stage, StageArguments, prepared_stage
 from tests.faults.campaign import Training, complete, kill_at_fault_point
 
@@ -156,6 +158,16 @@ def test_the_page_has_a_line_of_money_where_prices_are_configured(calm: Path) ->
         told = page(read_facts(stage.run, stage.record, config))
     assert "USD paid, " in told
     assert "USD on demand." in told
+
+
+def test_the_page_names_each_spike_and_what_was_left_out(calm: Path) -> None:
+    with resumed(calm) as stage:
+        facts = read_facts(stage.run, stage.record, stage.config)
+    spikes = [Rollback(21, 14, "the loss of step 21 is not finite", 1), Rollback(30, 30, "x", 2)]
+    told = page(replace(facts, left_out=LeftOut(spikes)))
+    assert "The loss of step 21 is not finite: steps 14 to 21 were left out." in told
+    assert "X: it was left out." in told
+    assert "left out" not in page(facts)
 
 
 def test_the_stage_says_where_the_report_is(calm: Path) -> None:

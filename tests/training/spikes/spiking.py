@@ -1,8 +1,10 @@
-"""Small trainings whose loss spikes at steps that a setting names."""
+"""Small trainings whose loss spikes, or which hang, at steps that a setting names."""
 
 from __future__ import annotations
 
 import os
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,19 @@ BATCH_SIZE = 8
 
 
 class Settings(Section):
-    """Which steps, counted from 1, spike whenever they are done."""
+    """Which steps, counted from 1, spike or hang whenever they are done."""
 
     not_finite_at: tuple[int, ...] = ()
     jump_at: tuple[int, ...] = ()
+    hangs_at: int | None = None
+    holds_interpreter: bool = False
+
+
+def hang(*, holds_interpreter: bool) -> None:
+    """Never return; no other thread runs meanwhile where the interpreter is held."""
+    if holds_interpreter:
+        re.match(r"(a+)+$", "a" * 64 + "b")
+    time.sleep(3600)
 
 
 class Spiking:
@@ -57,6 +68,8 @@ class Spiking:
         step = at.step + 1
         with Path(os.environ["CALLS"]).open("a") as calls:
             calls.write(f"{step}\n")
+        if step == self._settings.hangs_at:
+            hang(holds_interpreter=self._settings.holds_interpreter)
         loss = cross_entropy(model(inputs), labels)
         if step in self._settings.not_finite_at:
             loss = loss * torch.nan

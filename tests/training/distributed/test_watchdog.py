@@ -1,0 +1,58 @@
+"""One process that hangs: where it stands is told, and it is killed, whatever holds it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from holdfast.training.distributed.seat import Beats
+from holdfast.training.distributed.watchdog import Silence
+from holdfast.training.runs.directory import ledger_outcome, read_segments
+from tests.faults.campaign import Training
+
+EXPERIMENT = f"{Path(__file__).parents[1] / 'spikes' / 'spiking.py'}:Spiking"
+
+
+@pytest.mark.parametrize("holds_interpreter", [False, True])
+def test_a_process_that_hangs_is_killed_and_the_run_goes_on(
+    tmp_path: Path, holds_interpreter: bool
+) -> None:
+    hangs = ("experiment.hangs_at=20", f"experiment.holds_interpreter={holds_interpreter}".lower())
+    training = Training(tmp_path, "one", EXPERIMENT, (*hangs, "train.hang_timeout_s=1.5"))
+    environment = {"CALLS": str(tmp_path / "calls")}
+    segment = training.start(environment)
+    assert segment.finish() == -signal.SIGKILL
+    told = "".join(segment.errors)
+    assert "train.hang_timeout_s=1.5 allows: it is killed" in told
+    assert "in hang" in told  # the stacks name the function
+    log = (training.run.logs / "segment-0001.log").read_text()
+    assert "in hang" in log
+    [record] = read_segments(training.run)
+    assert ledger_outcome(record, is_alive=False) == "killed"
+    assert sorted(int(line) for line in (tmp_path / "calls").read_text().split()) == [*range(1, 21)]
+
+
+def test_a_process_that_works_is_left_alone(tmp_path: Path) -> None:
+    training = Training(tmp_path, "one", EXPERIMENT, ("train.hang_timeout_s=60",))
+    segment = training.start({"CALLS": str(tmp_path / "calls")})
+    assert segment.finish() == 0, "".join(segment.errors)
+
+
+def test_silence_is_longer_while_a_process_starts(tmp_path: Path) -> None:
+    beats = Beats(tmp_path, 2)
+    silence = Silence(beats, 0.05, num_beats_of_start=1)
+    beats.beat(0)
+    assert silence.too_long_s() is None
+    time.sleep(0.1)
+    assert silence.too_long_s() is None  # the other one has not begun
+    beats.beat(1)
+    assert silence.too_long_s() is None
+    time.sleep(0.1)
+    found = silence.too_long_s()
+    assert found is not None
+    assert found > 0.05
+    beats.beat(1)
+    assert silence.too_long_s() is None
