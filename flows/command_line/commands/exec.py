@@ -9,7 +9,7 @@ import click
 
 from holdfast.flows.command_line.options import STRICT_OPTION
 from holdfast.tasks.limits import Limits
-from holdfast.tasks.script import ScriptRunner, script_command
+from holdfast.tasks.scripts.repeated import ScriptRunner, script_command
 from holdfast.training.errors import InputError
 from holdfast.training.exactness.reproducibility import child_environment, default_num_threads
 from holdfast.training.own_loop.environment import ALLOW_MISMATCH, IS_STRICT, RUN_ID, STORE

@@ -23,14 +23,13 @@ from holdfast.tasks.attempts import newest_step
 from holdfast.tasks.child import EXIT_BAD_INPUT, FINAL_ERRORS
 from holdfast.tasks.deathwatch import EXIT_PREEMPTED, watched
 from holdfast.tasks.limits import Limits
-from holdfast.training import code
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.own_loop.environment import OUTCOME
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.stored_json import read_json
 from holdfast.training.told_errors import error_line
 
-STARTED = Path(code.__file__).with_name("started.py")
+STARTED = Path(__file__).with_name("started.py")
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STAYS = ("signal", "wall_time")  # notices after which this machine may go on
 WAKE_S = 0.2  # how soon a pause notices a signal

@@ -1,0 +1,1 @@
+"""Scripts of ``holdfast exec``: how one is started, and started again."""
