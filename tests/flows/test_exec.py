@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.training.runs.directory import read_segments
+from holdfast.training.runs.directory import read_run_record, read_segments, run_identity
+from holdfast.training.runs.losses import compare_losses
 from holdfast.training.runs.paths import RunDirectory
 from tests.flows.prefect_server import wait_until
 from tests.training.own_loop.test_own_loop import SCRIPT
@@ -96,3 +97,91 @@ def test_bad_input_is_final_and_told_in_one_line(
     assert process.returncode == 2
     assert message in errors
     assert len(errors.splitlines()) == 1
+
+
+PROGRAMS = {
+    "unreadable.py": (
+        "import sys\n\nfor x in range(3)\n    pass\n",
+        "unreadable.py:3: for x in ra",
+    ),
+    "unimportable.py": ("import sys\nimport nowhere_at_all\n", "unimportable.py:2 in <module>)"),
+    "below.py": ("import beside\n", "beside.py:2 in <module>)"),
+    "stranger.py": ("print('hello')\n", "stranger.py has ended, and never called holdfast.run"),
+    "-m": ("", "ImportError: No module named nowhere_at_all"),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_every_start_would_end_with_is_told_once(tmp_path: Path, name: str) -> None:
+    content, message = PROGRAMS[name]
+    (tmp_path / "beside.py").write_text("\nimport nowhere_at_all\n")
+    (tmp_path / name).write_text(content)
+    process = start(tmp_path, *(("-m", "nowhere_at_all") if name == "-m" else (name, "--lr=0.1")))
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 2, errors
+    assert message in errors
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        ("ends early", 2, "the script ended after step 10, and its loop had not"),
+        ("no step", 2, "the script called holdfast.run and took no step from it"),
+        ("wrong name", 1, "NameError: name 'lossy' is not defined ("),
+    ],
+)
+def test_a_script_that_would_end_so_again_is_not_started_again(
+    tmp_path: Path, fault: str, code: int, message: str
+) -> None:
+    process = start(tmp_path, str(SCRIPT), "steps", "store", f"--fault={fault}")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == code, errors
+    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert "again in" not in errors
+
+
+@pytest.mark.slow
+def test_a_script_that_says_that_it_failed_is_started_again(tmp_path: Path) -> None:
+    arguments = ("--max-crashes", "1", str(SCRIPT), "steps", "store", "--fault=leaves with 3")
+    process = start(tmp_path, *arguments)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 3, errors
+    assert errors.count("the script ended with exit code 3; again in 5 s") == 1
+    assert "error: " not in errors
+    assert outcomes(RunDirectory(tmp_path / "store/points/one"))[0] == "failed"
+
+
+@pytest.mark.slow
+def test_another_configuration_is_taken_over_where_that_is_allowed(tmp_path: Path) -> None:
+    once = ("--max-crashes", "0", str(SCRIPT), "steps", "store")
+    start(tmp_path, *once, "16:SIGKILL").communicate(timeout=200)
+    run = RunDirectory(tmp_path / "store/points/one")
+    before = read_run_record(run)
+    changed = ("--allow-mismatch", *once, "--rate=0.02")
+    strict = start(tmp_path, "--strict", *changed)
+    assert (
+        strict.communicate(timeout=200)[1].rstrip().splitlines()[-1].startswith("error: going on")
+    )
+    assert read_run_record(run) == before
+    process = start(tmp_path, *changed)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "experiment.rate: 0.01 there, 0.02 here" in errors
+    record = read_run_record(run)
+    assert record.config["experiment"] == {"rate": 0.02}
+    assert record.config_digests == {before.config_digest, record.config_digest}
+    [taken] = record.taken_over
+    assert (taken.step, taken.changed) == (
+        read_segments(run)[-1].start_step,
+        {"experiment.rate": 0.01},
+    )
+    assert run_identity(record) == run_identity(before)
+    assert compare_losses(run).num_different == 0  # those of other rates are not compared
+    assert start(tmp_path, *once, "--rate=0.02").communicate(timeout=200)[1].count("error: ") == 0
+    refused = start(tmp_path, *once)
+    assert "experiment.rate: 0.02 there, 0.01 here" in refused.communicate(timeout=200)[1]
+    assert refused.returncode == 2

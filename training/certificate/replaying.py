@@ -23,7 +23,7 @@ from holdfast.training.own_loop.environment import RUN_ID, STORE
 from holdfast.training.preemption.passing_on import run_passing_on
 from holdfast.training.preemption.signals import install_signal_flag
 from holdfast.training.replay.comparison import Replayed, Steps, require_kept
-from holdfast.training.runs.directory import RunRecord, Script, read_run_record
+from holdfast.training.runs.directory import RunRecord, Script, read_run_record, read_segments
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.stage import EXIT_PREEMPTED, NoticeCameError, StageArguments
 
@@ -44,6 +44,7 @@ def replay(
     except FileNotFoundError:
         raise InputError(f"there is no run at {run.path}") from None
     require_kept(run, steps)
+    _require_one_device(run, record)
     num_threads = record.num_threads or default_num_threads()
     if record.script is not None:
         if overrides:
@@ -56,6 +57,17 @@ def replay(
     from holdfast.training.replay.experiment import replay_experiment
 
     return replay_experiment(_arguments(run, record, overrides, num_threads), steps, tell)
+
+
+def _require_one_device(run: RunDirectory, record: RunRecord) -> None:
+    """Raise InputError where one device does not add up as the run's processes did."""
+    num_processes = max((one.num_processes or 1 for one in read_segments(run)), default=1)
+    if num_processes > 1 and not record.config.get("distributed", {}).get("num_shards"):
+        raise InputError(
+            f"{run.path} trained in {num_processes} processes without distributed.num_shards: one "
+            f"device adds their gradients up in another order, and no bits are to be expected; a "
+            f"run with distributed.num_shards can be replayed"
+        )
 
 
 def _arguments(

@@ -21,6 +21,7 @@ from holdfast.training.errors import InputError, kind_of
 from holdfast.training.integrations.callbacks import require_told_state
 from holdfast.training.integrations.lightning_state import TrainerPart, restore_place, told_metrics
 from holdfast.training.integrations.stepping import TRAINER, SteppedRun
+from holdfast.training.own_loop.ending import tell_in_one_line
 from holdfast.training.own_loop.loader import RunLoader
 from holdfast.training.own_loop.run import current_run
 from holdfast.training.preemption.signals import NOTICE_SIGNALS
@@ -29,6 +30,7 @@ try:
     from lightning.pytorch.callbacks import Callback, Timer
     from lightning.pytorch.strategies import SingleDeviceStrategy
 except ImportError as error:
+    tell_in_one_line()
     raise InputError(
         f"holdfast.integrations.lightning: {error}; write: pip install 'holdfast[lightning]'"
     ) from error
@@ -52,9 +54,9 @@ class Exact(Callback):  # type: ignore[misc]
         """Before training: the run is found, and the training data set's loader is taken over."""
         if stage != "fit":
             return
+        run = current_run("Trainer.fit()")
         for problem in _problems(trainer, pl_module, self._stepped):
             raise InputError(f"Trainer.fit: {problem}")
-        run = current_run("Trainer.fit()")
         self._state = TrainerPart(trainer, self)
         self._stepped = SteppedRun(run, lambda: self._kept(trainer), lambda: trainer.global_step)
         self._handlers = {number: signal.getsignal(number) for number in NOTICE_SIGNALS}

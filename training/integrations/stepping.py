@@ -87,4 +87,4 @@ class SteppedRun:
         if self._is_in_step:
             self._run.end_step()
             self._is_in_step = False
-        self._run.finish()
+        self._run.complete()

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from holdfast.training.errors import InputError
 from holdfast.training.integrations.callbacks import require_told_state
 from holdfast.training.integrations.stepping import TRAINER, SteppedRun
+from holdfast.training.own_loop.ending import tell_in_one_line
 from holdfast.training.own_loop.loader import RunLoader
 from holdfast.training.own_loop.run import current_run
 
@@ -28,6 +29,7 @@ try:
     import transformers
     from transformers.trainer_callback import ExportableState, TrainerCallback, TrainerState
 except ImportError as error:
+    tell_in_one_line()
     raise InputError(
         f"holdfast.integrations.transformers: {error}; write: pip install 'holdfast[transformers]'"
     ) from error
@@ -57,9 +59,9 @@ class Exact:
     ) -> Any:
         """As Trainer's. Started again, the script comes here, and training goes on."""
         trainer: Any = self
+        run = current_run("Trainer.train()")
         for problem in _problems(trainer, resume_from_checkpoint, trial):
             raise InputError(f"Trainer.train: {problem}")
-        run = current_run("Trainer.train()")
         state = _TrainerPart(trainer)
         stepped = SteppedRun(
             run, lambda: _kept(trainer, state), lambda: int(trainer.state.global_step)

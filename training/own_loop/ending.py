@@ -86,6 +86,12 @@ class Ending:
         self._end(ScriptEndedError(f"the script ended with exit code {code}"))
 
 
+def tell_in_one_line() -> None:
+    """Let errors of ours end this process with one line, also where no run has begun."""
+    if current is None:
+        Ending()
+
+
 def leave_fork(what: str) -> NoReturn:
     """End a process that the script has forked, and that uses the run of its parent.
 

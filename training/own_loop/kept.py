@@ -23,6 +23,7 @@ REFUSED = {
     "DataParallel": "use one process for each device; keep the module that it wraps",
     "DistributedDataParallel": SEVERAL_PROCESSES,
     "FullyShardedDataParallel": SEVERAL_PROCESSES,
+    "FSDPModule": "its weights lie in several processes: keep a model that is not sharded",
     "DeepSpeedEngine": "its checkpoints are pickles, and it steps by itself: use torch's own",
     "ZeroRedundancyOptimizer": "its state lies in several processes: keep the optimizer itself",
     "DataLoader": "it cannot be told where it stands: take batches from run.loader(dataset, …)",
@@ -54,10 +55,11 @@ class Kept:
         if name in self.names:
             raise InputError(f"run.keep({name}=…): something is kept under that name already")
         kept = getattr(kept, "_orig_mod", kept)  # a compiled module has the names of its own
-        for kind in type(kept).__mro__:
-            if kind.__name__ in REFUSED:
+        _require_no_refused(name, kept)
+        for other, known in (*self.modules.items(), *self.optimizers.items()):
+            if known is kept:
                 raise InputError(
-                    f"run.keep({name}=…): no {kind.__name__}: {REFUSED[kind.__name__]}"
+                    f"run.keep({name}=…): it is kept already, as {other}: leave it out"
                 )
         if isinstance(kept, nn.Module):
             self.modules[name] = kept
@@ -167,7 +169,25 @@ GENERATORS: dict[type, Any] = {
 }
 
 
+def _require_no_refused(name: str, kept: Any) -> None:
+    """Raise InputError for an object, or a part of a module, whose state no one process has."""
+    parts = kept.named_modules() if isinstance(kept, nn.Module) else [("", kept)]
+    for inner, part in parts:
+        for kind in type(part).__mro__:
+            if kind.__name__ in REFUSED:
+                where = f" in {inner}" if inner else ""
+                raise InputError(
+                    f"run.keep({name}=…): no {kind.__name__}{where}: {REFUSED[kind.__name__]}"
+                )
+
+
 def _stateful(name: str, kept: Any) -> Stateful:
+    if kept is None:
+        raise InputError(f"run.keep({name}=…): found None; leave it out where there is none")
+    if isinstance(kept, type):
+        raise InputError(
+            f"run.keep({name}=…): found the class {kept.__name__}; expected an object of it"
+        )
     for kind, wrapper in GENERATORS.items():
         if isinstance(kept, kind):
             wrapped: Stateful = wrapper(kept)
@@ -177,7 +197,10 @@ def _stateful(name: str, kept: Any) -> Stateful:
             f"run.keep({name}=…): {kind_of(kept)} has no state_dict and load_state_dict: "
             f"give it these, or put plain numbers, text and tensors into run.values"
         )
-    require_plain(dict(kept.state_dict()), f"{OTHERS}/{name}")
+    state: object = kept.state_dict()
+    if not isinstance(state, Mapping):
+        raise InputError(f"run.keep({name}=…): its state_dict() returned {kind_of(state)}, no dict")
+    require_plain(dict(state), f"{OTHERS}/{name}")
     return kept
 
 

@@ -26,7 +26,7 @@ from holdfast.training.own_loop.champion import (
     Metrics,
     require_usable,
 )
-from holdfast.training.own_loop.ending import Ending, leave_fork
+from holdfast.training.own_loop.ending import Ending, leave_fork, tell_in_one_line
 from holdfast.training.own_loop.environment import note_outcome
 from holdfast.training.own_loop.finished import FinishedTraining, has_ended
 from holdfast.training.own_loop.host import ChampionReachedError, current_host
@@ -179,14 +179,16 @@ class Run:
     def _steps(self, num_steps: int) -> Iterator[int]:
         segment = self._begin()
         if isinstance(segment, ScriptSegment):
-            while self._place.step < num_steps and not self._is_finished:
+            while self._place.step < num_steps and not self._is_over:
                 self.begin_step()
-                yield self._place.step
-                if not self._has_ended:
-                    self.end_step(None if self._is_in_epochs else num_steps)
+                try:
+                    yield self._place.step
+                except GeneratorExit:  # the loop was left
+                    self._end_where_over()
+                    raise
+                self.end_step(None if self._is_in_epochs else num_steps)
         if not self._is_in_epochs:
-            self._has_looped = True
-            self.finish()
+            self.complete()
 
     def begin_step(self) -> None:
         """What ``steps`` does before each step, for a trainer that has a loop of its own.
@@ -229,17 +231,32 @@ class Run:
     def _epochs(self, num_epochs: int) -> Iterator[int]:
         segment = self._begin()
         if isinstance(segment, ScriptSegment):
-            while self._place.epoch < num_epochs and not self._is_finished:
+            while self._place.epoch < num_epochs and not self._is_over:
                 self._is_in_epochs = True
-                yield self._place.epoch
-                self._is_in_epochs = False
-                if self._has_ended:
-                    break
-                self._place.epoch, self._place.step = self._place.epoch + 1, 0
-                with _named_as_handed_over():
-                    self._save_validated(segment)
-        self._has_looped = True
-        self.finish()
+                try:
+                    yield self._place.epoch
+                except GeneratorExit:
+                    self._end_where_over(is_epoch=True)
+                    raise
+                self._end_epoch(segment)
+        self.complete()
+
+    def _end_epoch(self, segment: ScriptSegment) -> None:
+        self._is_in_epochs = False
+        self._place.epoch, self._place.step = self._place.epoch + 1, 0
+        with _named_as_handed_over():
+            self._save_validated(segment)
+
+    def _end_where_over(self, *, is_epoch: bool = False) -> None:
+        """After ``finish``, a loop is not asked for more: end the step, and the epoch."""
+        if not self._place.is_over or self._has_ended:
+            return
+        if self._is_in_step:
+            self.end_step()
+        if self._is_in_epochs and is_epoch:
+            self._end_epoch(self._training())
+        if not self._is_in_epochs:
+            self.complete()
 
     def steps_of_epoch(self, num_steps: int) -> Iterator[int]:
         """What ``for batch in loader`` counts."""
@@ -304,8 +321,20 @@ class Run:
             yield
 
     def finish(self) -> None:
-        """Training ends here, also before the loop's own end. Saves, and lets the run go."""
+        """Training ends before the loop's own end, and does so when it is started again, too.
+
+        The step and the epoch in which this is called are the last; then the run is saved.
+        """
         self._require_here("run.finish()")
+        if not self._has_ended:
+            self._training()
+            self._place.is_over = True
+        if not (self._is_in_step or self._is_in_epochs):
+            self.complete()
+
+    def complete(self) -> None:
+        """All steps are done: saves, and lets the run go."""
+        self._has_looped = True
         if isinstance(self._segment, ScriptSegment) and not self._is_finished:
             self._is_finished = True
             with _named_as_handed_over(), self._failure_recorded(self._segment):
@@ -377,6 +406,11 @@ class Run:
     def _has_ended(self) -> bool:
         return self._is_finished or isinstance(self._segment, FinishedTraining)
 
+    @property
+    def _is_over(self) -> bool:
+        """Whether no step is to be begun any more."""
+        return self._is_finished or self._place.is_over
+
     def _begin(self) -> ScriptSegment | FinishedTraining:
         if self._segment is None:
             require_main_thread("training began")
@@ -404,7 +438,7 @@ class Run:
                 segment.stop(notice)
             sys.exit(EXIT_PREEMPTED)
         if segment.is_over():
-            self.finish()
+            self.complete()
             sys.exit(0)
 
     @contextmanager
@@ -426,7 +460,9 @@ class Run:
 
         A script that itself ended well has to have come to the end of its loop.
         """
-        if self._is_finished or isinstance(self._segment, FinishedTraining):
+        if error is None:
+            self._end_where_over(is_epoch=True)
+        if self._has_ended:
             return None
         self._is_finished = True
         wrong = None if error is not None else self._unfinished()
@@ -491,7 +527,7 @@ def current_run(who: str) -> Run:
     """The run of this process. Raises InputError, in the name of ``who``, where there is none."""
     if _current is None:
         if current_host() is None:
-            Ending()  # it is told in one line, too
+            tell_in_one_line()
         raise InputError(
             f"{who} found no run: call holdfast.run(experiment, run_id, seed=…) before models and "
             f"data are made"

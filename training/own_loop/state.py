@@ -11,6 +11,7 @@ from torch import nn
 
 from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.configuration.schema import RunConfig
+from holdfast.training.errors import InputError
 from holdfast.training.loop.evaluation import model_device
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.loop.state import TrainState
@@ -26,11 +27,18 @@ class Place:
         epoch: of ``run.epochs``.
         step: within that epoch, or of ``run.steps`` where there are no epochs.
         num_losses: how many losses the sum since the last validation has.
+        is_over: the script has said that training ends, before its loop did.
     """
 
     epoch: int = 0
     step: int = 0
     num_losses: int = 0
+    is_over: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """As JSON; ``is_over`` only where it is."""
+        found = sorted(vars(self).items())
+        return {name: value for name, value in found if value or name != "is_over"}
 
 
 class Whole:
@@ -44,11 +52,16 @@ class Whole:
     def state_dict(self) -> dict[str, Any]:
         """What is kept beside them, and the places of loaders and loop."""
         loaders = {name: loader.state_dict() for name, loader in sorted(self._loaders.items())}
-        place = dict(sorted(vars(self._place).items()))
+        place = self._place.state_dict()
         return {"kept": self._kept.state_dict(), "loaders": loaders, "place": place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what ``state_dict`` returned."""
+        """Put back what ``state_dict`` returned. Raises InputError where the script has others."""
+        if state["loaders"].keys() != self._loaders.keys():
+            raise InputError(
+                f"the checkpoint has the places of {len(state['loaders'])} loaders, and the script "
+                f"makes {len(self._loaders)} by run.loader: go on with as many"
+            )
         self._kept.load_state_dict(state["kept"])
         for name, loader in self._loaders.items():
             loader.load_state_dict(state["loaders"][name])

@@ -9,6 +9,7 @@ usage: points_script.py FORM STORE [STEP:SIGNAL,...] [--workers N] [--fault NAME
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import signal
@@ -107,6 +108,26 @@ if fault == "parallel":
     kept["model"] = nn.DataParallel(model)
 elif fault == "stateless":
     kept["loader"] = object()
+elif fault == "inner parallel":
+    kept["model"] = nn.Sequential(nn.DataParallel(model))
+elif fault == "sharded":
+    kept["model"] = type("FSDPModule", (nn.Module,), {})()
+elif fault == "engine":
+    kept["model"] = type("DeepSpeedEngine", (nn.Module,), {})()
+elif fault == "fully sharded":
+    kept["model"] = type("FullyShardedDataParallel", (nn.Module,), {})()
+elif fault == "zero":
+    kept["optimizer"] = type("ZeroRedundancyOptimizer", (torch.optim.SGD,), {})(model.parameters())
+elif fault == "twice":
+    kept["again"] = model
+elif fault == "absent":
+    kept["scaler"] = None  # type: ignore[assignment]
+elif fault == "class":
+    kept["model"] = nn.Linear  # type: ignore[assignment]
+elif fault == "no dict":
+    kept["average"] = type(
+        "Odd", (), {"state_dict": len, "__len__": lambda _: 3, "load_state_dict": print}
+    )()
 elif fault == "data loader":
     kept["loader"] = torch.utils.data.DataLoader(Points())  # type: ignore[arg-type]
 elif fault == "no model":
@@ -163,6 +184,26 @@ def validate() -> None:
     run.validated(loss=loss)
 
 
+if fault == "no step":
+    sys.exit()
+if fault in {"forked loop", "process's loop"}:
+    multiprocessing.set_start_method("fork")
+
+    def loop() -> None:
+        """What belongs into the process that called holdfast.run."""
+        for _ in run.steps(40):
+            run.log(loss=1.0)
+
+    if fault == "process's loop":
+        child = multiprocessing.Process(target=loop)
+        child.start()
+        child.join()
+        print("child", child.exitcode)
+    elif (pid := os.fork()) == 0:
+        loop()
+        sys.exit()
+    else:
+        print("child", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 if fault == "thread's loop":
     thread = threading.Thread(target=lambda: next(run.steps(40)))
     thread.start()
@@ -181,6 +222,10 @@ if arguments.form == "steps":
             run.keep(late=head)
         if fault == "ends early" and step == 10:
             break
+        if fault == "leaves with 3" and step == 5:
+            sys.exit(3)
+        if fault == "wrong name":
+            run.log(loss=lossy)  # type: ignore[name-defined]  # noqa: F821
         if fault == "finishes early" and step == 10:
             run.finish()
             break

@@ -83,7 +83,7 @@ def test_the_record_names_the_script_and_its_configuration(tmp_path: Path) -> No
     assert record.script.path == str(SCRIPT)
     assert record.config["experiment"] == {"rate": 0.01}
     [segment] = read_segments(run_in(tmp_path))
-    assert (segment.outcome, segment.end_step) == ("completed", 10 + 1 - 1)
+    assert (segment.outcome, segment.end_step) == ("completed", 11)
 
 
 REFUSED = {
@@ -106,6 +106,15 @@ REFUSED = {
     "late value": 'run.values["best"] is a set; expected numbers, text, lists, dicts or tensors',
     "loss of each": "run.log(loss=…): expected a number, found a tensor of shape (3,)",
     "metric of each": "run.validated(loss=…): expected a number, found a tensor of shape (3,)",
+    "inner parallel": "run.keep(model=…): no DataParallel in 0: use one process for each device",
+    "sharded": "no FSDPModule: its weights lie in several processes: keep a model that is not",
+    "engine": "no DeepSpeedEngine: its checkpoints are pickles, and it steps by itself",
+    "fully sharded": "no FullyShardedDataParallel: it trains in several processes",
+    "zero": "no ZeroRedundancyOptimizer: its state lies in several processes: keep the optimizer",
+    "twice": "run.keep(again=…): it is kept already, as model: leave it out",
+    "absent": "run.keep(scaler=…): found None; leave it out where there is none",
+    "class": "run.keep(model=…): found the class Linear; expected an object of it",
+    "no dict": "run.keep(average=…): its state_dict() returned an int, no dict",
     "thread's loop": "training began outside of the main thread",
     "thread": "holdfast.run was called outside of the main thread",
 }
@@ -155,6 +164,33 @@ def test_a_fork_of_the_script_does_not_touch_the_run(tmp_path: Path) -> None:
     assert [s.outcome for s in read_segments(run_in(tmp_path))] == ["preempted"]
 
 
+@pytest.mark.parametrize("fault", ["forked loop", "process's loop"])
+def test_a_process_that_is_forked_and_trains_is_told_so_and_the_run_goes_on(
+    tmp_path: Path, fault: str
+) -> None:
+    code, out, errors = script("steps", f"--fault={fault}", folder=tmp_path)
+    assert (code, out.splitlines()[0]) == (0, "child 2"), errors
+    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "run.steps(…) was called in a process that the script forked" in line
+    assert "Traceback" not in errors
+    assert [s.outcome for s in read_segments(run_in(tmp_path))] == ["completed"]
+
+
+def test_a_training_that_finishes_early_is_the_same_wherever_it_was_stopped(tmp_path: Path) -> None:
+    calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    for folder, stops in ((calm, []), (stopped, ["10:SIGTERM", "5:SIGKILL"])):
+        folder.mkdir()
+        for stop in stops:  # after step 10 all is saved, and one step is left
+            script("steps", stop, "--fault=finishes early", folder=folder)
+        code, _, errors = script("steps", "--fault=finishes early", folder=folder)
+        assert code == 0, errors
+    before = final_state(run_in(calm))
+    assert differences(before, final_state(run_in(stopped))) == []
+    code, told, errors = script("steps", folder=calm)  # it is over, and stays so
+    assert (code, told.split()[1]) == (0, "11"), errors
+    assert differences(before, final_state(run_in(calm))) == []
+
+
 def test_metrics_are_where_selection_looks(tmp_path: Path) -> None:
     script("epochs", folder=tmp_path)
     state = json.loads((run_in(tmp_path).checkpoint(40) / "state.json").read_text())
@@ -167,4 +203,9 @@ def test_the_command_line_says_how_a_script_goes_on(tmp_path: Path) -> None:
     told = CliRunner().invoke(holdfast, ["status", "one", "--store", str(tmp_path / "store")])
     again = f"holdfast exec {SCRIPT} steps store 7:SIGTERM"
     assert told.output.rstrip().endswith(f"to go on: {again}")
+    script("steps", folder=tmp_path)
+    told = CliRunner().invoke(holdfast, ["status", "one", "--store", str(tmp_path / "store")])
+    assert "to go on" not in told.output
+    last = f"for a bundle: holdfast resume {run_in(tmp_path).path} (where the script calls run.cham"
+    assert told.output.splitlines()[-1].startswith(last)
     assert experiment_reference(run_in(tmp_path)) == f"points={SCRIPT}"

@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.certificate.replaying import replay
 from holdfast.training.errors import InputError
 from holdfast.training.exactness.reproducibility import child_environment
 from holdfast.training.exactness.trial import Trial
 from holdfast.training.own_loop.environment import IS_STRICT, STORE
 from holdfast.training.replay.comparison import Replayed, Steps, require_kept
-from holdfast.training.runs.directory import read_segments
-from holdfast.training.runs.losses import Difference
+from holdfast.training.runs.directory import (
+    RunRecord,
+    SegmentRecord,
+    read_segments,
+    utc_now,
+    write_run_record_once,
+    write_segment,
+)
+from holdfast.training.runs.losses import Difference, loss_path
 from holdfast.training.runs.paths import RunDirectory
 from tests.faults.campaign import Training, complete
 from tests.generality.harness import OFTEN, stop_after
@@ -52,6 +60,22 @@ def everything(run: RunDirectory) -> dict[str, tuple[int, bytes]]:
         str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in [run.path, *sorted(run.path.rglob("*"))]
     }
+
+
+def test_a_run_of_several_processes_without_shards_is_refused(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "one")
+    record = RunRecord(
+        run_id="one", experiment="digits", config={}, config_digest="c", created_at=utc_now()
+    )
+    write_run_record_once(run, record)
+    made = SegmentRecord(
+        number=1, started_at=utc_now(), end_step=9, host="h", pid=1, num_processes=3
+    )
+    write_segment(run, made)
+    run.losses.mkdir()
+    loss_path(run, 1, 1).write_bytes(bytes(8 * 9))
+    with pytest.raises(InputError, match=r"trained in 3 processes without distributed\.num_shards"):
+        replay(run, Steps(2, 3), (), print, [])
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
@@ -10,11 +11,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from holdfast.flows.command_line.group import holdfast
 from holdfast.training.errors import InexactError
 from holdfast.training.exactness.strictness import strictness
 from holdfast.training.loop.loss_record import LossRecord
-from holdfast.training.runs.losses import ComparedLosses, bits_of, compare_losses, loss_of
+from holdfast.training.runs.directory import (
+    RunRecord,
+    SegmentRecord,
+    TakenOver,
+    read_segments,
+    utc_now,
+    write_segment,
+)
+from holdfast.training.runs.durable_json import write_json_durably
+from holdfast.training.runs.ledger import ledger
+from holdfast.training.runs.losses import (
+    ComparedLosses,
+    bits_of,
+    compare_losses,
+    loss_of,
+    with_known_ends,
+)
 from holdfast.training.runs.paths import RunDirectory
 
 
@@ -87,3 +106,48 @@ def test_a_store_that_cannot_be_written_is_told_once_and_training_goes_on(
         record.flush()
     record.close()
     assert [line.levelname for line in caplog.records] == ["WARNING"]
+
+
+def begun(run: RunDirectory, **changed: object) -> None:
+    record = RunRecord(
+        run_id="one", experiment="points", config={}, config_digest="b", created_at=utc_now()
+    ).model_copy(update=changed)
+    run.path.mkdir(exist_ok=True)
+    write_json_durably(run.run_json, record.model_dump(mode="json"))
+
+
+def test_losses_of_another_configuration_are_not_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDirectory(tmp_path / "one")
+    taken = TakenOver(segment=3, step=2, at=utc_now(), config_digest="a", changed={"rate": 1})
+    begun(run, taken_over=[taken])
+    segment(run, 1, 0, [1, 2, 3, 4])
+    segment(run, 2, 1, [2, 3, 4])
+    segment(run, 3, 2, [30, 40, 50])
+    segment(run, 4, 3, [40, 50])
+    found = compare_losses(run)
+    assert (found.num_compared, found.num_different) == (3 + 2, 0)
+    assert caplog.text == ""
+
+
+def test_a_killed_segment_is_known_to_have_done_each_step_whose_loss_was_kept(
+    tmp_path: Path,
+) -> None:
+    run = RunDirectory(tmp_path / "one")
+    begun(run)
+    for number, start, noted in ((1, 0, 2), (2, 1, 3)):
+        made = SegmentRecord(
+            number=number, started_at=utc_now(), start_step=start, end_step=noted, host="h", pid=1
+        )
+        write_segment(run, made)
+    segment(run, 1, 0, [1, 2, 3, 4, 5])
+    segment(run, 2, 1, [2, 3, 4])
+    ends = [record.end_step for record in with_known_ends(read_segments(run), run)]
+    assert ends == [5, 4]
+    repeated = ledger(with_known_ends(read_segments(run), run)).num_recomputed_steps
+    assert repeated == compare_losses(run).num_compared == 3
+    told = CliRunner().invoke(holdfast, ["status", str(run.path), "--json"]).output
+    assert json.loads(told)["num_repeated_steps"] == 3
+    page = CliRunner().invoke(holdfast, ["status", str(run.path)]).output
+    assert "3 steps were done twice, 3 compared, all with the same bits" in page
