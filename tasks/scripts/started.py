@@ -38,7 +38,8 @@ def start(arguments: list[str]) -> None:
 
 
 def _run_file(path: str, arguments: list[str]) -> None:
-    sys.path[0] = str(Path(path).resolve().parent)
+    if not sys.flags.safe_path:  # in the place of this file's
+        sys.path[0] = str(Path(path).resolve().parent)
     sys.argv = arguments
     module = types.ModuleType("__main__")
     module.__file__ = str(Path(path).absolute())
@@ -49,7 +50,8 @@ def _run_file(path: str, arguments: list[str]) -> None:
 
 
 def _run_module(name: str, arguments: list[str]) -> None:
-    sys.path[0] = str(Path.cwd())
+    if not sys.flags.safe_path:
+        sys.path[0] = str(Path.cwd())
     sys.argv = ["-m", *arguments]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 

@@ -467,7 +467,7 @@ class Run:
         self._is_finished = True
         wrong = None if error is not None else self._unfinished()
         told = error or wrong
-        if self._segment is not None and told is not None:
+        if isinstance(self._segment, ScriptSegment) and told is not None:
             self._segment.fail(told)
         return wrong
 

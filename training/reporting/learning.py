@@ -12,8 +12,8 @@ from holdfast.training.reporting.wording import number, plural
 
 LEAD = "Over optimizer steps; validation after each epoch, training loss as the epoch's mean."
 SCRIPT_LEAD = (
-    "Over optimizer steps; validation where the script calls run.validated, training loss as the "
-    "mean since the validation before."
+    "Over optimizer steps; validation where the script has validated, training loss as the mean "
+    "since the validation before."
 )
 MAX_METRIC_CHARTS = 5
 MAX_RATE_CHARTS = 4
@@ -25,7 +25,7 @@ def learning_section(facts: RunFacts) -> Html:
     """Curves over steps, with marks where segments stopped."""
     is_script = facts.record.script is not None
     if not facts.history:
-        none = "The script has validated nothing so far (run.validated)."
+        none = "The script has validated nothing so far."
         return section("Learning curves", note(none if is_script else "No epoch is finished yet."))
     charts = [_chart(facts, name) for name in _metric_names(facts)]
     charts += _rate_charts(facts)
