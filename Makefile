@@ -5,7 +5,8 @@
 # make docs    the site, into build/docs
 # make wheel   build the wheel, and try it in a fresh environment of ENVIRONMENT's Python
 # make bench   the benchmarks that take minutes; DATA=folder with real data
-# make chaos KILLS=1000   kill training that many times and compare bytes; PROCESSES=3 for several
+# make chaos KILLS=1000   kill training that many times and compare bytes; PROCESSES=3 for several,
+#                         EXPERIMENT=language_model for that one
 # make digests   the bytes that small runs of every experiment end with
 
 PYTHON ?= python3
@@ -52,7 +53,7 @@ bench: setup
 	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA))
 
 chaos: setup
-	$(BIN)/python -m tests.faults.chaos --kills $(KILLS) --processes $(PROCESSES)
+	$(BIN)/python -m tests.faults.chaos --kills $(KILLS) --processes $(PROCESSES) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
 
 digests: setup
 	@$(BIN)/python -m tests.compatibility.digests

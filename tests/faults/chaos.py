@@ -31,10 +31,37 @@ POINTS = [name for name in sorted(FAULT_POINTS) if not name.startswith(RARE)]
 
 
 NUM_SHARDS = 4
+SMALL = {
+    "language_model": (
+        "experiment.num_generated=500",
+        "experiment.context=16",
+        "experiment.width=16",
+        "experiment.dropout=0.1",
+        "experiment.vocabulary=bpe",
+        "experiment.vocabulary_size=300",
+        "data.batch_size=8",
+        "train.num_microbatches=2",
+        "train.num_epochs=6",
+        "train.steps_per_epoch=50",
+        "scheduler.args.T_max=280",
+        "train.num_threads=1",
+    ),
+}
+"""Experiments that come with Holdfast, as they are killed; else it is the hard one of the tests."""
 
 
-def the_training(folder: Path, name: str, overrides: tuple[str, ...], processes: int) -> Training:
+def the_training(
+    folder: Path,
+    name: str,
+    overrides: tuple[str, ...],
+    processes: int,
+    experiment: str | None = None,
+) -> Training:
     """What is killed: one process, or up to ``processes``, another number in each segment."""
+    if experiment is not None:
+        shards = (f"distributed.num_shards={NUM_SHARDS}", "distributed.strategy=ddp")
+        own = (*SMALL[experiment], *(shards if processes > 1 else ()), *overrides)
+        return Training(folder, name, experiment, own, True, processes)
     if processes == 1:
         return Training(folder, name, overrides=overrides, is_cold=True)
     overrides = (f"distributed.num_shards={NUM_SHARDS}", "train.num_epochs=8", *overrides)
@@ -42,13 +69,18 @@ def the_training(folder: Path, name: str, overrides: tuple[str, ...], processes:
 
 
 def campaign(
-    seed: int, folder: Path, num_kills: int, calm: dict[str, bytes], processes: int
+    seed: int,
+    folder: Path,
+    num_kills: int,
+    calm: dict[str, bytes],
+    processes: int,
+    experiment: str | None,
 ) -> tuple[int, str]:
     """Kill one run; returns how many kills it got, and what went wrong or nothing."""
     rng = random.Random(seed)
     overrides = (f"checkpoint.every_steps={rng.randint(2, 9)}",)
     overrides += (f"data.num_workers={rng.choice([0, 2])}",)
-    training = the_training(folder, f"seed-{seed}", overrides, processes)
+    training = the_training(folder, f"seed-{seed}", overrides, processes, experiment)
     try:
         deeds = kill_until_complete(training, rng, num_kills, 0.6, POINTS)
     except AssertionError as error:
@@ -63,14 +95,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="kills in all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first campaign")
     parser.add_argument("--processes", type=int, default=1, help="most processes of a segment")
+    parser.add_argument("--experiment", choices=list(SMALL), help="kill trainings of this one")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     num_runs = num_failed = num_kills = 0
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="holdfast-chaos-") as name:
         folder = Path(name)
-        processes = arguments.processes
-        calm_training = replace(the_training(folder, "calm", (), processes), most_processes=1)
+        processes, experiment = arguments.processes, arguments.experiment
+        calm_training = the_training(folder, "calm", (), processes, experiment)
+        calm_training = replace(calm_training, most_processes=1)
         complete(calm_training)
         calm = final_state(calm_training.run)
         with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -79,7 +113,8 @@ def main() -> int:
                 num_missing = arguments.kills - num_kills
                 seeds = range(seed, seed - (-num_missing // KILLS_PER_RUN))
                 results = pool.map(
-                    lambda seed: campaign(seed, folder, KILLS_PER_RUN, calm, processes), seeds
+                    lambda seed: campaign(seed, folder, KILLS_PER_RUN, calm, processes, experiment),
+                    seeds,
                 )
                 for seed, (num_done, problem) in zip(seeds, results, strict=True):
                     num_runs += 1
@@ -88,6 +123,7 @@ def main() -> int:
                         num_failed += 1
                         repeat = f"python -m tests.faults.chaos --kills 1 --seed {seed}"
                         repeat += f" --processes {processes}"
+                        repeat += f" --experiment {experiment}" if experiment else ""
                         print(f"FAILED seed {seed}: {problem}; repeat with: {repeat}", flush=True)
                 seed += 1
     elapsed_s = time.monotonic() - start_s
