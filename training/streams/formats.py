@@ -226,7 +226,7 @@ class Parquet:
 class ParquetFile:
     """A Parquet file, with the row groups that were read last in memory."""
 
-    NUM_GROUPS_HELD = 4
+    NUM_GROUPS_HELD = 8
 
     def __init__(self, path: Path) -> None:
         with _parquet_errors(path):

@@ -21,7 +21,7 @@ from holdfast.training.streams.index import Index, local_index, stream_names
 from holdfast.training.streams.order import WindowedOrder
 
 WINDOW = 4096
-MAX_OPEN_FILES = 16
+MAX_OPEN_FILES = 64
 CACHE_BYTES = 32 * 2**30
 
 
@@ -58,6 +58,7 @@ class StreamFiles:
         self.index = self._source.index
         self.fingerprint = self.index.fingerprint
         self._ends = np.cumsum(self.index.counts)
+        self._kinds = [kind_of(file.name) for file in self.index.files]
         self._open: OrderedDict[int, OpenFile] = OrderedDict()
 
     def __len__(self) -> int:
@@ -117,7 +118,7 @@ class StreamFiles:
             ) from error
 
     def _item(self, raw: Any, file: int, number: int) -> Any:
-        kind = kind_of(self.index.files[file].name)
+        kind = self._kinds[file]
         assert kind is not None
         try:
             return self.item(kind.sample(raw))

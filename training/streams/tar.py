@@ -101,7 +101,7 @@ def members(stream: BinaryIO, size_bytes: int, is_whole: bool = False) -> Iterat
 def _checked(header: bytes, place: int) -> tuple[bytes, int]:
     """Kind and size of a member. Raises TarError where the header's sum is wrong."""
     told = header[148:156].strip(b"\0 ")
-    total = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    total = sum(header[:148]) + sum(header[156:]) + 8 * ord(" ")
     if not told or not told.isdigit() or int(told, 8) != total:
         raise TarError(f"it is damaged: there is no header at byte {place}")
     field = header[124:136]
