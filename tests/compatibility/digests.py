@@ -47,6 +47,20 @@ SMALL_RUNS = (
     ),
     SmallRun("turbofan", ("train.num_epochs=2",), needs_engines=True),
     SmallRun("translation", ("train.num_epochs=1", "train.max_steps=40")),
+    SmallRun(
+        "language_model",
+        (
+            "experiment.num_generated=300",
+            "experiment.context=16",
+            "experiment.width=16",
+            "experiment.vocabulary=bpe",
+            "experiment.vocabulary_size=300",
+            "experiment.positions=rotary",
+            "train.num_epochs=2",
+            "train.steps_per_epoch=20",
+            'export.formats=["weights","onnx"]',
+        ),
+    ),
 )
 
 

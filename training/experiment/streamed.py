@@ -9,6 +9,7 @@ as the data set's own state is.
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -98,16 +99,14 @@ class Streamed:
         state = {"position": self._next, "num_passes": self._num_passes, "own": own}
         return Carried(collate(self, items), state)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What travels to the loader process: where to read on, and no iterator."""
-        place = None if self._iterator is None else _state_of(self.source, self._iterator)
-        return {**self.__dict__, "_iterator": None, "_place": place}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What travels to the loader process: where to read on, and no iterator.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        place = state.pop("_place")
-        self.__dict__.update(state)
-        if place is not None:
-            self._begin(place)
+        As plain bytes: torch would send each tensor by a descriptor, and close those of a state
+        that nobody else holds, or of a generator, before the process has them.
+        """
+        place = None if self._iterator is None else _state_of(self.source, self._iterator)
+        return _received, (pickle.dumps(({**self.__dict__, "_iterator": None}, place)),)
 
     def _begin(self, own: Mapping[str, Any] | None) -> None:
         """Iterate from a state of its own on; None is the beginning of a data set without one."""
@@ -142,6 +141,15 @@ class Streamed:
                 source.load_state_dict(copy.deepcopy(self._fresh))
             self._preview = list(islice(iter(source), NUM_PREVIEWED))
         return self._preview
+
+
+def _received(content: bytes) -> Streamed:
+    attributes, place = pickle.loads(content)  # noqa: S301 - from this process's own parent
+    stream = Streamed.__new__(Streamed)
+    stream.__dict__.update(attributes)
+    if place is not None:
+        stream._begin(place)
+    return stream
 
 
 def taken(dataset: Any) -> Any:

@@ -27,7 +27,7 @@ from holdfast.training.experiments.language_model.graphs import continuation, ru
 from holdfast.training.experiments.language_model.model import Gpt
 from holdfast.training.experiments.language_model.tokens import stored_tokens
 from holdfast.training.loop.evaluation import evaluate
-from tests.faults.campaign import Training, complete
+from tests.faults.campaign import Training, complete, differences, final_state
 from tests.generality.harness import QUICK_EXPORT, assert_exact, assert_published
 from tests.training.streams.stream_writers import write_lines, write_tar
 
@@ -261,6 +261,18 @@ def test_kills_and_loader_processes_change_no_byte_of_a_learnt_vocabulary(tmp_pa
     learnt = ('experiment.vocabulary="bpe"', "experiment.vocabulary_size=300")
     rotary = ('experiment.positions="rotary"', "experiment.dropout=0.1", "data.num_workers=2")
     assert_exact("language_model", tmp_path, (*OVERRIDES, *learnt, *rotary))
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_bytes_of_one(tmp_path: Path) -> None:
+    shards = ("distributed.strategy=ddp", "distributed.num_shards=2")
+    states = []
+    for num in (1, 2):
+        overrides = (*OVERRIDES, *shards, f"distributed.num_processes={num}")
+        training = Training(tmp_path / str(num), "one", "language_model", overrides)
+        complete(training)
+        states.append(final_state(training.run))
+    assert differences(*states) == []
 
 
 @pytest.fixture(scope="module")
