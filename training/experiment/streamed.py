@@ -110,12 +110,17 @@ class Streamed:
 
     def _begin(self, own: Mapping[str, Any] | None) -> None:
         """Iterate from a state of its own on; None is the beginning of a data set without one."""
+        self._tell_pass()
         knows_place = isinstance(self.source, KnowsPlace)
         if knows_place:
             self.source.load_state_dict(copy.deepcopy(own))
         self._iterator = iterator = iter(self.source)
         if own is not None and not knows_place:
             iterator.load_state_dict(copy.deepcopy(own))
+
+    def _tell_pass(self) -> None:
+        if callable(set_epoch := getattr(self.source, "set_epoch", None)):
+            set_epoch(self._num_passes)
 
     def _item(self) -> Any:
         assert self._iterator is not None
@@ -124,8 +129,7 @@ class Streamed:
                 item = next(self._iterator)
             except StopIteration:
                 self._num_passes += 1
-                if callable(set_epoch := getattr(self.source, "set_epoch", None)):
-                    set_epoch(self._num_passes)
+                self._tell_pass()
                 self._iterator = iter(self.source)
                 continue
             self._next += 1

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import IterableDataset
 
 from holdfast.training.errors import DataFormatError, ExperimentError
 from holdfast.training.experiment.streamed import Streamed, taken
-from tests.generality.test_streams import NUM_ITEMS, Counting, Forgetful, OfIterator
+from tests.generality.test_streams import NUM_ITEMS, Counting, Forgetful, OfIterator, item
 
 
 class Empty(Counting):
@@ -42,6 +43,36 @@ def test_a_stream_goes_on_from_the_state_that_came_with_a_batch(kind: type[Any])
     forward = taken(kind())
     forward.go_to(70, None)  # without a state, from the beginning
     assert batch(forward, 70) == whole[10]
+
+
+class Told(Counting):
+    """Another order in each pass, which is no part of its state."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Any:
+        for number in range(self.place, NUM_ITEMS):
+            self.place = number + 1
+            yield item((number * (self.epoch + 3)) % NUM_ITEMS)
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": self.place}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.place = state["place"]
+
+
+def test_a_stream_is_told_its_pass_again_where_it_goes_on() -> None:
+    calm = taken(Told())
+    whole = [calm.next_batch(np.arange(first, first + 10)) for first in range(0, 150, 10)]
+    assert not torch.equal(whole[1].batch[0], whole[6].batch[0])
+    for number in (3, 7, 11):
+        again = taken(Told())
+        again.go_to(10 * number + 10, whole[number].state)
+        found = again.next_batch(np.arange(10 * number + 10, 10 * number + 20))
+        assert torch.equal(found.batch[0], whole[number + 1].batch[0])
 
 
 def test_by_index_it_has_its_first_items_and_reading_them_moves_nothing() -> None:
