@@ -60,6 +60,7 @@ class Streamed:
         self._fresh = _state_of(dataset)
         self._preview: list[Any] | None = None
         self._iterator: Iterator[Any] | None = None
+        self._own = self._fresh  # what it said last; not asked before the first item is read
         self._next, self._num_passes = 0, 0
         if hasattr(dataset, "collate"):
             self.collate = dataset.collate
@@ -89,13 +90,14 @@ class Streamed:
         self._begin(self._fresh)
         while self._next < position:
             self._item()
+            self._own = _state_of(self.source, self._iterator)
 
     def next_batch(self, indices: npt.NDArray[np.int64]) -> Carried:
         """The items of a place, which must be the next one."""
         if self._iterator is None or self._next != int(indices[0]):
             self.go_to(int(indices[0]), None)
         items = [self._item() for _ in indices]
-        own = _state_of(self.source, self._iterator)
+        self._own = own = _state_of(self.source, self._iterator)
         state = {"position": self._next, "num_passes": self._num_passes, "own": own}
         return Carried(collate(self, items), state)
 
@@ -105,11 +107,12 @@ class Streamed:
         As plain bytes: torch would send each tensor by a descriptor, and close those of a state
         that nobody else holds, or of a generator, before the process has them.
         """
-        place = None if self._iterator is None else _state_of(self.source, self._iterator)
-        return _received, (pickle.dumps(({**self.__dict__, "_iterator": None}, place)),)
+        is_begun = self._iterator is not None
+        return _received, (pickle.dumps(({**self.__dict__, "_iterator": None}, is_begun)),)
 
     def _begin(self, own: Mapping[str, Any] | None) -> None:
         """Iterate from a state of its own on; None is the beginning of a data set without one."""
+        self._own = own
         self._tell_pass()
         knows_place = isinstance(self.source, KnowsPlace)
         if knows_place:
@@ -148,11 +151,11 @@ class Streamed:
 
 
 def _received(content: bytes) -> Streamed:
-    attributes, place = pickle.loads(content)  # noqa: S301 - from this process's own parent
+    attributes, is_begun = pickle.loads(content)  # noqa: S301 - from this process's own parent
     stream = Streamed.__new__(Streamed)
     stream.__dict__.update(attributes)
-    if place is not None:
-        stream._begin(place)
+    if is_begun:
+        stream._begin(stream._own)
     return stream
 
 
