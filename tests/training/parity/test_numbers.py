@@ -43,6 +43,41 @@ def test_the_reference_is_double_even_where_the_code_asks_for_single() -> None:
     assert 0 < scaled_error(reference.eager[0], reference.exact[0]) < 1e-6
 
 
+class Counting(nn.Module):
+    """Notes how many samples it is given, and mixes them or not."""
+
+    def __init__(self, *, is_mixing: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.is_mixing = is_mixing
+        self.given: list[tuple[torch.dtype, int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given.append((x.dtype, len(x)))
+        outputs: Tensor = self.layer(x)
+        return outputs - outputs.mean(0) if self.is_mixing else outputs
+
+
+@pytest.mark.parametrize(
+    ("is_mixing", "num_samples", "parts"),
+    [(False, 100, [33, 33, 33, 1]), (True, 100, [100]), (False, 33, [33]), (True, 2, [2])],
+)
+def test_the_double_copy_sees_few_samples_at_a_time_where_each_is_answered_alone(
+    is_mixing: bool, num_samples: int, parts: list[int]
+) -> None:
+    torch.manual_seed(0)
+    eager = GuardedModel(Counting(is_mixing=is_mixing)).eval()
+    exact, inputs = double_copy(eager), torch.randn(num_samples, 4)
+    reference = make_reference(eager, exact, (inputs,))
+    inner = exact.model
+    assert isinstance(inner, Counting)
+    assert inner.given == [(torch.float64, num) for num in parts]
+    with torch.no_grad():
+        [whole], [answer] = exact(inputs.double()), eager(inputs)
+    assert scaled_error(reference.exact[0], whole) < 1e-14
+    assert compare([answer], reference)[0].is_good
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.floats(1e-6, 1e6))
 def test_the_bound_does_not_depend_on_the_scale_of_the_outputs(scale: float) -> None:
