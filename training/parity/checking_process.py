@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from functools import cache
 from pathlib import Path
@@ -71,6 +72,7 @@ def check_parity(request: CheckRequest, names: list[str]) -> None:
         else:
             report = check_artifact(champion, name, table[name], place, limits)
         write_json_durably(request.report_path("parity", name), report.as_json())
+        gc.collect()  # models are in cycles: each would be there while the next one is checked
 
 
 def check_latency(request: CheckRequest, names: list[str]) -> None:
