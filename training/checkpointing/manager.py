@@ -172,6 +172,7 @@ class CheckpointManager:
         self._buffers = SnapshotBuffers()
         self._thread = ThreadPoolExecutor(1, "holdfast-save")
         self._in_flight: Future[Published] | None = None
+        self._reserving: Future[None] | None = None
         self._snapshot: _Snapshot | None = None
         self._published: Published | None = None
         self._snapshots_s: list[float] = []
@@ -181,6 +182,16 @@ class CheckpointManager:
     def is_in_flight(self) -> bool:
         """Whether a save is being written, or its outcome was not asked for yet."""
         return self._in_flight is not None
+
+    def reserve(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take the memory that a save of such tensors needs, in the background.
+
+        So the first save takes no longer from training than the others. After it, nothing is done.
+        Raises UnsupportedStateError.
+        """
+        if self._snapshot is not None:
+            return
+        self._reserving = self._thread.submit(self._buffers.reserve, self._buffers.sizes(tensors))
 
     def save(self, contents: CheckpointContents, *, wait: bool = False) -> None:
         """Copy the contents now, and write them in the background.
@@ -193,6 +204,9 @@ class CheckpointManager:
             StorageError, LeaseError: what ``wait`` raises, for the save before or for this one.
         """
         self.wait()
+        if self._reserving is not None:
+            self._reserving.result()
+            self._reserving = None
         start_s = time.monotonic()
         reach("save.before-snapshot")
         images = self._images(contents)

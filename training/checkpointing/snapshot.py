@@ -53,6 +53,27 @@ class SnapshotBuffers:
         self._buffers: dict[str, Tensor] = {}
         self.copies: dict[str, dict[str, Tensor]] = {}
 
+    def sizes(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[int, bool]]:
+        """What a snapshot of these tensors needs: bytes by file stem, and whether they are pinned.
+
+        Raises as ``take``.
+        """
+        return {
+            stem: (plan_layout(inner, stem).data_bytes, _is_on_gpu(inner))
+            for stem, inner in tensors.items()
+        }
+
+    def reserve(self, sizes: Mapping[str, tuple[int, bool]]) -> None:
+        """Take the memory of a snapshot before there is one; not beside another call.
+
+        The system gives memory when it is written to, and locks it for a GPU when it is taken:
+        for large states either takes longer than the copy.
+        """
+        for stem, (num_bytes, is_pinned) in sizes.items():
+            buffer = self._buffer(stem, num_bytes, is_pinned)
+            if not is_pinned:
+                buffer.zero_()
+
     def take(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, FileImage]:
         """Copy all tensors. The images are good until the next call.
 

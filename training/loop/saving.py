@@ -110,6 +110,13 @@ class Saver:
         self._is_grace_checked = False
         self.before_save: Callable[[], None] = lambda: None
 
+    def prepare(self) -> None:
+        """Have the memory of the first save taken in the background; after the first step.
+
+        Only then an optimizer has its state.
+        """
+        self._manager.reserve(self._state.capture()[0])
+
     def is_light_due(self) -> bool:
         """Whether this step, within an epoch, is to be validated and was not yet."""
         return self._validations.is_due()

@@ -179,6 +179,8 @@ def _train(
             saver.before_save = losses.sync
 
             def after_step(step: int) -> None:
+                if step == start_step + 1:
+                    saver.prepare()
                 losses.add(trainer.train_step.last_loss)
                 keeper.advance(step)
                 trial.after_step(step, *own_place)

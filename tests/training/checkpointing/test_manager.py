@@ -388,3 +388,40 @@ def test_a_full_checkpoint_says_what_it_was_made_with(run: RunDirectory) -> None
     assert manifest.versions == IDENTITY.versions
     assert manifest.device == IDENTITY.device
     assert set(manifest.files) == set(FILES) - {MANIFEST_NAME}
+
+
+def test_the_memory_of_the_first_save_is_taken_before_it(run: RunDirectory) -> None:
+    with managing(run) as manager:
+        contents = contents_at(1)
+        manager.reserve(contents.tensors)
+        manager._thread.submit(lambda: None).result()
+        reserved = {stem: b.data_ptr() for stem, b in manager._buffers._buffers.items()}
+        assert reserved.keys() == contents.tensors.keys()
+        manager.save(contents, wait=True)
+        verify(run.checkpoint(1))
+        assert {s: b.data_ptr() for s, b in manager._buffers._buffers.items()} == reserved
+        manager.reserve(contents_at(2).tensors)  # after a save: nothing, whatever is in flight
+        assert manager._reserving is None
+
+
+def test_a_save_waits_until_its_memory_is_taken(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on, order = threading.Event(), []
+    with managing(run) as manager:
+        reserve = manager._buffers.reserve
+
+        def slow(sizes: Mapping[str, tuple[int, bool]]) -> None:
+            assert may_go_on.wait(10)
+            reserve(sizes)
+            order.append("reserved")
+
+        monkeypatch.setattr(manager._buffers, "reserve", slow)
+        manager.reserve(contents_at(1).tensors)
+        threading.Timer(0.1, may_go_on.set).start()
+        manager.save(contents_at(1), wait=True)
+        order.append("saved")
+        assert order == ["reserved", "saved"]
+        restored = manager.restore()
+    assert restored is not None
+    assert_holds(restored.tensors, 1)
