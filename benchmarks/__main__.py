@@ -268,8 +268,8 @@ SIMULATE = (
             ("simulated.py", "--trace", f"{DATA}/spot_traces/p3-trace.csv"),
             ("simulated.py", "--trace", f"{DATA}/spot_traces/g4dn-trace.csv"),
         ),
-        "Digits, trained by real segments on machines that come and go as the trace says, its time "
-        "compressed; machines are told 4 s before they go, and half of them vanish without. A "
+        "Steps of 30 ms, done by real segments on machines that come and go as the trace says, its "
+        "time compressed; machines are told 4 s before they go, and half of them vanish without. A "
         "start is not compressed, so it weighs hundreds of times more than it would. Processes are "
         "forked from one that has imported torch, and the next is started at once: noticing, and "
         "Prefect, are no part of it.",

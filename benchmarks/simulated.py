@@ -2,7 +2,8 @@
 
     python benchmarks/simulated.py --trace ../shared/data/spot_traces/p3-trace.csv [--minutes 4]
 
-Costs are not compressed: starts weigh as much as on a trace of minutes. Processes are forked from
+Costs are not compressed: starts weigh as much as on a trace of minutes. Steps sleep, so that a busy
+machine does not change them. Processes are forked from
 one that has imported torch. The simulator gets the costs twice: from a calm run before, and from
 the records of the replayed run.
 """
@@ -18,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.interleaving import markdown_table
 from holdfast.training.configuration.schema import CheckpointConfig
-from holdfast.training.runs.directory import RunDirectory
 from holdfast.training.runs.ledger import Ledger
 from holdfast.training.simulation.capacity import TraceCapacity, read_trace
-from tests.training.simulation.replay import Always, Replay, simulated
+from tests.training.simulation.replay import Always, Replay, paced_run, simulated
 
 NOTICE_S = 4.0
 EPOCHS_BETWEEN_SAVES = 20
@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=4.0, help="to squeeze the trace into")
-    parser.add_argument("--epochs", type=int, default=160)
+    parser.add_argument("--epochs", type=int, default=400)
     parser.add_argument("--without-notice", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -48,9 +48,7 @@ def main() -> int:
         f"checkpoint.mean_time_between_preemptions_s={checkpoint.mean_time_between_preemptions_s}",
     )
     with tempfile.TemporaryDirectory() as folder:
-        calm, real = (
-            Replay(RunDirectory(Path(folder) / "digits" / name)) for name in ("calm", "replayed")
-        )
+        calm, real = (Replay(paced_run(Path(folder), name)) for name in ("calm", "replayed"))
         calm.play(Always(), overrides, NOTICE_S)
         real.play(TraceCapacity(trace, 0.0), overrides, NOTICE_S)
         costs = {

@@ -9,11 +9,13 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 
 from holdfast.training.checkpointing.policy import build_schedule
 from holdfast.training.configuration.schema import CheckpointConfig
 from holdfast.training.exactness.reproducibility import child_environment
+from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.ledger import Ledger, ledger, lives
 from holdfast.training.simulation.capacity import Capacity, Machine, Trace, TraceCapacity
@@ -21,7 +23,13 @@ from holdfast.training.simulation.costs import RunCosts, read_costs
 from holdfast.training.simulation.simulator import online, simulate
 from tests.warm_start import WarmProcess
 
+EXPERIMENT = f"{Path(__file__).with_name('paced.py')}:Paced"
 MAX_LIVES = 200
+
+
+def paced_run(store: Path, run_id: str) -> RunDirectory:
+    """Where a run of the replayed experiment lies."""
+    return RunDirectory(store / experiment_name(EXPERIMENT) / run_id)
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,8 @@ class Replay:
         return read_costs(self.run, every_epochs, given)
 
     def play(self, capacity: Capacity, overrides: Sequence[str], grace_s: float) -> None:
-        """Train digits until the run is completed."""
-        arguments = ["segment", "--progress", "none", "--experiment", "digits"]
+        """Train until the run is completed."""
+        arguments = ["segment", "--progress", "none", "--experiment", EXPERIMENT]
         arguments += ["--store", str(self.run.path.parent.parent), "--run-id", self.run.path.name]
         own = (*overrides, f"preemption.grace_period_s={grace_s}", "rehearsal.depth=none")
         arguments += [word for override in own for word in ("--set", override)]

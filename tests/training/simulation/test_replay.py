@@ -7,22 +7,21 @@ from pathlib import Path
 import pytest
 
 from holdfast.training.configuration.schema import CheckpointConfig
-from holdfast.training.runs.directory import RunDirectory
 from holdfast.training.simulation.capacity import Machine, Trace, TraceCapacity
-from tests.training.simulation.replay import Replay, simulated
+from tests.training.simulation.replay import Replay, paced_run, simulated
 
 NOTICE_S = 3.0
 EVERY_EPOCHS = 20
 # Two are told before, two vanish; between the third and the fourth nobody is there.
 TRACE = Trace(
     (
-        Machine(0.0, 14.0, NOTICE_S),
-        Machine(2.0, 29.0),
-        Machine(20.0, 46.0, NOTICE_S),
-        Machine(50.0, 66.0),
-        Machine(55.0, 400.0),
+        Machine(0.0, 25.0, NOTICE_S),
+        Machine(5.0, 50.0),
+        Machine(40.0, 75.0, NOTICE_S),
+        Machine(80.0, 100.0),
+        Machine(90.0, 900.0),
     ),
-    400.0,
+    900.0,
 )
 
 
@@ -30,12 +29,12 @@ TRACE = Trace(
 def test_a_replay_takes_the_time_that_was_reckoned(tmp_path: Path) -> None:
     checkpoint = CheckpointConfig(mean_time_between_preemptions_s=20.0)
     overrides = (
-        "train.num_epochs=100",
+        "train.num_epochs=200",
         "train.num_threads=1",
         f"checkpoint.every_epochs={EVERY_EPOCHS}",
         "checkpoint.mean_time_between_preemptions_s=20.0",
     )
-    real = Replay(RunDirectory(tmp_path / "digits" / "replayed"))
+    real = Replay(paced_run(tmp_path, "replayed"))
     real.play(TraceCapacity(TRACE, 0.0), overrides, NOTICE_S)
     found = simulated(real.costs(EVERY_EPOCHS), TRACE, checkpoint)
     difference = found.total_s / real.finish_s - 1
