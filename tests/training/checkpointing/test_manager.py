@@ -216,7 +216,7 @@ def test_state_that_is_neither_tensor_nor_json_is_refused_before_anything_happen
 ) -> None:
     with managing(run) as manager:
         contents = replace(contents_at(5), state={"scheduler": {"seen": {1, 2}}})  # type: ignore[dict-item]
-        with pytest.raises(UnsupportedStateError, match=r"^state\.scheduler\.seen is a builtins"):
+        with pytest.raises(UnsupportedStateError, match=r"^state\.scheduler\.seen is a set"):
             manager.save(contents)
         assert not manager.is_in_flight
         assert manager.checkpoints() == []
