@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+EARLY_BYTES = 4 * 2**20
+"""Gradients of so many bytes are a row whose sum begins during the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Row:
 
     Attributes:
         size: elements of a row; a multiple of the number of slices.
+        has_extra: whether something travels along.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], num_slices: int, num_extra: int) -> None:
@@ -36,9 +40,15 @@ class Row:
             self._places[name] = (tensor.shape, strides, self._num)
             self._num += tensor.numel()
         self._num_extra = num_extra
+        self.has_extra = num_extra > 0
         self.size = -(-(self._num + num_extra) // num_slices) * num_slices
         self._like = next(iter(tensors.values()))
         self._free: list[Memory] = []
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors, in their order."""
+        return [*self._places]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,3 +74,24 @@ class Row:
         left.flat.add_(right.flat)
         self.give_back(right)
         return left
+
+
+def early_groups(gradients: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """What is summed while the backward pass goes on: from the last layers to the first.
+
+    The first layers' gradients, which come when it ends, are in none of the groups.
+    """
+    waiting: dict[torch.dtype, dict[str, Tensor]] = {}
+    for name, tensor in reversed([*gradients.items()]):
+        group = waiting.setdefault(tensor.dtype, {})
+        group[name] = tensor
+        if sum(t.numel() * t.itemsize for t in group.values()) >= EARLY_BYTES:
+            yield waiting.pop(tensor.dtype)
+
+
+def by_type(tensors: Mapping[str, Tensor]) -> dict[torch.dtype, dict[str, Tensor]]:
+    """Tensors by their type."""
+    groups: dict[torch.dtype, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(tensor.dtype, {})[name] = tensor
+    return groups

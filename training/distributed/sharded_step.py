@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.distributed.buffers import Buffers, is_counter
-from holdfast.training.distributed.gradient_tree import (
-    TreeCounter,
-    nodes_of,
-    shards_of_rank,
-    tree_sum,
-)
-from holdfast.training.distributed.rows import Memory, Row
+from holdfast.training.distributed.early_rows import EarlyRows
+from holdfast.training.distributed.gradient_tree import TreeCounter
+from holdfast.training.distributed.row_sums import RowSums, Sum, finished
+from holdfast.training.distributed.rows import Memory, Row, by_type, early_groups
 from holdfast.training.distributed.stopping import AgreedMonitor
 from holdfast.training.distributed.summary import Done, Summary
 from holdfast.training.distributed.world import World
@@ -58,7 +55,8 @@ class ShardedStep(Generic[P]):
 
     ``num_shards`` are the most that a step has. With ``is_in_tree`` the sums are those of one tree
     over the shards, whatever the number of ranks; without, there is one shard a rank, and gloo's
-    own sum, which is faster.
+    own sum, which is faster. Sums of the last layers' gradients begin during the backward pass
+    where that changes no bit.
     """
 
     def __init__(
@@ -75,13 +73,17 @@ class ShardedStep(Generic[P]):
         self._world = world
         self._seed = seed
         self._num_shards = num_shards
-        self._is_in_tree = is_in_tree or world.size == 1
+        self._row_sums = RowSums(world, is_in_tree=is_in_tree)
         self._monitor = monitor
         self._buffers = Buffers(model)
         self._parameters: dict[str, nn.Parameter] = {}
         self._rows: list[Row] = []
         self._summary = Summary({}, self._buffers, num_shards)
         self._lent: list[tuple[Row, Memory]] = []
+        self._early = EarlyRows([], self._begin_early)
+        self._begun: list[Sum] = []
+        self._done: Done | None = None
+        self._last_shard = -1
 
     def __call__(self, step: int, pieces: Iterable[P], backward: Callable[[P], Tensor]) -> Tensor:
         """Leave the gradients of the whole step in the parameters. Returns its loss.
@@ -98,7 +100,8 @@ class ShardedStep(Generic[P]):
         self._world.beat()
         self._lay_out()
         self._buffers.begin()
-        done = self._own_shards(step, pieces, backward)
+        self._begun = []
+        done = self._own_shards(step, [*pieces], backward)
         with torch.no_grad():
             values = self._summary.packed(done, self._has_notice(), self._buffers.changed)
             values = self._sum_all(done, values)
@@ -126,61 +129,93 @@ class ShardedStep(Generic[P]):
                 f"shards: train with distributed.strategy=none"
             )
         self._parameters = trained
-        buffers = self._buffers.now()
-        tensors: dict[str, Tensor] = {f"{GRADIENT}{name}": p for name, p in trained.items()}
-        tensors |= {name: b for name, b in buffers.items() if b.is_floating_point()}
-        by_type: dict[torch.dtype, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            by_type.setdefault(tensor.dtype, {})[name] = tensor
+        gradients: dict[str, Tensor] = {f"{GRADIENT}{name}": p for name, p in trained.items()}
+        can_overlap = self._world.size > 1 and self._row_sums.can_be_cut()
+        early = [*early_groups(gradients)] if can_overlap else []
+        for group in early:
+            gradients = {n: tensor for n, tensor in gradients.items() if n not in group}
+        buffers = {n: b for n, b in self._buffers.now().items() if b.is_floating_point()}
         self._summary = Summary(trained, self._buffers, self._num_shards)
+        self._rows = [Row(group, self._world.size, 0) for group in early]
         # In the row of fp32, where there is one, the summary travels along: one exchange less.
-        self._rows = [
+        self._rows += [
             Row(group, self._world.size, self._summary.size if dtype == torch.float32 else 0)
-            for dtype, group in by_type.items()
+            for dtype, group in by_type({**gradients, **buffers}).items()
         ]
+        self._early.remove()
+        named = [{n: trained[n.removeprefix(GRADIENT)] for n in group} for group in early]
+        self._early = EarlyRows(named, self._begin_early)
 
-    def _own_shards(self, step: int, pieces: Iterable[P], backward: Callable[[P], Tensor]) -> Done:
-        done: Done | None = None
-        for shard, group in groupby(pieces, key=lambda piece: piece.shard):
-            microbatches = iter(group)
-            first = next(microbatches)
-            if done is None:
-                counters = [TreeCounter(first.num_shards, row.add) for row in self._rows]
-                done = Done(first.num_shards, {}, set(), counters, {})
-            elif first.num_samples:
+    def _own_shards(self, step: int, pieces: list[P], backward: Callable[[P], Tensor]) -> Done:
+        num_shards = pieces[0].num_shards
+        counters = [TreeCounter(num_shards, row.add) for row in self._rows]
+        done = self._done = Done(num_shards, {}, set(), counters, {})
+        own = [piece for piece in pieces if piece.num_samples]
+        for shard, group in groupby(own, key=lambda piece: piece.shard):
+            if done.losses:
                 with torch.no_grad():
                     self._buffers.put_back()
-            if first.num_samples:
-                seed_shard(self._seed, "shard", step, shard)
-                losses = [backward(microbatch) for microbatch in (first, *microbatches)]
-                loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-                done.losses[shard] = loss
-                self._take(shard, done)
-        assert done is not None, "a step without a microbatch"
+            seed_shard(self._seed, "shard", step, shard)
+            losses = [self._backward(microbatch, own, backward) for microbatch in group]
+            loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+            done.losses[shard] = loss
+            self._take(shard, done)
         return done
+
+    def _backward(self, piece: P, own: list[P], backward: Callable[[P], Tensor]) -> Tensor:
+        if piece is not own[-1]:
+            return backward(piece)
+        self._last_shard = piece.shard
+        with self._early.watching():
+            return backward(piece)
+
+    @torch.no_grad()
+    def _begin_early(self, number: int) -> None:
+        """Begin the sum of a row that is complete, in the middle of a backward pass."""
+        assert self._done is not None
+        self._fill(number, self._last_shard, self._done)
+        self._begin(number, self._done)
+
+    def _begin(self, number: int, done: Done, values: Tensor | None = None) -> None:
+        row = self._rows[number]
+        own = self._row_sums.own(row, done.counters[number])
+        if row.has_extra and own and values is not None:
+            own[0].extra.copy_(values)
+        self._begun.append(self._row_sums.begun(row, own, done.num_shards))
 
     @torch.no_grad()
     def _take(self, shard: int, done: Done) -> None:
         """Put what a shard has left into rows, and its gradients away."""
         self._buffers.look()
-        now = self._buffers.now()
         if shard == 0:
-            integers = {name: b for name, b in now.items() if is_counter(b)}
+            integers = {name: b for name, b in self._buffers.now().items() if is_counter(b)}
             done.integers.update({name: b.clone() for name, b in integers.items()})
-        gradients = {name: self._gradient(name) for name in self._parameters}
-        done.used.update(name for name, gradient in gradients.items() if gradient is not None)
-        found = {f"{GRADIENT}{name}": gradient for name, gradient in gradients.items()}
-        for row, counter in zip(self._rows, done.counters, strict=True):
-            memory = row.take()
-            pairs = [(place, now.get(n, found.get(n))) for n, place in memory.tensors.items()]
-            for place, value in pairs:
-                if value is None:
-                    place.zero_()
-            written = [(place, value) for place, value in pairs if value is not None]
-            torch._foreach_copy_([place for place, _ in written], [value for _, value in written])
-            counter.take(shard, memory)
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        for number in range(len(self._begun), len(self._rows)):
+            self._fill(number, shard, done)
+
+    def _fill(self, number: int, shard: int, done: Done) -> None:
+        row, now = self._rows[number], self._buffers.now()
+        memory = row.take()
+        places, values = [], []
+        for name, place in memory.tensors.items():
+            own = name.removeprefix(GRADIENT)
+            value = now[name] if own == name else self._taken_gradient(own, done)
+            if value is None:
+                place.zero_()
+            else:
+                places.append(place)
+                values.append(value)
+        if places:
+            torch._foreach_copy_(places, values)
+        done.counters[number].take(shard, memory)
+
+    def _taken_gradient(self, name: str, done: Done) -> Tensor | None:
+        """A shard's gradient, put away: the next one's begins anew."""
+        gradient = self._gradient(name)
+        if gradient is not None:
+            done.used.add(name)
+            self._parameters[name].grad = None
+        return gradient
 
     def _gradient(self, name: str) -> Tensor | None:
         gradient = self._parameters[name].grad
@@ -193,54 +228,17 @@ class ShardedStep(Generic[P]):
 
     def _sum_all(self, done: Done, values: Tensor) -> Tensor:
         """Put the sums over all shards into the model. Returns the summary of all ranks."""
-        along = next((k for k, row in enumerate(self._rows) if row.dtype == torch.float32), None)
-        if along is None:
+        for number in range(len(self._begun), len(self._rows)):
+            self._begin(number, done, values)
+        if not any(row.has_extra for row in self._rows):
             values = self._world.sum_of(values)
-        sums = []
-        for number, (row, counter) in enumerate(zip(self._rows, done.counters, strict=True)):
-            own = [*counter.parts().values()]
-            if not own and not self._is_in_tree:
-                own = [row.take()]
-                own[0].flat.zero_()
-            if number == along and own:
-                own[0].extra.copy_(values)
-            total = self._sum(row, own, done.num_shards)
-            self._lent.append((row, total))
-            if number == along:
+        totals = finished(self._begun)
+        self._lent = [*zip(self._rows, totals, strict=True)]
+        for row, total in self._lent:
+            if row.has_extra:
                 values = total.extra.double()
-            sums.append(total)
-        self._put(sums, values, done.num_shards)
+        self._put(totals, values, done.num_shards)
         return values
-
-    def _sum(self, row: Row, own: list[Memory], num_shards: int) -> Memory:
-        """The sum of a row over all shards, of all ranks."""
-        if self._world.size == 1:
-            return own[0]
-        if not self._is_in_tree:
-            self._world.sum_of(own[0].flat)
-            return own[0]
-        total = row.take()
-        slice_ = self._slice(row, [part.flat for part in own], num_shards)
-        self._world.joined_slices(slice_, total.flat)
-        for part in own:
-            row.give_back(part)
-        return total
-
-    def _slice(self, row: Row, own: list[Tensor], num_shards: int) -> Tensor:
-        """This rank's slice of the sum: it gets that of all partial sums, and adds them up."""
-        size, width = self._world.size, row.size // self._world.size
-        if len(own) == 1:
-            flat = own[0]
-        elif own:
-            flat = torch.stack(own).view(len(own), size, width).transpose(0, 1).reshape(-1)
-        else:
-            flat = torch.empty(0, dtype=row.dtype)
-        nodes = [nodes_of(shards_of_rank(num_shards, k, size), num_shards) for k in range(size)]
-        lengths = [len(of_rank) * width for of_rank in nodes]
-        taken = self._world.exchanged(flat, [len(own) * width] * size, lengths)
-        every = [node for of_rank in nodes for node in of_rank]
-        parts = dict(zip(every, taken.view(len(every), width).unbind(), strict=True))
-        return tree_sum(parts, num_shards, lambda left, right: left.add_(right))
 
     def _put(self, sums: list[Memory], values: Tensor, num_shards: int) -> None:
         """Gradients and buffers of the whole step into the model."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -26,6 +26,9 @@ HOST = "127.0.0.1"
 ERROR = "error/{}"
 ERROR_WAIT_S = 1.0
 POLL_S = 0.02
+
+Wait = Callable[[], None]
+"""Returns once what was begun has ended. Raises RankLostError."""
 
 
 class World:
@@ -128,18 +131,28 @@ class World:
                 dist.all_reduce(values)
         return values
 
-    def exchanged(self, parts: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
-        """Collective. ``sent[k]`` consecutive elements go to rank k; what all others sent here."""
+    def begin_sum(self, values: Tensor) -> Wait:
+        """Collective. As ``sum_of``, on its way until the result is waited for."""
+        with self._lost_ranks_told():
+            return self._waiting(dist.all_reduce(values, async_op=True))
+
+    def begin_exchange(
+        self, parts: Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> tuple[Tensor, Wait]:
+        """Collective. ``sent[k]`` consecutive elements go to rank k.
+
+        Returns what all others send here, once it was waited for.
+        """
         taken = parts.new_empty(sum(received))
         with self._lost_ranks_told():
-            dist.all_to_all_single(taken, parts, list(received), list(sent))
-        return taken
+            work = dist.all_to_all_single(taken, parts, list(received), list(sent), async_op=True)
+        return taken, self._waiting(work)
 
-    def joined_slices(self, slice_: Tensor, whole: Tensor) -> None:
+    def begin_join(self, slice_: Tensor, whole: Tensor) -> Wait:
         """Collective. Put the slices of all ranks, of one size each, together into ``whole``."""
         gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self._lost_ranks_told():
-            gather(whole, slice_)
+            return self._waiting(gather(whole, slice_, async_op=True))
 
     def send_to_first(self, content: Tensor) -> None:
         """Send bytes, which rank 0 must ``receive``."""
@@ -162,6 +175,13 @@ class World:
     def _turn(self) -> str:
         self._num_turns += 1
         return f"turn/{self._num_turns}"
+
+    def _waiting(self, work: Any) -> Wait:
+        def wait() -> None:
+            with self._lost_ranks_told():
+                work.wait()
+
+        return wait
 
     @contextlib.contextmanager
     def _lost_ranks_told(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import FileStore
 from torch.nn.functional import cross_entropy
 
+from holdfast.training.distributed import rows
 from holdfast.training.distributed.gradient_tree import shards_of_rank
 from holdfast.training.distributed.refusals import refuse_wrappers
 from holdfast.training.distributed.sharded_step import ShardedStep
@@ -112,19 +113,40 @@ def in_ranks(folder: Path, size: int, work: Callable[[World], list[str]]) -> lis
 
 
 @pytest.mark.parametrize(
-    ("num_shards", "sizes"), [(4, (2, 3)), pytest.param(7, (3, 4), marks=pytest.mark.slow)]
+    ("num_shards", "sizes"),
+    [
+        (4, (2, 3)),
+        pytest.param(2, (2,), marks=pytest.mark.slow),
+        pytest.param(7, (2, 3, 4), marks=pytest.mark.slow),
+    ],
 )
-def test_bits_do_not_depend_on_the_number_of_ranks(
-    tmp_path: Path, num_shards: int, sizes: tuple[int, ...]
+def test_bits_do_not_depend_on_the_number_of_ranks_nor_on_when_sums_begin(
+    tmp_path: Path, num_shards: int, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = in_ranks(
         tmp_path, 1, lambda world: bits_after_each_step(world, num_shards, is_in_tree=True)
     )
+    monkeypatch.setattr(rows, "EARLY_BYTES", 2000)
     for size in sizes:
         found = in_ranks(
             tmp_path, size, lambda world: bits_after_each_step(world, num_shards, is_in_tree=True)
         )
         assert found == alone * size
+
+
+@pytest.mark.slow
+def test_two_without_a_tree_have_the_same_bits_whenever_sums_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late, early = (tmp_path / name for name in ("late", "early"))
+    found = []
+    for folder, num_bytes in ((late, rows.EARLY_BYTES), (early, 1)):
+        folder.mkdir()
+        monkeypatch.setattr(rows, "EARLY_BYTES", num_bytes)
+        found.append(
+            in_ranks(folder, 2, lambda world: bits_after_each_step(world, 2, is_in_tree=False))
+        )
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow

@@ -182,7 +182,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank_behind(tmp_path: Path) -> None
     assert ranks is not None
     assert segment.wait_for("started") is not None, "".join(segment.errors)
     segment.kill(signal.SIGKILL)
-    assert segment.process.wait(timeout=30) == -signal.SIGKILL
+    assert segment.finish() == -signal.SIGKILL
     pids = ranks["pids"]
     assert isinstance(pids, list)
     deadline_s = time.monotonic() + 10
