@@ -52,6 +52,7 @@ class RunSummary:
         num_repeated_steps: steps that a later segment did again, as far as records tell.
         error: why the last segment failed.
         num_processes: of the last segment, where it trained by a strategy.
+        widths: the same of each segment that did.
     """
 
     name: str
@@ -73,6 +74,7 @@ class RunSummary:
     report: str | None
     error: str | None
     num_processes: int | None = None
+    widths: tuple[int, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -114,6 +116,7 @@ def summarize(run: RunDirectory) -> RunSummary:
         report=told_path(run.report_html) if has_report(run) else None,
         error=segments[-1].error.message if segments and segments[-1].error else None,
         num_processes=segments[-1].num_processes if segments else None,
+        widths=tuple(record.num_processes for record in segments if record.num_processes),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import secrets
@@ -12,9 +13,10 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from holdfast.tasks.preflight import require_writable
 from holdfast.training.errors import HoldfastError
@@ -27,9 +29,9 @@ from holdfast.training.tiers.scratch import address_of
 PROBE_BYTES = 64 * 2**20
 MAX_CLOCK_DIFFERENCE_S = 5.0
 LOW_FREE_BYTES = 2 * 2**30
-GPU_QUESTION = (
-    "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-)
+PROBING = "holdfast.training.distributed.probing"
+MACHINES_VARIABLES = ("MASTER_ADDR", "WORLD_SIZE", "RANK")
+"""By which torchrun and others tell a process its place, and which a segment does not read."""
 
 
 @dataclass(frozen=True)
@@ -172,17 +174,52 @@ def examine_clock(store: Path, _grace_period_s: float) -> Finding:
     return Finding("clock", "good", f"agrees with the store's within {difference_s:.1f} s")
 
 
-def examine_gpu(_store: Path, _grace_period_s: float) -> Finding:
-    """Whether torch sees a GPU; asked in a process of its own."""
+@cache
+def _asked_of_torch() -> dict[str, Any] | str:
+    """What torch says of this machine, in a process of its own; or why it does not start."""
     asked = subprocess.run(
-        [sys.executable, "-P", "-c", GPU_QUESTION], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-m", PROBING], capture_output=True, text=True, check=False
     )
     if asked.returncode != 0:
         lines = asked.stderr.strip().splitlines() or ["no message"]
-        return Finding("torch", "bad", f"does not start: {lines[-1]}")
-    name = asked.stdout.strip()
+        return lines[-1]
+    found: dict[str, Any] = json.loads(asked.stdout.splitlines()[-1])
+    return found
+
+
+def examine_gpu(_store: Path, _grace_period_s: float) -> Finding:
+    """Whether torch sees a GPU."""
+    found = _asked_of_torch()
+    if isinstance(found, str):
+        return Finding("torch", "bad", f"does not start: {found}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding("torch", "good", f"GPU {name}" if name else f"no GPU; {cores} CPU cores")
+    names = ", ".join(found["gpus"])
+    return Finding("torch", "good", f"GPU {names}" if names else f"no GPU; {cores} CPU cores")
+
+
+def examine_processes(_store: Path, _grace_period_s: float) -> Finding:
+    """Whether processes of this machine can train together, and how fast they sum."""
+    subject, found = "processes", _asked_of_torch()
+    if isinstance(found, str):
+        return Finding(subject, "warning", "not tried: torch does not start")
+    if "problem" in found:
+        return Finding(
+            subject,
+            "warning",
+            f"two of this machine cannot train together ({found['problem']}): "
+            f"distributed.num_processes must be 1 until 127.0.0.1 can be reached",
+        )
+    sum_s, num_bytes = found["sum_s"], found["sum_bytes"]
+    told = f"two meet, and sum {num_bytes / 2**20:.0f} MiB in {sum_s * 1000:.0f} ms"
+    set_here = [name for name in MACHINES_VARIABLES if name in os.environ]
+    if set_here:
+        return Finding(
+            subject,
+            "warning",
+            f"{told}; {', '.join(set_here)} of torchrun or a cluster is set and not read: a "
+            f"segment starts its own processes, on one machine",
+        )
+    return Finding(subject, "good", told)
 
 
 EXAMINATIONS: tuple[Callable[[Path, float], Finding], ...] = (
@@ -192,4 +229,5 @@ EXAMINATIONS: tuple[Callable[[Path, float], Finding], ...] = (
     examine_clock,
     examine_server,
     examine_gpu,
+    examine_processes,
 )

@@ -202,6 +202,15 @@ class OtherData(HardInShards):
         return dataset
 
 
+class OtherSettings(HardInShards):
+    """Its defaults depend on the process."""
+
+    defaults: ClassVar[dict[str, Any]] = {
+        **HardInShards.defaults,
+        "experiment": {"width": 40 + os.getpid() % 97},
+    }
+
+
 class FailsOnOne(HardInShards):
     """Its loss fails in one process."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
+from holdfast.flows.command_line.commands.status import told_widths
 from holdfast.flows.command_line.group import COMMANDS, exit_code_of, load_command
 
 HELP_LIMIT_S = 0.5
@@ -167,13 +168,31 @@ def test_deploying_without_a_server_says_how_to_name_one(tmp_path: Path) -> None
     assert "PREFECT_API_URL=http" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("widths", "told"),
+    [
+        ((), ""),
+        ((3,), "3"),
+        ((3, 3), "3"),
+        ((4, 1, 3, 2), "4, then 1, then 3, then 2"),
+        ((4, 4, 1, 4), "4 (2 segments), then 1, then 4"),
+    ],
+)
+def test_status_tells_how_many_processes_each_segment_had(
+    widths: tuple[int, ...], told: str
+) -> None:
+    assert told_widths(widths) == told
+
+
 def test_doctor_examines_and_advises(tmp_path: Path) -> None:
     done = holdfast(
         "doctor", "--store", str(tmp_path), "--json", PREFECT_HOME=str(tmp_path / "prefect")
     )
     findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
     assert done.returncode == 0
-    assert set(findings) == {"versions", "store", "saving", "clock", "Prefect server", "torch"}
+    subjects = {"versions", "store", "saving", "clock", "Prefect server", "torch", "processes"}
+    assert set(findings) == subjects
+    assert "two meet, and sum 16 MiB in" in findings["processes"]["detail"]
     assert "grace period of 30 s" in findings["saving"]["detail"]
 
 

@@ -401,7 +401,7 @@ class CheckpointManager:
     def _check_match(self, folder: Folder, manifest: Manifest, is_mismatch_allowed: bool) -> None:
         if manifest.config_digest == self._identity.config_digest:
             return
-        keys = list(_differences(manifest.config, self._identity.config))
+        keys = list(told_differences(manifest.config, self._identity.config))
         if not keys and manifest.config:
             return  # another version made the digest of the same configuration
         keys = keys or [
@@ -421,7 +421,7 @@ class CheckpointManager:
     def _warn_of_differences(self, manifest: Manifest) -> None:
         here = {**self._identity.versions, "device": self._identity.device}
         there = {**manifest.versions, "device": manifest.device}
-        differing = self.differences = list(_differences(there, here))
+        differing = self.differences = list(told_differences(there, here))
         if differing:
             warn_of_inexactness(
                 f"step {manifest.step} was saved with other versions, results may differ in the "
@@ -459,11 +459,11 @@ def _require_finite(snapshot: _Snapshot) -> None:
         )
 
 
-def _differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
+def told_differences(there: Any, here: Any, key: str = "") -> Iterator[str]:
     """Each leaf that differs, in words, keys dotted and sorted."""
     if isinstance(there, Mapping) and isinstance(here, Mapping):
         for name in sorted(there.keys() | here.keys()):
             inner = f"{key}.{name}" if key else name
-            yield from _differences(there.get(name, "absent"), here.get(name, "absent"), inner)
+            yield from told_differences(there.get(name, "absent"), here.get(name, "absent"), inner)
     elif there != here:
         yield f"{key}: {there!r} there, {here!r} here"

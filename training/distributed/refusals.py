@@ -29,3 +29,6 @@ def refuse_wrappers(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> N
                 raise ExperimentError(
                     f"{kind.__name__} is not for an experiment: {REFUSED[kind.__name__]}"
                 )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
+            raise ExperimentError(f"{name} is a DTensor: {NOT_YET}")

@@ -8,11 +8,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from holdfast.training.checkpointing.manifest import verify
+from holdfast.training.configuration.loading import config_digest
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.distributed.launcher import Ended, RankEnd, run_ranks
 from holdfast.training.errors import HoldfastError, RankLostError
 from holdfast.training.exactness.reproducibility import child_environment, python_command
-from holdfast.training.runs.directory import read_run_record
+from holdfast.training.runs.directory import read_run_record, read_segments
+from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.runs.progress import Progress
 from holdfast.training.stage import EXIT_PREEMPTED, StageArguments, StageOutcome, failed_outcome
 
@@ -26,6 +29,11 @@ def run_in_ranks(
 
     ``command_line`` are the arguments of this process, which each rank gets, too.
     """
+    step = finished_step(arguments.run, config)
+    if step is not None:
+        path = str(arguments.run.checkpoint(step))
+        progress.emit("restored", step=step, path=path)
+        return StageOutcome("completed", 0, step=step)
     size = config.distributed.num_processes
     ended = run_ranks(
         size,
@@ -36,6 +44,22 @@ def run_in_ranks(
         on_started=lambda pids: progress.emit("ranks", pids=[*pids]),
     )
     return outcome_of(ended, config.distributed.hang_timeout_s)
+
+
+def finished_step(run: RunDirectory, config: RunConfig) -> int | None:
+    """The last step of a run that has ended with this configuration, and need not be started.
+
+    Its last checkpoint was verified. None where anything of it is missing or otherwise: then the
+    ranks find out.
+    """
+    try:
+        newest = read_segments(run)[-1]
+        is_same = read_run_record(run).config_digest == config_digest(config)
+        if newest.outcome != "completed" or not is_same:
+            return None
+        return verify(run.checkpoint(newest.end_step)).step
+    except (IndexError, FileNotFoundError, HoldfastError):
+        return None
 
 
 def outcome_of(ended: Ended, hang_timeout_s: float) -> StageOutcome:

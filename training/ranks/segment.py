@@ -14,6 +14,7 @@ from torch import Tensor
 
 from holdfast.training.checkpointing.json_state import encode
 from holdfast.training.checkpointing.loading import RestoredCheckpoint, load_checkpoint
+from holdfast.training.checkpointing.manager import told_differences
 from holdfast.training.checkpointing.manifest import local_folder, manifest_of
 from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
@@ -37,7 +38,14 @@ from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
 logger = logging.getLogger(__name__)
 
 BEGIN = "begin"
-COMPARED = ("config_digest", "experiment_digest", "data_fingerprint", "versions", "num_threads")
+COMPARED = (
+    "config",
+    "config_digest",
+    "experiment_digest",
+    "data_fingerprint",
+    "versions",
+    "num_threads",
+)
 
 
 def run_rank(stage: Stage) -> StageOutcome:
@@ -62,13 +70,13 @@ def require_same_stage(stage: Stage, world: World) -> None:
     record = stage.record.model_dump(mode="json")
     mine = {key: record[key] for key in COMPARED}
     for rank, theirs in enumerate(world.gathered(mine)):
-        for key, value in theirs.items():
-            if value != mine[key]:
-                raise InputError(
-                    f"rank {rank} has another {key} than rank {world.rank}: {value} there, "
-                    f"{mine[key]} here; all processes of a training need the same configuration, "
-                    f"code and data, and nothing of them may depend on the process"
-                )
+        found = next(told_differences(theirs, mine), None)
+        if found is not None:
+            raise InputError(
+                f"rank {rank} differs from rank {world.rank} in {found}; all processes of a "
+                f"training need the same configuration, code and data, and nothing of them may "
+                f"depend on the process"
+            )
 
 
 def _prepare(trainer: Trainer, world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import click
@@ -131,6 +132,15 @@ def _certificate(run: RunDirectory) -> KeptCertificate | None:
         return None
 
 
+def told_widths(widths: Sequence[int]) -> str:
+    """How many processes trained together in each segment, e.g. ``4 (2 segments), then 1``."""
+    told = []
+    for width, group in groupby(widths):
+        num = len([*group])
+        told.append(f"{width}" if num == 1 or num == len(widths) else f"{width} ({num} segments)")
+    return ", then ".join(told)
+
+
 def _page(summary: RunSummary, proofs: Sequence[str | None], next_steps: Sequence[str]) -> str:
     losses, certificate = proofs
     told: dict[str, Any] = {
@@ -139,7 +149,7 @@ def _page(summary: RunSummary, proofs: Sequence[str | None], next_steps: Sequenc
         "directory": summary.path,
         "step": summary.step,
         "segments": summary.num_segments,
-        "processes": summary.num_processes,
+        "processes": told_widths(summary.widths),
         "preemptions": summary.num_preemptions,
         "crashes": summary.num_crashes,
         "written by": summary.holder,

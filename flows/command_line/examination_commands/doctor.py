@@ -14,8 +14,9 @@ from holdfast.training.tiers.scratch import address_of
 
 HELP = """Check that this machine is fit to train, and say what to do where it is not.
 
-Looks at versions and pins, the store and its disk, the clock, the Prefect server, the GPU, and the
-time that a save takes against the grace period. Exit code 1 if something has to be put right.
+Looks at versions and pins, the store and its disk, the clock, the Prefect server, the GPU, whether
+two processes can train together, and the time that a save takes against the grace period. Exit code
+1 if something has to be put right.
 
 \b
 Examples:

@@ -19,7 +19,6 @@ from torch.nn.functional import cross_entropy
 
 from holdfast.training.distributed import rows
 from holdfast.training.distributed.gradient_tree import shards_of_rank
-from holdfast.training.distributed.refusals import refuse_wrappers
 from holdfast.training.distributed.sharded_step import ShardedStep
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import ConfigError, ExperimentError
@@ -207,9 +206,3 @@ def test_a_complex_parameter_is_refused_by_name() -> None:
     step = ShardedStep[Piece](model, World.alone(), 0, num_shards=2, is_in_tree=True)
     with pytest.raises(ExperimentError, match="phase is complex"):
         step(0, [Piece(0, 1, 1)], lambda _: torch.zeros(()))
-
-
-def test_wrappers_of_others_are_refused_in_one_line() -> None:
-    with pytest.raises(ExperimentError, match="DataParallel is not for an experiment: return"):
-        refuse_wrappers(nn.Sequential(nn.DataParallel(nn.Linear(2, 2))))
-    refuse_wrappers(nn.Linear(2, 2), [torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)])

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from holdfast.training.exactness.trial import Trial
+from holdfast.training.experiments.turbofan.synthetic import Fleet, write_fleet
 from holdfast.training.runs.directory import read_segments
 from holdfast.training.runs.losses import compare_losses
 from tests.faults.campaign import Segment, Training, complete, differences, final_state
 
+TIED = f"{Path(__file__).with_name('tied_transformer.py')}:TiedTransformer"
 EXPERIMENTS = Path(__file__).parents[2] / "faults" / "hard_experiment.py"
 OFTEN = ("logging.every_s=0.0001", "checkpoint.every_steps=3", "checkpoint.is_auto=false")
 LONG = ("train.num_epochs=2000", "early_stopping.patience_epochs=2000")
@@ -70,6 +72,11 @@ def test_a_run_goes_on_with_another_number_of_processes_after_a_kill(tmp_path: P
     assert first.error is not None
     assert "rank 0 of 3 cannot go on: rank 1: ended by SIGKILL" in first.error.message
     assert (killed.run.logs / "segment-0001-rank-2.log").exists()
+    again = started(killed, 3)  # nothing is left to do, and no rank is started to find that out
+    assert again.finish() == 0
+    assert [event["event"] for event in again.events] == ["restored", "outcome"]
+    assert again.events[-1]["step"] == second.end_step
+    assert len(read_segments(killed.run)) == 2
 
 
 @pytest.mark.slow
@@ -92,6 +99,40 @@ def test_four_one_three_and_two_processes_end_with_the_bytes_of_one(
     assert compare_losses(killed.run).num_different == 0
     widths = [record.num_processes for record in read_segments(killed.run)]
     assert widths == [4, 1, 3, 2]
+
+
+KINDS: dict[str, tuple[str, ...]] = {
+    "tied": (TIED,),
+    "tied, in bf16": (TIED, "train.precision=bf16"),
+    "compiled": (
+        f"{EXPERIMENTS}:HardInShards",
+        "train.should_compile=true",
+        "train.num_microbatches=1",
+        "data.should_drop_last=true",
+    ),
+    "several rows": ("digits", "experiment.width=192", "train.max_steps=10"),
+    "engines": ("turbofan", "data.batch_size=32", "train.max_steps=12"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_models_end_with_the_bytes_of_one_process_after_kills_of_three_and_two(
+    tmp_path: Path, kind: str
+) -> None:
+    experiment, *own = KINDS[kind]
+    overrides = [*SHARDED, "distributed.strategy=ddp", "train.num_epochs=2", *own]
+    if experiment == "turbofan":
+        write_fleet(tmp_path / "engines", Fleet(num_train=10, longest_life=90))
+        overrides.append(f"data.folder={tmp_path / 'engines'}")
+    calm = Training(tmp_path, "calm", experiment, tuple(overrides))
+    complete(calm)
+    killed = Training(tmp_path, "killed", experiment, tuple(overrides))
+    stopped(killed, 3, signal.SIGKILL, 4, rank=1)
+    assert started(killed, 2).finish() == 0
+    assert differences(final_state(calm.run), final_state(killed.run)) == []
+    assert compare_losses(killed.run).num_different == 0
 
 
 @pytest.mark.slow
@@ -126,7 +167,8 @@ def test_without_shards_another_number_is_taken_where_it_is_allowed_by_name(
     ("experiment", "code", "told"),
     [
         ("CountsCalls", 2, "ranks 1, 2 have other state_dict() of the experiment than rank 0"),
-        ("OtherData", 2, "has another data_fingerprint than rank"),
+        ("OtherData", 2, "in data_fingerprint: '"),
+        ("OtherSettings", 2, "in config.experiment.width: "),
         ("FailsOnOne", 1, "rank 2: "),
     ],
 )
