@@ -20,7 +20,7 @@ from holdfast.training.told_errors import EXIT_INTERRUPTED, error_line
 
 PACKAGES = {
     "checkpoint_commands": ("checkpoints", "evaluate", "fork"),
-    "store_commands": ("prune",),
+    "store_commands": ("copy", "prune"),
     "examination_commands": ("check", "verify-resume", "replay", "doctor", "simulate"),
 }
 """Of commands that are not in ``commands/``."""
@@ -44,6 +44,7 @@ COMMANDS = {
     "pull": "Copy a bundle out of a store, verified.",
     "verify": "Prove a bundle on this machine.",
     "predict": "Predict a file, or continue a text.",
+    "copy": "Copy a run to another store.",
     "prune": "Delete old runs and bundles.",
     "deploy": "Put the deployments on a Prefect server.",
     "worker": "Take up runs here, and hand them over in time.",

@@ -17,6 +17,7 @@ from holdfast.training.storage.address import Address
 from holdfast.training.tiers.keeping import kept_up, opened_replica
 from holdfast.training.tiers.scratch import tier_folder
 from holdfast.training.tiers.viewing import refresh_view
+from holdfast.training.upkeep.copying import copy_run
 from tests.contracts.object_servers import KEY, SECRET, make_bucket, moto
 from tests.faults.campaign import Training, complete, differences, final_state
 from tests.generality.harness import OFTEN, stop_after
@@ -83,3 +84,23 @@ def test_a_stage_by_itself_trains_in_a_bucket_and_answers_a_notice(
         ("preempted", 20),
         ("completed", 34),
     ]
+
+
+@pytest.mark.slow
+def test_a_copied_run_ends_with_the_same_bytes(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From a folder to a bucket, on there on another machine, and back to a folder."""
+    calm = Training(tmp_path / "calm", "one", overrides=OFTEN)
+    complete(calm)
+    begun = Training(tmp_path / "begun", "one", overrides=OFTEN)
+    stop_after(begun, signal.SIGKILL, 7)
+    copy_run(begun.run, tier_folder(ADDRESS, "work"))
+    machine.setenv("HOLDFAST_SCRATCH", str(tmp_path / "second"))
+    there = Training(tier_folder(ADDRESS, "work"), "one", overrides=OFTEN)
+    with opened_replica(there.run) as replica, kept_up(replica):
+        stop_after(there, signal.SIGTERM, 12)
+    machine.setenv("HOLDFAST_SCRATCH", str(tmp_path / "third"))
+    copy_run(Training(tier_folder(ADDRESS, "work"), "one").run, tmp_path / "last")
+    last = Training(tmp_path / "last", "one", overrides=OFTEN)
+    complete(last)
+    assert differences(final_state(calm.run), final_state(last.run)) == []
+    assert len(read_segments(last.run)) == 3

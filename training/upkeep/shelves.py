@@ -30,7 +30,7 @@ LEASE_TTL_S = 60.0
 ABANDONED_S = 24 * 3600.0
 """What was begun so long ago, and is named by nobody, was left by somebody who is dead."""
 PRUNED = re.compile(r"\..{1,128}\.pruned-[0-9a-f]{16}")
-HALF = re.compile(r"\.(fork-.{1,128}-[0-9a-f]{12}|.{1,128}\.copying)")
+HALF = re.compile(r"\.(fork-.{1,128}-[0-9a-f]{12}|.{1,128}\.copying(-lease)?)")
 
 
 class Shelf(Protocol):
