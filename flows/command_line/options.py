@@ -24,6 +24,10 @@ TIME_LIMIT_OPTION = click.option(
     show_default=True,
     help="End a model that runs longer.",
 )
+BUNDLE_STORE_OPTION = click.option(
+    "--store",
+    help="Take NAME, NAME@VERSION or NAME@ALIAS from this store: a folder or an address.",
+)
 STRICT_OPTION = click.option(
     "--strict",
     "is_strict",

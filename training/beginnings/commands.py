@@ -99,14 +99,17 @@ def _run_options(command: Callable[..., None]) -> Callable[..., None]:
 @CONFIG_OPTION
 @click.option("--at", required=True, help=AT_HELP)
 @click.option("--new-run-id", required=True, help="Name of the new run.")
-def fork_command(at: str, new_run_id: str, is_json: bool, **options: Any) -> None:
+@click.option("--into", type=PATH_TYPE, help="Store of the new run. Default: that of the other.")
+def fork_command(
+    at: str, new_run_id: str, into: Path | None, is_json: bool, **options: Any
+) -> None:
     """Fork."""
     with told_errors():
         arguments = _arguments(options)
         from holdfast.training.beginnings.fork import fork
 
         with _progress("copied", 2**20, "MiB") as on_bytes:
-            made = fork(arguments, at, new_run_id, on_bytes)
+            made = fork(arguments, at, new_run_id, on_bytes, into)
     lineage = made.record.lineage
     assert lineage is not None
     if is_json:

@@ -72,6 +72,7 @@ def fork(
     at: str,
     new_id: str,
     on_bytes: Callable[[int, int], None] = lambda *_: None,
+    into: Path | None = None,
 ) -> Fork:
     """Make a run that begins with a checkpoint of another one.
 
@@ -80,6 +81,7 @@ def fork(
         at: a step, ``best`` or ``latest``.
         new_id: of the new run.
         on_bytes: told how many bytes of how many are copied.
+        into: store of the new run; that of the other one, unless it is given.
 
     Raises:
         InputError: there is no such run or checkpoint, it holds weights alone, the new run is
@@ -87,7 +89,9 @@ def fork(
         CheckpointCorruptError: the checkpoint was changed. Nothing is left then.
         StorageError: the store cannot be written. Nothing is left then.
     """
-    parent, child = arguments.run, RunDirectory(arguments.run.path.parent / validate_run_id(new_id))
+    parent = arguments.run
+    store = arguments.store if into is None else into
+    child = RunDirectory(store / parent.path.parent.name / validate_run_id(new_id))
     if os.path.lexists(child.path):
         raise RunConflictError(f"{child.path} is there already: take another id for the fork")
     config, experiment_class = resolve_arguments(replace(arguments, is_resume=True))

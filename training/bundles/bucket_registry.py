@@ -9,6 +9,7 @@ Of several that create the same number at once one succeeds, and the others take
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import shutil
@@ -43,17 +44,68 @@ from holdfast.training.runs.stored_json import parse_json
 from holdfast.training.storage.address import Address
 from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore
+from holdfast.training.tiers.head import read_head, run_folder
 from holdfast.training.tiers.scratch import address_of, store_folder
-from holdfast.training.tiers.transfer import download_file, upload_file
+from holdfast.training.tiers.transfer import download_file, read_tree, upload_file
 from holdfast.training.tiers.tree import Tree, TreeFile, parse_tree
 
 BUNDLES = "bundles"
+OWN_BUNDLE = "bundle/"
+"""Of a run: where its bundle lies in it."""
 
 
 def open_registry(store: Path) -> Registry:
     """The registry of a store: of a folder, or of the bucket that the folder is a tier of."""
     address = address_of(store)
     return Registry(store) if address is None else BucketRegistry(address, open_store(address))
+
+
+def run_bundle(address: Address, name: str) -> Path:
+    """The bundle of a run in a bucket, read into a folder of this machine; nothing else is read.
+
+    Args:
+        address: of the store.
+        name: ``experiment/run_id``.
+
+    Raises InputError where there is no such run, or it has no bundle, or StorageError.
+    """
+    store = open_store(address)
+    known = read_head(store, name)
+    tree = None
+    if known is not None and known[0].tree is not None and known[0].tree_digest is not None:
+        tree = read_tree(store, known[0].tree, known[0].tree_digest, run_folder(name))
+    files = {
+        path.removeprefix(OWN_BUNDLE): file
+        for path, file in (tree.files if tree is not None else {}).items()
+        if path.startswith(OWN_BUNDLE)
+    }
+    if not files:
+        what = "no run" if tree is None else "no bundle of the run"
+        raise InputError(
+            f"{address} has {what} {name}; holdfast status and bundles show what it has"
+        )
+    digest = hashlib.sha256(Tree(files).to_bytes()).hexdigest()
+    folder = store_folder(address) / BUNDLES / name / digest[:16]
+    if not folder.is_dir():
+        _download(store, files, folder)
+    return folder
+
+
+def _download(store: ObjectStore, files: Mapping[str, TreeFile], folder: Path) -> None:
+    """Make a folder of the files, as a whole or not at all. Raises StorageError."""
+    partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    try:
+        for path, file in files.items():
+            (partial / path).parent.mkdir(parents=True, exist_ok=True)
+            download_file(store, file, partial / path)
+        if not folder.is_dir():
+            partial.rename(folder)
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        raise storage_error("write", folder, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class BucketRegistry(Registry):
@@ -92,21 +144,8 @@ class BucketRegistry(Registry):
         if folder.is_dir():
             return folder
         tree = self.tree(name, version)
-        if tree is None:
-            return folder
-        partial = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-        try:
-            for path, file in tree.files.items():
-                (partial / path).parent.mkdir(parents=True, exist_ok=True)
-                download_file(self._store, file, partial / path)
-            if not folder.is_dir():
-                partial.rename(folder)
-        except OSError as error:
-            if isinstance(error, StorageError):
-                raise
-            raise storage_error("write", folder, error) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        if tree is not None:
+            _download(self._store, tree.files, folder)
         return folder
 
     def manifest(self, name: str, version: int) -> dict[str, Any]:

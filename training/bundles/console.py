@@ -11,13 +11,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from holdfast.training.bundles import consumer
 from holdfast.training.bundles.continuing import NUM_TOKENS
 from holdfast.training.bundles.pull import pull
-from holdfast.training.bundles.registry import BundleReference, Registry
+from holdfast.training.bundles.registry import REGISTRY, BundleReference, Registry
 from holdfast.training.bundles.sources import BundleSource
 from holdfast.training.bundles.text_prediction import SUFFIX, predict_text
 from holdfast.training.errors import BundleError, HoldfastError, InputError
@@ -28,6 +29,7 @@ from holdfast.training.told_errors import error_line
 COMMANDS = ("pull", "verify", "predict", "bundles")
 DEFAULT_STORE = os.environ.get("HOLDFAST_STORE", "runs")
 STORE_HELP = "folder that holds all runs; default: $HOLDFAST_STORE, or runs"
+BUNDLE_HELP = "its folder, its address in a bucket, or its name where --store is given"
 MEGABYTE = 1e6
 
 EXAMPLES = """examples:
@@ -73,15 +75,16 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pull(commands)
     verifying = commands.add_parser("verify", help="prove a bundle on this machine")
-    verifying.add_argument("folder", type=Path, help="the bundle")
+    verifying.add_argument("bundle", help=BUNDLE_HELP)
     predicting = commands.add_parser("predict", help="predict a CSV, NPY or JSON file, or a text")
-    predicting.add_argument("folder", type=Path, help="the bundle")
+    predicting.add_argument("bundle", help=BUNDLE_HELP)
     predicting.add_argument("input", type=Path, help="samples: .csv, .npy or .json; or .txt")
     predicting.add_argument("--to", type=Path, metavar="FILE", help="write there, not to stdout")
     predicting.add_argument(
         "--tokens", type=int, default=NUM_TOKENS, metavar="N", help="that a text goes on for"
     )
     for command in (verifying, predicting):
+        command.add_argument("--store", help="take NAME[@VERSION|@ALIAS] from there")
         command.add_argument(
             "--time-limit-s",
             type=float,
@@ -160,20 +163,50 @@ def is_url(store: str) -> bool:
     return store.startswith(("http://", "https://"))
 
 
-def _bundle_folder(folder: Path) -> Path:
+def _bundle_folder(bundle: str, store: str | None) -> Path:
+    """A bundle that is named by its folder, its address, or its name in a store."""
+    if is_address(bundle):
+        return _addressed_bundle(bundle)
+    if store is not None:
+        registry, reference = _registry(store), BundleReference.parse(bundle)
+        return registry.bundle(reference.name, registry.resolve(reference))
+    folder = Path(bundle)
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; expected a bundle, as holdfast pull makes")
+        raise InputError(
+            f"there is no folder {folder}; expected a bundle, as holdfast pull makes, or its name "
+            f"with --store"
+        )
     return folder
 
 
+def _addressed_bundle(bundle: str) -> Path:
+    """Of ``STORE/EXPERIMENT/RUN/bundle`` or ``STORE/registry/NAME/versions/NUMBER``."""
+    address = parse_address(bundle)
+    *store, first, second, third = ["", "", "", *address.prefix.split("/")]
+    prefix = "/".join(filter(None, store))
+    if third == "bundle" and first and second:
+        from holdfast.training.bundles.bucket_registry import run_bundle
+
+        return run_bundle(replace(address, prefix=prefix), f"{first}/{second}")
+    if store[-1:] == [REGISTRY] and second == "versions" and third.isdecimal():
+        prefix = prefix.removesuffix(REGISTRY).rstrip("/")
+        reference = f"{first}@{int(third)}"
+        return _bundle_folder(reference, str(replace(address, prefix=prefix)))
+    raise InputError(
+        f"{bundle} is no bundle's address: expected …/EXPERIMENT/RUN/bundle or "
+        f"…/registry/NAME/versions/NUMBER, as holdfast status and bundles tell them"
+    )
+
+
 def _run_verify(options: argparse.Namespace) -> None:
-    print(consumer.proof(_bundle_folder(options.folder), options.time_limit_s))
+    folder = _bundle_folder(options.bundle, options.store)
+    print(consumer.proof(folder, options.time_limit_s))
 
 
 def _run_predict(options: argparse.Namespace) -> None:
     if not options.input.is_file():
         raise InputError(f"there is no file {options.input}; expected a CSV, NPY or JSON file")
-    folder = _bundle_folder(options.folder)
+    folder = _bundle_folder(options.bundle, options.store)
     if options.input.suffix.lower() == SUFFIX:
         limits = options.time_limit_s, options.tokens
         predict_text(folder, options.input, options.to, *limits)

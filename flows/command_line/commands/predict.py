@@ -7,7 +7,11 @@ from pathlib import Path
 
 import click
 
-from holdfast.flows.command_line.options import EXIT_CODES, TIME_LIMIT_OPTION
+from holdfast.flows.command_line.options import (
+    BUNDLE_STORE_OPTION,
+    EXIT_CODES,
+    TIME_LIMIT_OPTION,
+)
 from holdfast.training.bundles import console
 from holdfast.training.bundles.continuing import NUM_TOKENS
 
@@ -24,13 +28,14 @@ Examples:
   holdfast predict digits-model samples.csv
   holdfast predict digits-model samples.npy --to predictions.json
   holdfast predict language-model beginning.txt --tokens 300
+  holdfast predict digits samples.csv --store s3://my-bucket/runs
 """
 
 
 @click.command(
     "predict", help=HELP, epilog=EXIT_CODES, short_help="Predict a file, or continue a text."
 )
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle")
 @click.argument("input_file", metavar="INPUT", type=click.Path(path_type=Path))
 @click.option(
     "--to", type=click.Path(path_type=Path), metavar="FILE", help="Write there, not to stdout."
@@ -42,10 +47,17 @@ Examples:
     show_default=True,
     help="How many tokens a text goes on for.",
 )
+@BUNDLE_STORE_OPTION
 @TIME_LIMIT_OPTION
 def command(
-    bundle: Path, input_file: Path, to: Path | None, tokens: int, time_limit_s: float
+    bundle: str,
+    input_file: Path,
+    to: Path | None,
+    tokens: int,
+    store: str | None,
+    time_limit_s: float,
 ) -> None:
     """Predict it."""
-    told = {"input": input_file, "to": to, "time_limit_s": time_limit_s, "tokens": tokens}
-    console.run(Namespace(command="predict", folder=bundle, **told))
+    told = {"input": input_file, "to": to, "tokens": tokens, "store": store}
+    options = {**told, "time_limit_s": time_limit_s}
+    console.run(Namespace(command="predict", bundle=bundle, **options))

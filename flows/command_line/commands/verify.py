@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 
 import click
 
-from holdfast.flows.command_line.options import TIME_LIMIT_OPTION
+from holdfast.flows.command_line.options import BUNDLE_STORE_OPTION, TIME_LIMIT_OPTION
 from holdfast.training.bundles import console
 
 HELP = """Prove a bundle on this machine.
@@ -19,6 +18,8 @@ champion's numbers in the ONNX Runtime that is installed here. No code of the bu
 Examples:
   holdfast verify digits-model
   holdfast verify runs/digits/first/bundle
+  holdfast verify digits@3 --store s3://my-bucket/runs
+  holdfast verify s3://my-bucket/runs/digits/first/bundle
 """
 
 
@@ -28,8 +29,9 @@ Examples:
     epilog="Exit codes: 0 proved, 1 refused: altered, or other numbers, 2 wrong input.",
     short_help="Prove a bundle on this machine.",
 )
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("bundle")
+@BUNDLE_STORE_OPTION
 @TIME_LIMIT_OPTION
-def command(folder: Path, time_limit_s: float) -> None:
+def command(bundle: str, store: str | None, time_limit_s: float) -> None:
     """Verify it."""
-    console.run(Namespace(command="verify", folder=folder, time_limit_s=time_limit_s))
+    console.run(Namespace(command="verify", bundle=bundle, store=store, time_limit_s=time_limit_s))
