@@ -9,6 +9,7 @@ from pathlib import Path
 
 MAX_MESSAGE_CHARS = 600
 _OWN_FOLDER = Path(__file__).resolve().parents[1]
+_OWN_FOLDERS = (_OWN_FOLDER, *(_OWN_FOLDER.with_name(name) for name in ("tasks", "flows")))
 _FOREIGN_FOLDERS = tuple(
     Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")
 )
@@ -60,7 +61,7 @@ def named(error: BaseException) -> str:
 def is_users(path: Path) -> bool:
     """Whether a file is a user's: not of Python, of a package, or of Holdfast itself."""
     path = path.resolve()
-    if path.is_relative_to(_OWN_FOLDER):
+    if any(path.is_relative_to(folder) for folder in _OWN_FOLDERS):
         return path.is_relative_to(_OWN_FOLDER / "experiments")
     if not _PACKAGE_FOLDERS.isdisjoint(path.parts):  # of another environment that is borrowed from
         return False
