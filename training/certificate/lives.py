@@ -190,4 +190,4 @@ def _wait(
 def _last_words(path: Path) -> str:
     lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ") or "Error: " in line]
-    return (errors or lines or ["it said nothing"])[-1]
+    return (errors or lines or ["it said nothing"])[-1].removeprefix("error: ")
