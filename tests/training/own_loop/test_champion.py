@@ -206,7 +206,7 @@ def test_several_models_are_handed_over_as_one() -> None:
     ("returned", "message"),
     [
         ({"loss": "small"}, "'loss' is 'small'"),
-        ({"loss": object()}, "'loss' is a object"),
+        ({"loss": object()}, "'loss' is an object"),
         (None, "must return a number, a dict of numbers"),
         ({}, "must return a number, a dict of numbers"),
         ({"loss": torch.ones(3), "right": torch.ones(4)}, "loss with 3 rows, right with 4 rows"),
