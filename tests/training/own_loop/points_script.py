@@ -125,7 +125,7 @@ elif fault == "absent":
 elif fault == "class":
     kept["model"] = nn.Linear  # type: ignore[assignment]
 elif fault == "no dict":
-    odd = {"state_dict": lambda _: 3, "load_state_dict": lambda _, state: None}
+    odd = {"state_dict": lambda _: 3, "load_state_dict": lambda *_: None}
     kept["average"] = type("Odd", (), odd)()
 elif fault == "data loader":
     kept["loader"] = torch.utils.data.DataLoader(Points())  # type: ignore[arg-type]
