@@ -36,6 +36,7 @@ from holdfast.training.preemption.signals import (
 )
 from holdfast.training.runs.durable_json import write_json_durably
 from holdfast.training.storage.address import is_address
+from holdfast.training.tiers.companion import keep_up_command
 from holdfast.training.tiers.supervision import run_supervised
 from holdfast.training.told_errors import error_line
 
@@ -173,6 +174,7 @@ main.add_command(score_command)
 main.add_command(configuration)
 main.add_command(verify_resume)
 main.add_command(replay_command)
+main.add_command(keep_up_command)
 
 
 def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, Any]) -> int:

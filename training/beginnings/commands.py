@@ -23,6 +23,7 @@ from holdfast.training.exactness.reproducibility import (
     python_command,
 )
 from holdfast.training.runs.shown_text import shown
+from holdfast.training.tiers.scratch import told_path
 from holdfast.training.told_errors import told_errors
 
 if TYPE_CHECKING:
@@ -113,9 +114,11 @@ def fork_command(
     lineage = made.record.lineage
     assert lineage is not None
     if is_json:
-        _print_json({"run": str(made.run.path), **lineage.model_dump(mode="json")})
+        _print_json({"run": told_path(made.run.path), **lineage.model_dump(mode="json")})
         return
-    click.echo(shown(f"{made.run.path} begins with step {lineage.step} of {lineage.run_id}"))
+    click.echo(
+        shown(f"{told_path(made.run.path)} begins with step {lineage.step} of {lineage.run_id}")
+    )
     for key, value in lineage.changed.items():
         click.echo(shown(f"  {key} = {value!r}"))
 

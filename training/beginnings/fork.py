@@ -51,6 +51,7 @@ from holdfast.training.stage import (
     resolve_arguments,
     with_absolute_paths,
 )
+from holdfast.training.tiers.scratch import told_path
 from holdfast.training.weights.identity import weight_files
 
 STATE_OF = ("optimizer.name", "ema.decays", "ema.posthoc_gammas")
@@ -93,7 +94,9 @@ def fork(
     store = arguments.store if into is None else into
     child = RunDirectory(store / parent.path.parent.name / validate_run_id(new_id))
     if os.path.lexists(child.path):
-        raise RunConflictError(f"{child.path} is there already: take another id for the fork")
+        raise RunConflictError(
+            f"{told_path(child.path)} is there already: take another id for the fork"
+        )
     config, experiment_class = resolve_arguments(replace(arguments, is_resume=True))
     there = read_run_record(parent)
     manifest = chosen_checkpoint(parent, at, config)

@@ -156,7 +156,10 @@ def _inspect(path: Path) -> Inspection:
     seen = Inspection(path, _size_bytes(path))
     try:
         folder = local_folder(path)
-        seen = replace(seen, manifest=manifest_of(folder))
+        manifest = manifest_of(folder)
+        told_bytes = sum(entry.size_bytes for entry in manifest.files.values())
+        # Of a run that was read from a bucket, its records alone are here.
+        seen = replace(seen, manifest=manifest, size_bytes=max(seen.size_bytes, told_bytes))
         check_names(folder)
     except (CheckpointCorruptError, StorageError) as error:
         return replace(seen, error=error)

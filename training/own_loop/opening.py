@@ -7,7 +7,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import re
 import sys
 import threading
 from collections.abc import Mapping
@@ -58,6 +57,9 @@ from holdfast.training.runs.directory import (
 from holdfast.training.runs.paths import checked_store
 from holdfast.training.runs.progress import Progress
 from holdfast.training.runs.segment_log import SegmentLog
+from holdfast.training.storage.address import is_address, parse_address
+from holdfast.training.tiers.companion import Companion
+from holdfast.training.tiers.scratch import tier_folder
 
 DEFAULTS: dict[str, Any] = {"ema": {"decays": []}}
 VALIDATING = (
@@ -65,7 +67,6 @@ VALIDATING = (
     "checkpoint.weights_every_steps",
     "checkpoint.weights_every_epochs",
 )
-ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/")
 OWN = (
     "data",
     "distributed",
@@ -105,6 +106,7 @@ class Opened:
         trial: what ``holdfast verify-resume`` asks of this process.
         script: its file.
         log: of the process, where it is not the script's own.
+        companion: who keeps the run in a bucket, where that is not the starter's matter.
     """
 
     run: RunDirectory
@@ -116,6 +118,7 @@ class Opened:
     trial: Trial
     script: Path | None = None
     log: SegmentLog | None = None
+    companion: Companion | None = None
 
     @property
     def seed(self) -> int:
@@ -123,14 +126,15 @@ class Opened:
         return self.config.seed
 
 
-def _store_folder(store: str) -> Path:
-    """The absolute path of the store. Raises InputError for a file, or an address."""
-    if ADDRESS.match(store):
-        raise InputError(
-            "the run of a script that keeps its own loop lies in a folder, not in a bucket: "
-            "name a folder as its store"
-        )
-    return checked_store(Path(store).absolute())
+def _opened_store(store: str, name: str) -> tuple[Path, Companion | None]:
+    """The absolute path of the store; of a bucket, this machine's, and who keeps the run there.
+
+    Raises InputError for a file or a wrong address, and what ``Companion.start`` raises.
+    """
+    if not is_address(store):
+        return checked_store(Path(store.removeprefix("file://")).absolute()), None
+    folder = tier_folder(parse_address(store), "work")
+    return folder, Companion.start(store, name)
 
 
 def open_run(
@@ -153,11 +157,12 @@ def open_run(
     arguments.path("holdfast.run(store=…)", store)
     if os.environ.get(IS_STRICT) == "1":
         be_strict()
-    folder = _store_folder(str(os.environ.get(STORE) or store))
     run_id = validate_run_id(os.environ.get(RUN_ID) or run_id)
     experiment = validate_run_id(os.environ.get(EXPERIMENT) or experiment, "an experiment")
-    run = RunDirectory(folder / experiment / run_id)
     resolved = run_config(seed, config, settings)
+    asked = str(os.environ.get(STORE) or store)
+    folder, companion = _opened_store(asked, f"{experiment}/{run_id}")
+    run = RunDirectory(folder / experiment / run_id)
     num_threads = _num_threads(run, resolved)
     set_up_torch(resolved.train.mode, num_threads)
     if not is_environment_set(num_threads):
@@ -195,6 +200,7 @@ def open_run(
         trial=asked_trial(),
         script=script,
         log=None if host is None else host.log,
+        companion=companion,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from holdfast.training.data.loader import WorkerInit
-from holdfast.training.errors import InputError, UnsupportedStateError
+from holdfast.training.errors import HoldfastError, InputError, UnsupportedStateError
 from holdfast.training.exactness.seeding import derive_seed
 from holdfast.training.experiment.error_places import is_users
 from holdfast.training.export.specification import Dimensions, ExportSpec
@@ -455,11 +455,17 @@ class Run:
             segment.validated(metrics)
         return bool(metrics)
 
-    def end(self, error: BaseException | None) -> InputError | None:
+    def end(self, error: BaseException | None) -> HoldfastError | None:
         """What is left to do at the end of the process; what is wrong with it, beside ``error``.
 
-        A script that itself ended well has to have come to the end of its loop.
+        A script that itself ended well has to have come to the end of its loop, and its bucket to
+        have what is saved.
         """
+        wrong, companion = self._end(error), self._opened.companion
+        behind = None if companion is None else companion.finish()
+        return wrong or behind
+
+    def _end(self, error: BaseException | None) -> InputError | None:
         if error is None:
             self._end_where_over(is_epoch=True)
         if self._has_ended:

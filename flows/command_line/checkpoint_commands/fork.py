@@ -7,13 +7,12 @@ from pathlib import Path
 import click
 
 from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
-from holdfast.flows.command_line.stores import find_run
+from holdfast.flows.command_line.stores import find_run, reading_store, written_store
 from holdfast.flows.command_line.training_commands import call_training, run_arguments
-from holdfast.tasks.preflight import store_path
 from holdfast.training.beginnings.commands import AT_HELP, FORK_EXIT_CODES
 from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
-from holdfast.training.errors import InputError
-from holdfast.training.tiers.scratch import parsed_store
+from holdfast.training.runs.paths import RunDirectory, validate_run_id
+from holdfast.training.tiers.keeping import kept_up, opened_replica
 
 HELP = """Begin a new run, NEW_ID, with the full state of a checkpoint of RUN.
 
@@ -28,7 +27,7 @@ full can be forked: the last ones, and those of checkpoint.keep_every_steps.
 Examples:
   holdfast fork first longer --at latest --set train.num_epochs=40
   holdfast fork first annealed --at 4200 --set optimizer.args.lr=0.0001
-  holdfast fork turbofan/fd001 other-order --at 4200 --set seed=7 --store /mnt/runs
+  holdfast fork turbofan/fd001 other-order --at 4200 --set seed=7 --store s3://my-bucket/runs
   holdfast resume longer
 """
 
@@ -56,11 +55,13 @@ def command(
     is_json: bool,
 ) -> int:
     """Fork."""
-    if parsed_store(store) is not None:
-        raise InputError(
-            "a run in a bucket cannot be forked yet: fork it in a folder, and see docs/buckets.md"
-        )
-    arguments = run_arguments(find_run(store_path(store), run), overrides, is_json=is_json)
+    found = find_run(reading_store(store, run, is_whole=True), run)
+    work = written_store(found)
+    arguments = run_arguments(found, overrides, is_json=is_json)
     if config_file is not None:
         arguments += ["--config", str(config_file)]
-    return call_training(["fork", *arguments, "--at", at, "--new-run-id", new_id])
+    child = RunDirectory(work / found.path.parent.name / validate_run_id(new_id))
+    with opened_replica(child) as replica, kept_up(replica):
+        return call_training(
+            ["fork", *arguments, "--at", at, "--new-run-id", new_id, "--into", str(work)]
+        )

@@ -10,10 +10,9 @@ import click
 from holdfast.flows.command_line.options import STRICT_OPTION
 from holdfast.tasks.limits import Limits
 from holdfast.tasks.scripts.repeated import ScriptRunner, script_command
-from holdfast.training.errors import InputError
 from holdfast.training.exactness.reproducibility import child_environment, default_num_threads
 from holdfast.training.own_loop.environment import ALLOW_MISMATCH, IS_STRICT, RUN_ID, STORE
-from holdfast.training.storage.address import is_address
+from holdfast.training.tiers.scratch import parsed_store
 
 HELP = """Start a training script of your own, and start it again until it has completed.
 
@@ -29,6 +28,7 @@ wrong input, a program that cannot be read or imported, a loop that ends before 
 Examples:
   holdfast exec train.py --lr 0.1
   holdfast exec --store /mnt/runs --run-id second train.py
+  holdfast exec --store s3://my-bucket/runs train.py
   holdfast exec -m my_project.train          a module, as python -m
 """
 
@@ -41,7 +41,9 @@ Examples:
     short_help="Start a training script, again and again.",
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
-@click.option("--store", help="Folder that holds all runs, in the place of the script's.")
+@click.option(
+    "--store", help="Folder or address of the store of all runs, in the place of the script's."
+)
 @click.option("--run-id", help="Name of the run, in the place of the script's.")
 @STRICT_OPTION
 @click.option(
@@ -70,7 +72,7 @@ def command(  # one per option
     """Start it."""
     command_line = script_command(script, sys.executable)
     asked = {
-        STORE: _folder(store) if store else None,
+        STORE: _place(store) if store else None,
         RUN_ID: run_id,
         IS_STRICT: "1" if is_strict else None,
         ALLOW_MISMATCH: "1" if is_mismatch_allowed else None,
@@ -83,10 +85,7 @@ def command(  # one per option
     ).run()
 
 
-def _folder(store: str) -> str:
-    if is_address(store):
-        raise InputError(
-            "the run of a script that keeps its own loop lies in a folder, not in a bucket: "
-            "name one with --store"
-        )
-    return str(Path(store).absolute())
+def _place(store: str) -> str:
+    """A store as the script finds it, wherever it stands. Raises InputError for a wrong address."""
+    address = parsed_store(store)
+    return str(Path(store).absolute()) if address is None else str(address)

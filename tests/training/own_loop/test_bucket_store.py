@@ -1,0 +1,86 @@
+"""A script with its own loop, whose store is a bucket; the server is moto."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from holdfast.training.exactness.trial import Trial
+from holdfast.training.runs.directory import read_segments
+from holdfast.training.runs.paths import RunDirectory
+from holdfast.training.storage.address import Address
+from holdfast.training.tiers.viewing import refresh_view
+from tests.contracts.object_servers import SECRET, make_bucket, moto
+
+pytest.importorskip("obstore", reason="the extra 'bucket' is not installed")
+pytest.importorskip("moto", reason="moto is not installed")
+pytestmark = pytest.mark.slow
+ADDRESS = Address("s3", "runs", "own")
+SCRIPT = """
+import sys
+import torch, holdfast
+often = {"checkpoint.every_steps": 5}
+run = holdfast.run("toy", "one", store="s3://runs/own", seed=1, settings=often)
+model = torch.nn.Linear(60, 60)
+optimizer = torch.optim.AdamW(model.parameters())
+run.keep(model=model, optimizer=optimizer)
+for step in run.steps(20):
+    optimizer.zero_grad()
+    model(torch.randn(8, 60)).square().mean().backward()
+    optimizer.step()
+torch.save(model.state_dict(), sys.argv[1])
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    with moto() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        make_bucket(environment, ADDRESS.bucket)
+        monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "watcher"))
+        path = tmp_path / "train.py"
+        path.write_text(SCRIPT)
+        yield path
+
+
+def start(script: Path, scratch: str, trial: Trial | None = None, **environment: str) -> int:
+    folder = script.parent
+    told = {**os.environ, **environment, "HOLDFAST_SCRATCH": str(folder / scratch)}
+    told |= trial.environment() if trial is not None else {}
+    command = [sys.executable, "-P", str(script), str(folder / f"{scratch}.pt")]
+    return subprocess.run(command, env=told, check=False).returncode
+
+
+def test_it_goes_on_on_machines_that_share_nothing_and_ends_with_the_same_bytes(
+    script: Path, tmp_path: Path
+) -> None:
+    assert start(script, "first", Trial(stop_at=7, stop_signal="SIGTERM")) == 75
+    killed = start(script, "second", Trial(stop_at=13, stop_signal="SIGKILL"))
+    assert killed == -signal.SIGKILL
+    assert start(script, "third") == 0
+    assert start(script, "calm", HOLDFAST_STORE=str(tmp_path / "store")) == 0
+    assert (tmp_path / "third.pt").read_bytes() == (tmp_path / "calm.pt").read_bytes()
+    run = RunDirectory(refresh_view(ADDRESS) / "toy" / "one")
+    first, second, third = read_segments(run)
+    assert (first.outcome, first.end_step) == ("preempted", 7)
+    assert (second.outcome, second.start_step) == ("running", 7)
+    assert (third.outcome, third.end_step) == ("completed", 20)
+    assert third.start_step in (7, 10)  # what was being written was lost with the machine
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_bucket_that_is_not_there_is_one_line(script: Path) -> None:
+    told = {**os.environ, "HOLDFAST_STORE": "s3://no-such-bucket/x"}
+    command = [sys.executable, "-P", str(script), "x"]
+    ended = subprocess.run(command, env=told, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "there is no bucket 'no-such-bucket' here" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
