@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hmac
+import json
 import os
 import shutil
 import signal
@@ -9,8 +12,10 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from email.utils import formatdate
 from pathlib import Path
 
 START_S = 60.0
@@ -22,6 +27,10 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import run_simple
 run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app))
 """
+AZURITE_ACCOUNT = "devstoreaccount1"
+AZURITE_KEY = (  # the emulator's own, as its documentation has it
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+)
 KEY, SECRET = "HoldfastTestKey", "HoldfastTestSecret-7f3a"
 
 
@@ -82,6 +91,61 @@ def seaweedfs(folder: Path) -> Iterator[dict[str, str]]:
     environment = s3_environment(port)
     with served([*command, f"-s3.port={port}"], port, environment):
         yield environment
+
+
+@contextmanager
+def rclone(folder: Path) -> Iterator[dict[str, str]]:
+    """Rclone's server of a folder, which takes conditional writes for plain ones."""
+    port = free_port()
+    program = shutil.which("rclone")
+    assert program is not None
+    command = [program, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key"]
+    with served([*command, f"{KEY},{SECRET}", str(folder)], port, {}):
+        yield s3_environment(port)
+
+
+@contextmanager
+def google() -> Iterator[dict[str, str]]:
+    """Google's XML interface, as far as it is used; its buckets are there."""
+    port = free_port()
+    command = [sys.executable, "-P", str(Path(__file__).with_name("google_server.py")), str(port)]
+    with served(command, port, {}):
+        url = f"http://127.0.0.1:{port}"
+        account = {"gcs_base_url": url, "disable_oauth": True}
+        account |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+        yield {"GOOGLE_BASE_URL": url, "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(account)}
+
+
+@contextmanager
+def azurite() -> Iterator[dict[str, str]]:
+    """Microsoft's emulator of Azure's blobs; ``azurite-blob`` must be on the path."""
+    port = free_port()
+    program = shutil.which("azurite-blob")
+    assert program is not None
+    command = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence"]
+    with served([*command, "--skipApiVersionCheck", "-s"], port, {}):
+        yield {
+            "AZURE_STORAGE_ACCOUNT_NAME": AZURITE_ACCOUNT,
+            "AZURE_STORAGE_ACCOUNT_KEY": AZURITE_KEY,
+            "AZURE_STORAGE_ENDPOINT": f"http://127.0.0.1:{port}/{AZURITE_ACCOUNT}",
+        }
+
+
+def make_container(environment: Mapping[str, str], name: str) -> None:
+    """A new container of an Azure server, by one signed request."""
+    endpoint = environment["AZURE_STORAGE_ENDPOINT"]
+    date = formatdate(usegmt=True)
+    headers = {"x-ms-date": date, "x-ms-version": "2021-08-06", "Content-Length": "0"}
+    account = environment["AZURE_STORAGE_ACCOUNT_NAME"]
+    signed = "PUT" + "\n" * 12 + f"x-ms-date:{date}\nx-ms-version:2021-08-06\n"
+    signed += f"/{account}/{account}/{name}\nrestype:container"
+    key = base64.b64decode(environment["AZURE_STORAGE_ACCOUNT_KEY"])
+    signature = base64.b64encode(hmac.digest(key, signed.encode(), "sha256")).decode()
+    headers["Authorization"] = f"SharedKey {account}:{signature}"
+    url = f"{endpoint}/{name}?restype=container"
+    asked = urllib.request.Request(url, method="PUT", headers=headers)
+    with urllib.request.urlopen(asked, timeout=START_S) as answer:
+        assert answer.status == 201
 
 
 def make_bucket(environment: Mapping[str, str], name: str) -> None:

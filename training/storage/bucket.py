@@ -46,6 +46,7 @@ MAX_RETRIES = 10
 MAX_UNANSWERED = 3
 PARTS_AT_ONCE = 8
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+OTHER_ENDPOINTS = ("AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 STATUS = re.compile(r"(?:status|code)\D{0,12}\b([1-5][0-9]{2})\b", re.IGNORECASE)
 CODE = re.compile(r"<Code>([A-Za-z]{3,60})</Code>")
@@ -194,9 +195,11 @@ class Bucket:
             self._refuse(error, "delete", keys if isinstance(keys, str) else keys[0])
 
     def _tag(self, told: Any) -> str:
-        """Google's generation, or the entity tag of the others."""
-        name = "version" if self._address.scheme == "gs" else "e_tag"
-        return str(told.get(name) or "")
+        """Google's generation, or the entity tag of the others, which Azure lists without marks."""
+        if self._address.scheme == "gs":
+            return str(told.get("version") or "")
+        tag = str(told.get("e_tag") or "")
+        return f'"{tag}"' if tag and self._address.scheme == "az" and tag[0] != '"' else tag
 
     def _update(self, tag: str) -> dict[str, str]:
         return {"version": tag} if self._address.scheme == "gs" else {"e_tag": tag}
@@ -263,7 +266,7 @@ def _first(names: Iterable[str]) -> str:
 
 def _may_be_http() -> bool:
     """Whether a server that was named by hand, as one of a test, is asked without encryption."""
-    named = (_first(ENDPOINTS), os.environ.get("AZURE_STORAGE_ENDPOINT", ""))
+    named = (_first(ENDPOINTS), *(os.environ.get(name, "") for name in OTHER_ENDPOINTS))
     return any(one.startswith("http://") for one in named) or _is_emulated()
 
 

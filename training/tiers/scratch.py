@@ -24,7 +24,13 @@ from holdfast.training.storage.address import Address, is_address, parse_address
 SCRATCH_VARIABLE = "HOLDFAST_SCRATCH"
 MARKER = ".store-address.json"
 LIMITS = Limits(max_bytes=2**14, max_depth=2)
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+ENDPOINTS = (
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT",
+    "AZURE_STORAGE_ENDPOINT",
+    "GOOGLE_BASE_URL",
+)
 Tier = Literal["work", "view"]
 
 
