@@ -7,6 +7,7 @@
 # make bench   the benchmarks that take minutes; DATA=folder with real data
 # make chaos KILLS=1000   kill training that many times and compare bytes; PROCESSES=3 for several,
 #                         EXPERIMENT=language_model for that one
+# make chaos-store KILLS=200   the same, of the process that keeps a bucket up to date
 # make digests   the bytes that small runs of every experiment end with
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ ENVIRONMENT ?= .venv
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup run test slow lint docs wheel bench chaos digests clean
+.PHONY: setup run test slow lint docs wheel bench chaos chaos-store digests clean
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
@@ -54,6 +55,9 @@ bench: setup
 
 chaos: setup
 	$(BIN)/python -m tests.faults.chaos --kills $(KILLS) --processes $(PROCESSES) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
+
+chaos-store: setup
+	$(BIN)/python -m tests.faults.store_chaos --kills $(KILLS)
 
 digests: setup
 	@$(BIN)/python -m tests.compatibility.digests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -104,3 +105,13 @@ def test_a_copied_run_ends_with_the_same_bytes(machine: pytest.MonkeyPatch, tmp_
     complete(last)
     assert differences(final_state(calm.run), final_state(last.run)) == []
     assert len(read_segments(last.run)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_who_keeps_a_bucket_is_killed_at_each_point_and_the_bytes_are_the_same() -> None:
+    """And no file of any of the machines holds a secret. More of it: ``make chaos-store``."""
+    command = python_command("tests.faults.store_chaos", "--kills", "8")
+    root = Path(__file__).parents[2]
+    told = {**os.environ, "PYTHONPATH": str(root)}
+    assert subprocess.run(command, cwd=root, env=told, check=False).returncode == 0
