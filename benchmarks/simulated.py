@@ -11,6 +11,7 @@ the records of the replayed run.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--without-notice", type=float, default=0.5)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    os.environ["PYTHONPATH"] = sys.path[0]  # for the process that segments are forked from
     trace = read_trace(arguments.trace).spread(arguments.seed)
     factor = trace.length_s / (60 * arguments.minutes)
     trace = trace.compressed(factor).with_notices(
