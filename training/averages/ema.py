@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.averages.posthoc_ema import power_weight
-from holdfast.training.checkpointing.finite import non_finite
+from holdfast.training.checkpointing.finite import is_slice, non_finite
 from holdfast.training.checkpointing.model_weights import buffer_slots
 from holdfast.training.configuration.schema import EmaConfig, Json
 from holdfast.training.errors import CheckpointMismatchError, ExperimentError, InputError
@@ -229,7 +229,7 @@ class MovingAverages:
         types = () if self._sources is None else self._sources.types
         for index, average in enumerate(next(iter(self._averages.values()), ())):
             is_copied = index in self._copied
-            key = (average.device, average.dtype, types[index], is_copied)
+            key = (type(average), average.device, average.dtype, types[index], is_copied)
             groups.setdefault(key, []).append(index)
         return list(groups.values())
 
@@ -317,6 +317,8 @@ def _slots(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
 
 def _identity(name: str, tensor: Tensor) -> tuple[Any, ...]:
     """Equal for two names of one tensor."""
+    if is_slice(tensor):
+        return (id(tensor),)
     if tensor.numel() == 0:
         return (name,)
     return (tensor.data_ptr(), tensor.dtype, tensor.device, tensor.shape, tensor.stride())

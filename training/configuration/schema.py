@@ -121,8 +121,9 @@ class TrainConfig(Section):
 class DistributedConfig(Section):
     """Several processes of one training, on one machine."""
 
-    strategy: Literal["none", "ddp"] = Field("none", json_schema_extra=UNLESS_SHARDED)
-    """`ddp`: each process has all weights, and computes the gradient of its part of each step."""
+    strategy: Literal["none", "ddp", "fsdp"] = Field("none", json_schema_extra=UNLESS_SHARDED)
+    """`ddp`: each process has all weights, and computes the gradient of its part of each step.
+    `fsdp`: weights, gradients, optimizer and averages lie in slices on the processes."""
     num_processes: int = Field(1, ge=1, le=1024, json_schema_extra=UNLESS_SHARDED)
     """How many. May differ from segment to segment where `num_shards` is set."""
     num_shards: int | None = Field(None, ge=1, le=2**16, json_schema_extra=UNLESS_DEFAULT)
@@ -147,6 +148,11 @@ class DistributedConfig(Section):
             key = "num_processes" if self.num_processes > 1 else "num_shards"
             raise ValueError(
                 f"{key}={getattr(self, key)} needs a strategy: write distributed.strategy=ddp"
+            )
+        if self.strategy == "fsdp" and self.num_shards is not None:
+            raise ValueError(
+                "num_shards is not there with strategy=fsdp yet: leave it out, or write "
+                "distributed.strategy=ddp"
             )
         if self.num_processes > self.num_parts:
             raise ValueError(
@@ -549,6 +555,7 @@ class RunConfig(Section):
                 f"data.batch_size={self.data.batch_size}; a microbatch needs at least one sample"
             )
         self._require_whole_shards()
+        self._require_equal_passes()
         snapshot_epochs, every_epochs = (
             self.ema.posthoc_snapshot_epochs,
             self.checkpoint.every_epochs,
@@ -570,6 +577,23 @@ class RunConfig(Section):
             raise ValueError(
                 f"distributed.{key}={num_parts} parts{microbatches} are more than "
                 f"data.batch_size={batch_size} samples; each needs at least one"
+            )
+
+    def _require_equal_passes(self) -> None:
+        """With slices every process takes part in every pass, so that all have as many."""
+        if self.distributed.strategy != "fsdp":
+            return
+        wrong = {
+            "data.should_drop_last=false": not self.data.should_drop_last,
+            "data.batch_tokens": self.data.batch_tokens is not None,
+            "train.should_compile=true": self.train.should_compile,
+            "checkpoint.frozen=left_out": self.checkpoint.frozen == "left_out",
+        }
+        for key in (key for key, is_wrong in wrong.items() if is_wrong):
+            raise ValueError(
+                f"{key} does not go with distributed.strategy=fsdp, in which all processes do the "
+                f"same passes over their own slices: write data.should_drop_last=true, and leave "
+                f"the others as they are by default"
             )
 
     def _require_light_saves(self) -> None:

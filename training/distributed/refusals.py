@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 from holdfast.training.errors import ExperimentError
 
 BARE = "return the module that it wraps"
-NOT_YET = f"weights that are spread over processes are not there yet; {BARE}"
+SLICES = f"{BARE}, and write distributed.strategy=fsdp"
 REFUSED = {
     "DataParallel": f"{BARE}, and write distributed.strategy=ddp",
     "DistributedDataParallel": f"{BARE}, and write distributed.strategy=ddp",
-    "FullyShardedDataParallel": NOT_YET,
-    "FSDPModule": NOT_YET,
+    "FullyShardedDataParallel": SLICES,
+    "FSDPModule": SLICES,
     "DeepSpeedEngine": f"it steps by itself, and its checkpoints are pickles; {BARE}",
     "ZeroRedundancyOptimizer": "its state lies in several processes; name the optimizer itself",
 }
@@ -31,4 +31,7 @@ def refuse_wrappers(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> N
                 )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
-            raise ExperimentError(f"{name} is a DTensor: {NOT_YET}")
+            raise ExperimentError(
+                f"{name} is a DTensor, and an experiment gives whole tensors: write "
+                f"distributed.strategy=fsdp for slices; tensor parallelism is not there"
+            )

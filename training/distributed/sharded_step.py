@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import groupby
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from holdfast.training.distributed.summary import Done, Summary
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.exactness.seeding import seed_shard
+
+if TYPE_CHECKING:  # it takes a moment to import, and few need it
+    from holdfast.training.distributed.spreading import Spread
 
 
 class Piece(Protocol):
@@ -68,13 +71,16 @@ class ShardedStep(Generic[P]):
         num_shards: int,
         is_in_tree: bool,
         monitor: AgreedMonitor | None = None,
+        spread: Spread | None = None,
     ) -> None:
+        """``spread`` sums gradients itself, slice by slice, where weights lie in slices."""
         self._model = model
         self._world = world
         self._seed = seed
         self._num_shards = num_shards
         self._row_sums = RowSums(world, is_in_tree=is_in_tree)
         self._monitor = monitor
+        self._spread = spread
         self._buffers = Buffers(model)
         self._parameters: dict[str, nn.Parameter] = {}
         self._rows: list[Row] = []
@@ -119,7 +125,8 @@ class ShardedStep(Generic[P]):
         for row, lent in self._lent:
             row.give_back(lent)
         self._lent = []
-        trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        named = () if self._spread is not None else self._model.named_parameters()
+        trained = {n: p for n, p in named if p.requires_grad}
         if self._rows and trained.keys() == self._parameters.keys():
             return
         complex_ = [name for name, p in trained.items() if p.is_complex()]
@@ -143,8 +150,8 @@ class ShardedStep(Generic[P]):
             for dtype, group in by_type({**gradients, **buffers}).items()
         ]
         self._early.remove()
-        named = [{n: trained[n.removeprefix(GRADIENT)] for n in group} for group in early]
-        self._early = EarlyRows(named, self._begin_early)
+        rows = [{n: trained[n.removeprefix(GRADIENT)] for n in group} for group in early]
+        self._early = EarlyRows(rows, self._begin_early)
 
     def _own_shards(self, step: int, pieces: list[P], backward: Callable[[P], Tensor]) -> Done:
         num_shards = pieces[0].num_shards
@@ -163,6 +170,10 @@ class ShardedStep(Generic[P]):
         return done
 
     def _backward(self, piece: P, own: list[P], backward: Callable[[P], Tensor]) -> Tensor:
+        if self._spread is not None:
+            self._spread.begin_pass(is_last=piece is own[-1])
+            with self._world.lost_ranks_found():
+                return backward(piece)
         if piece is not own[-1]:
             return backward(piece)
         self._last_shard = piece.shard

@@ -176,6 +176,20 @@ class World:
         self._num_turns += 1
         return f"turn/{self._num_turns}"
 
+    @contextlib.contextmanager
+    def lost_ranks_found(self) -> Iterator[None]:
+        """For what meets the others within torch: an error because of them is a RankLostError."""
+        try:
+            yield
+        except RuntimeError as error:
+            told = str(error).lower()
+            is_of_others = "gloo" in told or "connection" in told
+            found = self._errors_of_others() if is_of_others else []
+            if not is_of_others:
+                raise
+            said = "; ".join(found) or f"a process has ended or hangs: {_short(error)}"
+            raise RankLostError(f"rank {self.rank} of {self.size} cannot go on: {said}") from error
+
     def _waiting(self, work: Any) -> Wait:
         def wait() -> None:
             with self._lost_ranks_told():

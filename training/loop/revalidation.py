@@ -45,6 +45,9 @@ def repeat_validation(
     state = trainer.state
     if not differences or not state.history:
         return
+    if state.spread is not None:
+        logger.warning("weights lie in slices: the last validation is not repeated here")
+        return
     last = state.history[-1]
     is_here = last.step == state.counters.step and state.counters.step_in_epoch == 0
     with _left_as_it_was(state):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.exactness.trial import asked_trial
 from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.experiment.loading import own_file
-from holdfast.training.experiment.protocol import Dataset
+from holdfast.training.experiment.protocol import Dataset, hook
 from holdfast.training.experiment.streamed import ENDLESS, Streamed
 from holdfast.training.loop.loss_record import LossRecord
 from holdfast.training.loop.revalidation import repeat_validation
@@ -64,7 +64,7 @@ from holdfast.training.loop.segment_record import RecordKeeper
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.state_validation import validate_state
 from holdfast.training.loop.train_step import TrainStep, gradient_scaler, resolve_device
-from holdfast.training.loop.trainer import Trainer, steps_of_epoch
+from holdfast.training.loop.trainer import Saving, Trainer, steps_of_epoch
 from holdfast.training.optimizers.building import build_optimizers
 from holdfast.training.optimizers.schedule import Schedule
 from holdfast.training.runs.costs import Costs
@@ -86,9 +86,16 @@ from holdfast.training.tracking.sending import tracked
 from holdfast.training.tracking.tracker import check_trackers
 from holdfast.training.weights.frozen import frozen_of
 
+if TYPE_CHECKING:
+    from holdfast.training.distributed.spreading import Spread
+
 
 def _nothing(*_: object) -> None:
     """What a segment of one process tells others."""
+
+
+def _saving_alone(_: Trainer, saver: Saver) -> Saving:
+    return saver
 
 
 @dataclass(frozen=True)
@@ -100,12 +107,14 @@ class Together:
         begin: is told the segment's number and the restored checkpoint, before the first step.
         before_fit: is called when all is ready.
         num_processes: what the segment's record says; None where it says nothing.
+        saving: what the trainer is given in the place of the saver.
     """
 
     prepare: Callable[[Trainer], None] = _nothing
     begin: Callable[[int, CheckpointInfo | None], None] = _nothing
     before_fit: Callable[[], None] = _nothing
     num_processes: int | None = None
+    saving: Callable[[Trainer, Saver], Saving] = _saving_alone
 
 
 ALONE = Together()
@@ -185,7 +194,7 @@ def _train(
                 keeper.advance(step)
                 trial.after_step(step, *own_place)
 
-            ended = trainer.fit(saver, on_step=after_step)
+            ended = trainer.fit(together.saving(trainer, saver), on_step=after_step)
     except (NonFiniteLossError, LossJumpError) as error:
         if trainer.state.watch is None:
             raise
@@ -296,6 +305,7 @@ def sharded_step(
         num_shards=config.num_parts,
         is_in_tree=config.num_shards is not None,
         monitor=monitor,
+        spread=state.spread,
     )
 
 
@@ -317,8 +327,10 @@ def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainSta
     model.train()
     if config.train.should_compile:
         compile_statically(model)
+    refuse_wrappers(model)
+    spread = _spread(stage, model)
     optimizers = build_optimizers(stage.experiment, config.optimizer, model)
-    refuse_wrappers(model, optimizers.values())
+    refuse_wrappers(nn.Identity(), optimizers.values())
     frozen = frozen_of(model, config.checkpoint)
     state = TrainState(
         model=model,
@@ -337,9 +349,20 @@ def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainSta
         frozen=frozen,
         watch=None if config.spikes.num_left_out is None else SpikeWatch(config.spikes, device),
         left_out=read_rollbacks(stage.run),
+        spread=spread,
     )
     seed_generators(stage.seed("training"))
     return state
+
+
+def _spread(stage: Stage, model: nn.Module) -> Spread | None:
+    """The model's slices on the ranks; None where each has all of it."""
+    world = stage.world
+    if stage.config.distributed.strategy != "fsdp" or world is None or world.size == 1:
+        return None
+    from holdfast.training.distributed.spreading import Spread
+
+    return Spread(model, world, hook(stage.experiment, "parallelize"))
 
 
 def require_shapes(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ from holdfast.training.weights.frozen import FrozenParameters, digest_in
 OWN_STATE = ("experiment", "stream")
 """What somebody else's ``state_dict`` gave."""
 
+if TYPE_CHECKING:  # it takes a moment to import, and few need it
+    from holdfast.training.distributed.spreading import Spread
+
 
 @dataclass(frozen=True)
 class EpochRecord:
@@ -71,7 +74,8 @@ class TrainState:
     ``loss_sum`` is the sum of the losses of this epoch's steps, fp64 on the training device.
     ``frozen`` are the parameters that checkpoints leave out, where any are; ``stream_state`` is
     that of the training data after the last step, where they are a stream. ``watch`` is there
-    where spikes are watched; ``left_out`` are the steps that do nothing because of one.
+    where spikes are watched; ``left_out`` are the steps that do nothing because of one. ``spread``
+    is there where weights lie in slices on several ranks; they capture and restore together.
     """
 
     model: nn.Module
@@ -88,6 +92,7 @@ class TrainState:
     early_stopping: EarlyStopping = field(default_factory=EarlyStopping)
     history: list[EpochRecord] = field(default_factory=list)
     stream_state: Any = None
+    spread: Spread | None = None
 
     def __post_init__(self) -> None:
         self._first_strides: dict[str, Strides] = {
@@ -132,6 +137,8 @@ class TrainState:
             "ema": self.averages.tensors(),
             "state": state_tensors,
         }
+        if self.spread is not None:
+            tensors = self.spread.gathered(tensors)
         usual = {"model": self._first_strides, "optimizer": optimizer.usual_strides, "state": {}}
         seldom: dict[str, Any] = {
             "layouts": {
@@ -166,7 +173,9 @@ class TrainState:
         averages = [
             name for name in self.averages.averaged() if name.partition("/")[2] not in infinite
         ]
-        return {"optimizer": list(tensors["optimizer"]), "ema": averages}
+        found = {"optimizer": list(tensors["optimizer"]), "ema": averages}
+        # Of weights that lie in slices, this process has looked at its own alone.
+        return found if self.spread is None else {**found, "model": sorted(parameters)}
 
     def restore(
         self,
@@ -186,6 +195,8 @@ class TrainState:
         assert isinstance(state, dict)
         if self.frozen is not None:
             self.frozen.require(digest_in(state))
+        if self.spread is not None:
+            tensors = self.spread.sliced(tensors)
         layouts: Any = state.get("layouts", {})
         state_tensors = all_laid_out(tensors["state"], layouts.get("state", {}))
         parts: Any = {

@@ -26,18 +26,27 @@ def measured_together(trainer: Trainer, world: World) -> dict[str, float] | None
     monitor = trainer.monitor
     assert isinstance(monitor, AgreedMonitor)
 
+    is_spread = trainer.state.spread is not None
+
     def should_stop() -> bool:
         world.beat()
-        return monitor.has_any()
+        return not is_spread and monitor.has_any()  # with slices, each batch needs all ranks
 
-    own = evaluate(
-        trainer.experiment,
-        trainer.state.model,
-        trainer.validation,
-        batch_size=batch_size,
-        should_stop=should_stop,
-        share=(world.rank, world.size),
-    )
+    def scored(share: tuple[int, int]) -> Records | None:
+        with world.lost_ranks_found():
+            return evaluate(
+                trainer.experiment,
+                trainer.state.model,
+                trainer.validation,
+                batch_size=batch_size,
+                should_stop=should_stop,
+                share=share,
+            )
+
+    own = scored((world.rank, world.size))
+    num_batches = -(-len(trainer.validation) // batch_size)
+    if is_spread and world.rank >= num_batches % world.size > 0:
+        scored((0, num_batches))  # along with the ranks that have a batch more
     world.beat()
     if world.is_any(own is None):
         monitor.agree()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.training.checkpointing.finite import is_slice
 from holdfast.training.checkpointing.json_state import encode
 from holdfast.training.checkpointing.loading import RestoredCheckpoint, load_checkpoint
 from holdfast.training.checkpointing.manager import told_differences
@@ -32,6 +33,7 @@ from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.trainer import Trainer
 from holdfast.training.preemption.notices import Notice
 from holdfast.training.ranks.evaluation import measured_together
+from holdfast.training.ranks.gathering import saving_of_first, saving_of_other
 from holdfast.training.runs.costs import Costs
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
 
@@ -61,6 +63,7 @@ def run_rank(stage: Stage) -> StageOutcome:
         begin=lambda segment, info: _tell_begin(stage, world, segment, info),
         before_fit=lambda: _vote(stage),
         num_processes=world.size,
+        saving=lambda trainer, saver: saving_of_first(trainer.state, saver, world),
     )
     return run_segment(stage, together)
 
@@ -82,7 +85,9 @@ def require_same_stage(stage: Stage, world: World) -> None:
 def _prepare(trainer: Trainer, world: World) -> None:
     """Make a trainer one of several."""
     trainer.measure = lambda trainer: _measured(trainer, world)
-    _require_same(world, "weights to begin with", weights_digest(trainer.state))
+    state = trainer.state
+    first = weights_digest(state) if state.spread is None else state.spread.first_digest
+    _require_same(world, "weights to begin with", first)
 
 
 def _measured(trainer: Trainer, world: World) -> dict[str, float] | None:
@@ -116,7 +121,9 @@ def _follow(stage: Stage, world: World) -> StageOutcome:
             return StageOutcome("completed", 0, step=trainer.state.counters.step)
         is_measured = restored is not None and restored.manifest.info.is_selectable
         schedule = build_schedule(stage.config.checkpoint)
-        saver = Follower(schedule, trainer.state, is_measured=is_measured)
+        saver = saving_of_other(
+            trainer.state, Follower(schedule, trainer.state, is_measured=is_measured), world
+        )
         _vote(stage)
         trial = asked_trial()
         ended = trainer.fit(saver, on_step=lambda step: trial.after_step(step, world.rank))
@@ -171,9 +178,9 @@ class Follower(NothingSaved):
 
 
 def weights_digest(state: TrainState) -> str:
-    """Of all tensors of the model, with their names."""
+    """Of all tensors that this rank has whole, with their names."""
     tensors = {n: t for n, t in state.model.state_dict().items() if isinstance(t, Tensor)}
-    return _digest(tensors)
+    return _digest({name: t for name, t in tensors.items() if not is_slice(t)})
 
 
 def experiment_digest(state: TrainState) -> str:

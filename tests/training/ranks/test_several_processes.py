@@ -251,7 +251,8 @@ def _is_alive(pid: int) -> bool:
             "num_processes=3 is more than num_shards=2",
         ),
         (["distributed.strategy=ddp", "distributed.num_shards=65"], "data.batch_size=64"),
-        (["distributed.strategy=fsdp"], "'none' or 'ddp'"),
+        (["distributed.strategy=fsdp"], "data.should_drop_last=false does not go with"),
+        (["distributed.strategy=zero"], "'none', 'ddp' or 'fsdp'"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(
