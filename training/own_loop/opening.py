@@ -174,7 +174,6 @@ def open_run(
     monitor = PreemptionMonitor(build_sources(resolved.preemption))
     monitor.start()
     seed_generators(seed)
-    script = _script()
     record = RunRecord(
         run_id=run_id,
         experiment=experiment,
