@@ -28,6 +28,7 @@ from holdfast.training.tiers.replica import Replica
 from holdfast.training.tiers.scratch import tier_folder
 
 COMMAND = "keep-up"
+EXIT_CODES = "Exit codes: 0 the bucket has what is saved, 1 it cannot be reached, 2 wrong input."
 LOOK_EVERY_S = 1.0
 WAIT_S = 60.0
 """For the companion of the start before, which brings up what that one saved."""
@@ -81,9 +82,9 @@ class Companion:
         raise kind(told["error"])
 
 
-@click.command(COMMAND, hidden=True)
-@click.option("--store", required=True)
-@click.option("--name", required=True)
+@click.command(COMMAND, hidden=True, epilog=EXIT_CODES)
+@click.option("--store", required=True, help="The bucket's address.")
+@click.option("--name", required=True, help="EXPERIMENT/RUN-ID.")
 def keep_up_command(store: str, name: str) -> None:
     """Keep a run in its bucket until the process that started this one ends."""
     parent = os.getppid()

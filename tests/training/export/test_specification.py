@@ -98,9 +98,9 @@ def test_flat_outputs_become_what_the_model_returned(function: Any) -> None:
     ("function", "spec", "message"),
     [
         (lambda x: x.mean(), ExportSpec(), "must count samples"),
-        (lambda _: "text", ExportSpec(), "the model returns str"),
+        (lambda _: "text", ExportSpec(), "the model returns a str"),
         (lambda _: [], ExportSpec(), "the model returns a list"),
-        (lambda x: {"a": (x, 3)}, ExportSpec(), "returns int as a.1; an exported model"),
+        (lambda x: {"a": (x, 3)}, ExportSpec(), "returns an int as a.1; an exported model"),
         (lambda x: x, ExportSpec(input_names=("a", "b")), "one for each of 1 inputs"),
         (lambda x: x, ExportSpec(input_names=("output",)), "must be distinct"),
         (lambda x: x, ExportSpec(class_names={"output": ("a",)}), "1 names for 'output'"),
