@@ -265,6 +265,7 @@ def test_predictions_are_warned_of_outside_of_the_ranges_of_validation_data(
     ]
 
 
+@pytest.mark.slow
 def test_a_bundle_that_its_own_verify_would_refuse_is_not_published(tmp_path: Path) -> None:
     formats = 'export.formats=["onnx_int8"]'
     with prepared_stage(arguments(tmp_path, formats)) as stage:

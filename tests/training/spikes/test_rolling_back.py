@@ -50,6 +50,7 @@ def newest_state(run: RunDirectory) -> Any:
     return json.loads((sorted(run.checkpoints.iterdir())[-1] / "state.json").read_text())
 
 
+@pytest.mark.slow
 def test_training_goes_back_and_past_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     training = Training(tmp_path, "one", EXPERIMENT, NAN_AT_21)
     segment = run(training)
