@@ -111,7 +111,17 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unreadable.py",
+        "stranger.py",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("unimportable.py", "below.py", "-m")
+        ),
+    ],
+)
 def test_what_every_start_would_end_with_is_told_once(tmp_path: Path, name: str) -> None:
     content, message = PROGRAMS[name]
     (tmp_path / "beside.py").write_text("\nimport nowhere_at_all\n")

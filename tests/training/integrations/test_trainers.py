@@ -35,6 +35,7 @@ def run_in(folder: Path) -> RunDirectory:
     return RunDirectory(folder / "store" / "points" / "one")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_training_that_is_stopped_ends_with_the_bytes_of_a_calm_one(
     tmp_path: Path, trainer: str

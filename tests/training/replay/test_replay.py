@@ -155,6 +155,7 @@ def test_what_is_not_there_is_told_in_one_line(stopped: RunDirectory, tmp_path: 
         require_kept(run, Steps(1, 2))
 
 
+@pytest.mark.slow
 def test_steps_of_a_script_are_done_again_and_nothing_is_written(tmp_path: Path) -> None:
     killed = Trial(every_steps=3, stop_at=17)
     code, errors = script(POINTS, tmp_path, "steps", "store", **killed.environment())
