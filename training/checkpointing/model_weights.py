@@ -38,6 +38,13 @@ def load_model(model: nn.Module, weights: Mapping[str, Any], absent: Collection[
         raise _mismatch(model, list(_differences(weights, _needed(model, weights, absent))))
 
 
+def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a module's state dict, and what else it holds (``get_extra_state``)."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    extra = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    return tensors, extra
+
+
 def lay_out_model(model: nn.Module, strides: Mapping[str, Strides]) -> None:
     """Lay tensors of the model out anew; each stays the same object."""
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.training.checkpointing.json_state import decode
 from holdfast.training.checkpointing.local_files import read_file
-from holdfast.training.checkpointing.model_weights import take_buffers
+from holdfast.training.checkpointing.model_weights import split_state, take_buffers
 from holdfast.training.checkpointing.tensor_file import parse_layout, parse_tensors
 from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError, ExportError, StorageError
@@ -87,7 +87,7 @@ def load_champion(path: Path, model: nn.Module) -> nn.Module:
     stored, extra_state = _read(path)
     take_buffers(model.cpu(), stored)
     _take_extra_state(model, extra_state)
-    target = _tensors(model)
+    target, _ = split_state(model.state_dict(keep_vars=True))
     groups = tied_names(model)
     left_over = set(stored)
     for name, tensor in target.items():
@@ -116,14 +116,9 @@ def _take_extra_state(model: nn.Module, stored: Mapping[str, Json]) -> None:
         model.get_submodule(owner).set_extra_state(decode(value, {}))
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
     """Tensor name -> all names of the same storage, its own first."""
-    state = _tensors(model)
+    state, _ = split_state(model.state_dict(keep_vars=True))
     places: dict[tuple[int, int], list[str]] = {}
     for name, tensor in state.items():
         key = (tensor.data_ptr(), tensor.numel()) if tensor.numel() else (0, -1 - len(places))

@@ -19,7 +19,7 @@ from holdfast.training.checkpointing.layouts import (
     strides_of,
     unusual_strides,
 )
-from holdfast.training.checkpointing.model_weights import lay_out_model, load_model
+from holdfast.training.checkpointing.model_weights import lay_out_model, load_model, split_state
 from holdfast.training.configuration.schema import Json
 from holdfast.training.exactness.seeding import capture_generators, restore_generators
 from holdfast.training.loop.early_stopping import EarlyStopping
@@ -110,7 +110,7 @@ class TrainState:
             ExperimentError: a frozen parameter that is left out was changed.
         """
         state_tensors: Tensors = dict(capture_generators())
-        model_tensors, model_extra = _split_tensors(self.model.state_dict())
+        model_tensors, model_extra = split_state(self.model.state_dict())
         if self.frozen is not None:
             model_tensors = self._without_frozen(model_tensors, self.frozen)
         optimizer = capture_optimizers(self.optimizers, self.model)
@@ -296,10 +296,3 @@ def _set_gradient_flags(model: nn.Module, flags: Mapping[str, bool]) -> None:
     for name, parameter in model.named_parameters():
         if name in flags and parameter.requires_grad != flags[name]:
             parameter.requires_grad_(flags[name])
-
-
-def _split_tensors(state: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-    """Tensors of a module's state dict, and what else it holds (``get_extra_state``)."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    extra = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    return tensors, extra

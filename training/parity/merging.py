@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from holdfast.training.averages.averaging import write_weights
 from holdfast.training.checkpointing.json_state import encode
+from holdfast.training.checkpointing.model_weights import split_state
 from holdfast.training.configuration.schema import CheckpointConfig, Json
 from holdfast.training.errors import ExportError, UnsupportedStateError, kind_of
 from holdfast.training.experiment.protocol import Experiment
@@ -111,10 +112,8 @@ def write_exported(
 
 
 def _write_model(path: Path, model: nn.Module) -> None:
-    state = model.state_dict()
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    extra = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
-    write_weights(path, tensors, _as_json(extra))
+    tensors, extra_state = split_state(model.state_dict())
+    write_weights(path, tensors, _as_json(extra_state))
 
 
 def _as_json(extra_state: Mapping[str, Any]) -> dict[str, Json]:

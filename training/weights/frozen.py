@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from holdfast.training.checkpointing.digests import Bytes, digest_of
 from holdfast.training.checkpointing.loading import load_state_part
 from holdfast.training.checkpointing.manifest import STATE_NAME
-from holdfast.training.checkpointing.model_weights import load_model
+from holdfast.training.checkpointing.model_weights import load_model, split_state
 from holdfast.training.configuration.schema import CheckpointConfig
 from holdfast.training.errors import CheckpointMismatchError, ExperimentError
 from holdfast.training.runs.stored_json import STATE, read_json
@@ -165,11 +165,11 @@ def recorded_extra_state(checkpoint: Path | None) -> dict[str, Any]:
 
 def _extra_state_for(model: nn.Module, checkpoint: Path | None) -> dict[str, Any]:
     """The same under the names of ``model``, which may be several such models side by side."""
-    names = [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]
-    recorded = recorded_extra_state(checkpoint) if names else {}
+    _, own = split_state(model.state_dict())
+    recorded = recorded_extra_state(checkpoint) if own else {}
     return {
         name: value
-        for name in names
+        for name in own
         for key, value in recorded.items()
         if f".{name}".endswith(f".{key}")
     }
