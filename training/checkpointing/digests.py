@@ -8,7 +8,8 @@ writing. A digest names its algorithm, ``blake3:...``, so that another one can b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import blake3
@@ -42,6 +43,13 @@ def new_hasher(algorithm: str) -> Hasher:
             f"unknown digest algorithm {algorithm!r}; this Holdfast knows {sorted(HASHERS)}"
         )
     return HASHERS[algorithm]()
+
+
+def file_parts(path: Path) -> Iterator[bytes]:
+    """A file's bytes, ``CHUNK_BYTES`` at a time. Raises OSError."""
+    with path.open("rb") as file:
+        while part := file.read(CHUNK_BYTES):
+            yield part
 
 
 def digest_of(parts: Iterable[Bytes], algorithm: str = ALGORITHM) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from holdfast.training.checkpointing.digests import file_parts
 from holdfast.training.data.permutation import Int64Array
 from holdfast.training.errors import DataFormatError, DataNotFoundError, StorageError
 from holdfast.training.streams.formats import KINDS, as_places, kind_of
@@ -30,7 +31,6 @@ from holdfast.training.tiers.scratch import SCRATCH_VARIABLE, scratch_folder
 VERSION = 1
 FOLDER = ".holdfast-index"
 INDEX, PLACES = "index.json", "places.npy"
-CHUNK_BYTES = 1 << 20
 DIGEST = "blake2b-256"
 
 
@@ -202,9 +202,8 @@ def stream_names(place: Path) -> tuple[Path, list[str]]:
 def file_digest(path: Path) -> str:
     """Of a file's bytes. Raises OSError."""
     hasher = hashlib.blake2b(digest_size=32)
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            hasher.update(chunk)
+    for part in file_parts(path):
+        hasher.update(part)
     return hasher.hexdigest()
 
 

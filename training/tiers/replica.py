@@ -14,12 +14,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from holdfast.training.checkpointing.digests import digest_of
+from holdfast.training.checkpointing.digests import digest_of, file_parts
 from holdfast.training.errors import HoldfastError, LeaseLostError, StorageError
 from holdfast.training.runs.durable_json import json_bytes
 from holdfast.training.runs.faultpoints import reach
@@ -246,7 +246,7 @@ class Replica:
         """A file in the bucket; what the last tree has with the same bytes is not sent again."""
         before = self._tree.files.get(path)
         if before is not None and before.key and before.size_bytes == link.stat().st_size:
-            hasher = digest_of(_parts_of(link))
+            hasher = digest_of(file_parts(link))
             if hasher == before.digest:
                 return before
         return upload_file(self._store, link, key, sending.before_part)
@@ -325,12 +325,6 @@ def _weighty(found: Mapping[str, Identity]) -> set[tuple[str, int]]:
     return {
         (path, identity[0]) for path, identity in found.items() if path.partition("/")[0] in WEIGHTY
     }
-
-
-def _parts_of(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while part := file.read(PART_BYTES):
-            yield part
 
 
 def _write_foreign_lease(run: RunDirectory, winner: ProcessIdentity, ttl_s: float) -> None:

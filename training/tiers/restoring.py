@@ -15,14 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from holdfast.training.checkpointing.digests import new_hasher
 from holdfast.training.errors import DataFormatError, StorageError
 from holdfast.training.runs.durable_json import storage_error, sync_folder, write_json_durably
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.runs.stored_json import Limits, read_json, required_fields
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore
 from holdfast.training.tiers.folder_image import LEASES
-from holdfast.training.tiers.transfer import download_file
+from holdfast.training.tiers.transfer import download_file, is_same_file
 from holdfast.training.tiers.tree import Tree, TreeFile
 
 logger = logging.getLogger(__name__)
@@ -111,15 +110,9 @@ def _fill(store: ObjectStore, tree: Tree, old: Path, making: Path) -> None:
 
 def _is_right(path: Path, file: TreeFile) -> bool:
     try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size != file.size_bytes:
-            return False
-        hasher = new_hasher("blake3")
-        with path.open("rb") as read:
-            while part := read.read(PART_BYTES):
-                hasher.update(part)
+        return is_same_file(path, file)
     except OSError:
         return False
-    return f"blake3:{hasher.hexdigest()}" == file.digest
 
 
 def _remove_strangers(making: Path, tree: Tree) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from holdfast.training.checkpointing.digests import digest_of, new_hasher
+from holdfast.training.checkpointing.digests import digest_of, file_parts, new_hasher
 from holdfast.training.errors import DataFormatError, StorageError
 from holdfast.training.runs.durable_json import storage_error
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore
@@ -155,3 +155,10 @@ def _part(store: ObjectStore, file: TreeFile, start: int, end: int | None) -> by
     if found is None:
         raise StorageError(f"{file.key} is gone, though the run's tree names it")
     return found.content
+
+
+def is_same_file(path: Path, file: TreeFile) -> bool:
+    """Whether a plain file of this machine has the bytes that a tree names. Raises OSError."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != file.size_bytes:
+        return False
+    return digest_of(file_parts(path)) == file.digest

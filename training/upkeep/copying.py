@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.training.checkpointing.digests import digest_of
+from holdfast.training.checkpointing.digests import digest_of, file_parts
 from holdfast.training.errors import DataFormatError, HoldfastError, RunConflictError, StorageError
 from holdfast.training.runs.durable_json import storage_error, sync_folder, write_json_durably
 from holdfast.training.runs.lease import Lease
@@ -31,7 +31,7 @@ from holdfast.training.tiers.head import HeadLease, run_folder
 from holdfast.training.tiers.keeping import opened_replica
 from holdfast.training.tiers.restoring import replica_folder
 from holdfast.training.tiers.scratch import address_of, run_name
-from holdfast.training.tiers.transfer import read_tree, upload_file
+from holdfast.training.tiers.transfer import is_same_file, read_tree, upload_file
 from holdfast.training.tiers.tree import LIMITS, Tree, TreeFile, parse_tree
 from holdfast.training.upkeep.census import ENGINE
 from holdfast.training.upkeep.shelves import LEASE_TTL_S
@@ -97,25 +97,13 @@ def _held(run: RunDirectory, tell: Tell) -> Iterator[None]:
 
 def _digested(folder: Path, paths: list[str]) -> dict[str, TreeFile]:
     def digested(path: str) -> TreeFile:
-        return TreeFile((folder / path).stat().st_size, digest_of(_parts_of(folder / path)))
+        return TreeFile((folder / path).stat().st_size, digest_of(file_parts(folder / path)))
 
     try:
         with ThreadPoolExecutor(FILES_AT_ONCE, "holdfast-digest") as pool:
             return dict(zip(paths, pool.map(digested, paths), strict=True))
     except OSError as error:
         raise storage_error("read", folder, error) from error
-
-
-def _parts_of(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while part := file.read(PART_BYTES):
-            yield part
-
-
-def _is_same(path: Path, file: TreeFile) -> bool:
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != file.size_bytes:
-        return False
-    return digest_of(_parts_of(path)) == file.digest
 
 
 def _to_folder(run: RunDirectory, there: RunDirectory, files: Mapping[str, TreeFile]) -> int:
@@ -147,7 +135,7 @@ def _made(source: Path, making: Path, there: RunDirectory, files: Mapping[str, T
 
 def _require_same(there: RunDirectory, files: Mapping[str, TreeFile]) -> None:
     for path, file in files.items():
-        if not _is_same(there.path / path, file):
+        if not is_same_file(there.path / path, file):
             raise _conflict(str(there.path), path)
 
 
@@ -166,16 +154,16 @@ def _fill(source: Path, making: Path, files: Mapping[str, TreeFile]) -> int:
     num_new = 0
     for path, file in files.items():
         target = making / path
-        if _is_same(target, file):
+        if is_same_file(target, file):
             continue
         num_new += 1
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as written:
-            for part in _parts_of(source / path):
+            for part in file_parts(source / path):
                 written.write(part)
             written.flush()
             os.fsync(written.fileno())
-        if not _is_same(target, file):
+        if not is_same_file(target, file):
             raise StorageError(f"{target} was written and reads back otherwise; try again")
     return num_new
 
