@@ -78,18 +78,22 @@ class DelayedScale(nn.Linear):
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__(num_inputs, num_outputs)
         self.largest = 1.0
+        self.newest = {"weight": 0.0, "input": 0.0}  # gone through in this order
 
     def forward(self, x: Tensor) -> Tensor:
         scaled = super().forward(x / self.largest)
         if self.training:
             self.largest = max(self.largest, float(x.detach().abs().max()))
+            oldest = next(iter(self.newest))
+            self.newest.pop(oldest)
+            self.newest[oldest] = float(x.detach().mean())
         return scaled
 
     def get_extra_state(self) -> Any:
-        return {"largest": self.largest}
+        return {"largest": self.largest, "newest": dict(self.newest)}
 
     def set_extra_state(self, state: Any) -> None:
-        self.largest = state["largest"]
+        self.largest, self.newest = state["largest"], dict(state["newest"])
 
 
 class Scaled(OnPoints):

@@ -36,8 +36,8 @@ from holdfast.training.spikes.rollbacks import LeftOut
 from holdfast.training.spikes.watch import SpikeWatch
 from holdfast.training.weights.frozen import FrozenParameters, digest_in
 
-OWN_STATE = ("experiment", "stream")
-"""What somebody else's ``state_dict`` gave."""
+OWN_STATE = ("experiment", "model", "stream")
+"""What somebody else's ``state_dict`` or ``get_extra_state`` gave."""
 
 if TYPE_CHECKING:  # it takes a moment to import, and few need it
     from holdfast.training.distributed.spreading import Spread
@@ -123,7 +123,7 @@ class TrainState:
             "loss_sum": self.loss_sum,
             "ema": self.averages.state(),
             "experiment": self._experiment_state(),
-            "model": model_extra,
+            "model": dict(sorted(model_extra.items())),
         }
         if self.stream_state is not None:
             components["stream"] = self.stream_state

@@ -119,7 +119,9 @@ def _write_model(path: Path, model: nn.Module) -> None:
 def _as_json(extra_state: Mapping[str, Any]) -> dict[str, Json]:
     """Raise UnsupportedStateError for what a file of weights can't hold."""
     tensors: dict[str, Tensor] = {}
-    encoded = {name: encode(value, name, tensors) for name, value in extra_state.items()}
+    encoded = {
+        name: encode(value, name, tensors, keeps_order=True) for name, value in extra_state.items()
+    }
     if tensors:
         raise UnsupportedStateError(
             f"get_extra_state() holds a tensor, {next(iter(tensors))}; candidates and bundles "
