@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,13 +92,14 @@ class MovingAverages:
             return
         self._follow()
         live = self._sources.tensors(model)
-        for number, (indices, averages) in enumerate(self._groups):
-            sources = self._in_average_type(number, [live[i] for i in indices])
-            for track in self._tracks:
-                if self._is_averaged(indices[0], sources[0]):
-                    torch._foreach_lerp_(averages[track.name], sources, track.weight(step))
+        weights = [track.weight(step) for track in self._tracks]
+        for number, group in enumerate(self._groups):
+            sources = self._in_average_type(number, [live[i] for i in group.indices])
+            for averages, weight in zip(group.averages, weights, strict=True):
+                if group.is_averaged:
+                    torch._foreach_lerp_(averages, sources, weight)
                 else:
-                    torch._foreach_copy_(averages[track.name], sources)
+                    torch._foreach_copy_(averages, sources)
 
     def tensors(self) -> dict[str, Tensor]:
         """The live averages by ``<track>/<name in the model's state dict>``; tied ones tied."""
@@ -194,8 +195,13 @@ class MovingAverages:
         """Put tensors together that one fused call can take."""
         copied = self._infinite | self._changed
         self._copied = {index for name, index in self._names().items() if name in copied}
+        tracks = self._averages.values()
         self._groups = [
-            (indices, {name: [a[i] for i in indices] for name, a in self._averages.items()})
+            _Group(
+                indices,
+                [[averages[i] for i in indices] for averages in tracks],
+                self._is_averaged(indices[0], next(iter(tracks))[indices[0]]),
+            )
             for indices in self._grouped()
         ]
         self._converted: dict[int, list[Tensor]] = {}
@@ -241,6 +247,14 @@ class MovingAverages:
             self._converted[group] = [torch.empty_like(s, dtype=torch.float32) for s in sources]
         torch._foreach_copy_(self._converted[group], sources)
         return self._converted[group]
+
+
+class _Group(NamedTuple):
+    """Tensors that one fused call takes: their indices, and their averages by track."""
+
+    indices: list[int]
+    averages: list[list[Tensor]]
+    is_averaged: bool
 
 
 class _Sources:
@@ -293,7 +307,8 @@ class _Sources:
 
     def is_as_it_was(self) -> bool:
         """Whether every buffer has the shape and the type that it had."""
-        return self._buffer_kinds == [_kind(where[key]) for where, key in self._buffers.values()]
+        live = [where[key] for where, key in self._buffers.values()]
+        return self._buffer_kinds == [t if t is None else (t.shape, t.dtype) for t in live]
 
     def infinite_buffers(self) -> list[str]:
         """Names of buffers that hold an infinity or a NaN."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from holdfast.training.configuration.schema import (
     CheckpointConfig,
@@ -284,8 +284,7 @@ def build_crossings(checkpoint: CheckpointConfig) -> tuple[KeepCrossing, ...]:
     return (*above, *below)
 
 
-@dataclass(frozen=True)
-class SaveMoment:
+class SaveMoment(NamedTuple):
     """Where training stands when it asks whether to save.
 
     Attributes:

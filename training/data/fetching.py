@@ -30,17 +30,21 @@ NUM_LOOKED_INTO = 4
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a microbatch stands in the run, and which samples it holds."""
+    """Where a microbatch stands in the run, and which samples it holds.
+
+    What these draw is seeded from ``seed``. ``is_last_in_step``: it is this process's last one.
+    """
 
     epoch: int
     step_in_epoch: int
     number: int
     num_in_step: int
     num_samples_in_step: int
-    first_in_step: int
+    seed: int
     indices: Int64Array
     shard: int = 0
     num_shards: int = 1
+    is_last_in_step: bool = True
 
     def __str__(self) -> str:
         return (
@@ -92,7 +96,7 @@ class Fetcher:
             self._generators = IsolatedGenerators()
         if self._is_news(place):
             self._generators.run(self._epoch_seed(place), self._tell_epoch, place)
-        return self._generators.run(self._fetch_seed(place), self._batch, place)
+        return self._generators.run(place.seed, self._batch, place)
 
     def __getitem__(self, place: Place) -> Any:
         """The batch, or why there is none, in a process that does nothing else."""
@@ -102,7 +106,7 @@ class Fetcher:
             if self._is_news(place):
                 seed_fetch(self._epoch_seed(place))
                 self._tell_epoch(place)
-            seed_fetch(self._fetch_seed(place))
+            seed_fetch(place.seed)
             return self._batch(place)
         except HoldfastError as error:
             return Failure(isinstance(error, InputError), str(error), traceback.format_exc())
@@ -133,11 +137,6 @@ class Fetcher:
                 f"samples that an epoch has"
             )
         self._told_epoch = place.epoch
-
-    def _fetch_seed(self, place: Place) -> int:
-        return derive_seed(
-            self._seed, "fetch", place.epoch, place.step_in_epoch, place.first_in_step
-        )
 
     def _batch(self, place: Place) -> Any:
         if isinstance(self._dataset, Streamed):
@@ -265,14 +264,17 @@ def cut(indices: Int64Array, num_parts: int) -> list[tuple[int, Int64Array]]:
 class Shares:
     """How steps are cut into shards, and which of them are this process's."""
 
-    num_shards: int
+    num_shards: int = 1
     rank: int = 0
     num_ranks: int = 1
 
     def places(
-        self, epoch: int, step: int, indices: Int64Array, num_microbatches: int
-    ) -> Iterator[Place]:
-        """The places of this process's shards; one without samples where it has none."""
+        self, seed: int, epoch: int, step: int, indices: Int64Array, num_microbatches: int
+    ) -> list[Place]:
+        """The places of this process's shards; one without samples where it has none.
+
+        ``seed`` is what the seed of each is derived from.
+        """
         parts = [
             (shard, start + first, part)
             for shard, (start, samples) in enumerate(cut(indices, self.num_shards))
@@ -280,21 +282,37 @@ class Shares:
         ]
         num_shards = parts[-1][0] + 1
         own = shards_of_rank(num_shards, self.rank, self.num_ranks)
-        for number, (shard, first, part) in enumerate(parts):
-            if shard in own:
-                told = (number, len(parts), len(indices), first, part, shard, num_shards)
-                yield Place(epoch, step, *told)
         if not own:
             told = (0, len(parts), len(indices), 0, indices[:0], -1, num_shards)
-            yield Place(epoch, step, *told)
+            return [Place(epoch, step, *told)]
+        mine = [(number, *part) for number, part in enumerate(parts) if part[0] in own]
+        return [
+            Place(
+                epoch,
+                step,
+                number,
+                len(parts),
+                len(indices),
+                _fetch_seed(seed, epoch, step, first),
+                part,
+                shard,
+                num_shards,
+                is_last_in_step=number == mine[-1][0],
+            )
+            for number, shard, first, part in mine
+        ]
 
 
-def sequential_places(num_samples: int, batch_size: int) -> list[Place]:
+def sequential_places(seed: int, num_samples: int, batch_size: int) -> list[Place]:
     """The places of an evaluation: all samples in the order of the data set."""
     order = np.arange(num_samples, dtype=np.int64)
     return [
-        Place(0, number, 0, 1, len(indices), 0, indices)
+        Place(0, number, 0, 1, len(indices), _fetch_seed(seed, 0, number, 0), indices)
         for number, indices in enumerate(
             order[first : first + batch_size] for first in range(0, num_samples, batch_size)
         )
     ]
+
+
+def _fetch_seed(root: int, epoch: int, step_in_epoch: int, first_in_step: int) -> int:
+    return derive_seed(root, "fetch", epoch, step_in_epoch, first_in_step)

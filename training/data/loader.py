@@ -28,7 +28,6 @@ from holdfast.training.data.fetching import (
     Fetcher,
     Place,
     Shares,
-    cut,
     pinned,
     sequential_places,
 )
@@ -51,6 +50,8 @@ __all__ = [
 
 WorkerInit = Callable[[int], None]
 _KILL_TIMEOUT_S = 10.0
+STEPS_PER_BLOCK = 64
+"""Whose places are found at once: one by one, between steps that fill the caches, costs more."""
 SHARED_MEMORY_WORDS = ("shared memory", "(shm)", "bus error")  # torch's, in its errors
 FULL_SHARED_MEMORY = (
     "/dev/shm, through which loader processes are sent their data set and send batches, is full: "
@@ -61,7 +62,10 @@ FULL_SHARED_MEMORY = (
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """One forward and backward pass of a step, and its place in the run."""
+    """One forward and backward pass of a step, and its place in the run.
+
+    ``is_last_in_step``: it is this process's last one of the step.
+    """
 
     epoch: int
     step_in_epoch: int
@@ -73,11 +77,7 @@ class Microbatch:
     shard: int = 0
     num_shards: int = 1
     stream_state: Any = None
-
-    @property
-    def is_last_in_step(self) -> bool:
-        """Whether the optimizer steps after it."""
-        return self.number == self.num_in_step - 1
+    is_last_in_step: bool = True
 
     @property
     def weight(self) -> float:
@@ -124,7 +124,7 @@ class Loader:
         self._should_pin = should_pin
         self._worker_init_fn = worker_init_fn
         self._start_method = start_method
-        self._shares = shares
+        self._shares = shares or Shares()
         self._pool: _WorkerPool | None = None
         if num_workers and start_method == "forkserver":
             start_fork_server()
@@ -208,15 +208,16 @@ class Loader:
 
     def _places(self, epoch: int, step_in_epoch: int, is_endless: bool) -> Iterator[Place]:
         for current in count(epoch) if is_endless else (epoch,):
-            first_step = step_in_epoch if current == epoch else 0
-            for step in range(first_step, self._plan.num_steps(current)):
-                indices = self._plan.indices(current, step)
-                if self._shares is not None:
-                    yield from self._shares.places(current, step, indices, self._num_microbatches)
-                    continue
-                parts = cut(indices, self._num_microbatches)
-                for number, (first, part) in enumerate(parts):
-                    yield Place(current, step, number, len(parts), len(indices), first, part)
+            start = step_in_epoch if current == epoch else 0
+            end = self._plan.num_steps(current)
+            for first in range(start, end, STEPS_PER_BLOCK):
+                steps = range(first, min(first + STEPS_PER_BLOCK, end))
+                yield from [place for step in steps for place in self._places_of(current, step)]
+
+    def _places_of(self, epoch: int, step: int) -> list[Place]:
+        """Where the microbatches of a step stand; of those that are this process's."""
+        indices = self._plan.indices(epoch, step)
+        return self._shares.places(self._seed, epoch, step, indices, self._num_microbatches)
 
 
 class _WorkerPool:
@@ -291,8 +292,9 @@ def evaluation_batches(
     What items draw depends on their position alone; ``first`` batches are left out, and of the
     others all but each ``every``-th. Raises LoaderError.
     """
-    fetcher = Fetcher(dataset, derive_seed(0, "evaluation"))
-    for place in sequential_places(len(dataset), batch_size)[first::every]:
+    seed = derive_seed(0, "evaluation")
+    fetcher = Fetcher(dataset, seed)
+    for place in sequential_places(seed, len(dataset), batch_size)[first::every]:
         yield fetcher.fetch_isolated(place)
 
 
@@ -309,6 +311,7 @@ def _microbatch(place: Place, batch: Any) -> Microbatch:
         place.shard,
         place.num_shards,
         state,
+        place.is_last_in_step,
     )
 
 

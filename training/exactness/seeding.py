@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,6 +36,7 @@ GENERATOR_SHAPES = {
     "torch.cpu": (torch.uint8, 5056),
 }
 _CUDA_PREFIX = "torch.cuda."
+_MARK_BYTES = 20
 
 
 def derive_seed(root: int, *path: str | int) -> int:
@@ -217,8 +217,8 @@ class IsolatedGenerators:
         self._python = _PythonState()
         self._inner = np.random.MT19937(0)
         self._outer: Any = None
-        self._words: npt.NDArray[np.uint32] | None = None
-        self._words_after = b""
+        self._words: memoryview | None = None
+        self._mark_after = b""
 
     def run(self, seed: int, function: Callable[[Argument], Result], argument: Argument) -> Result:
         """``function(argument)`` with ``random``, NumPy and torch (CPU) seeded from ``seed``."""
@@ -237,10 +237,10 @@ class IsolatedGenerators:
         """Swap in the inner bit generator; the full state where a number may be held back."""
         outer = np.random.get_bit_generator()  # type: ignore[attr-defined]
         if outer is not self._outer:
-            self._outer, self._words_after = outer, b""
+            self._outer, self._mark_after = outer, b""
             self._words = _state_words(outer)
         held_back = None
-        if self._words is None or self._words.tobytes() != self._words_after:
+        if not self._mark_after or self._mark() != self._mark_after:
             state = np.random.get_state(legacy=False)
             held_back = state if isinstance(state, dict) and state["has_gauss"] else None
         np.random.set_bit_generator(self._inner)  # type: ignore[attr-defined]
@@ -250,28 +250,36 @@ class IsolatedGenerators:
         np.random.set_bit_generator(self._outer)  # type: ignore[attr-defined]
         if held_back is not None:
             np.random.set_state(held_back)
-            self._words_after = b""
-        elif self._words is not None:
-            self._words_after = self._words.tobytes()
+            self._mark_after = b""
+        else:
+            self._mark_after = self._mark()
+
+    def _mark(self) -> bytes:
+        """NumPy's position, which lies behind its words, and the last of these; or nothing."""
+        return b"" if self._words is None else bytes(self._words[-_MARK_BYTES:])
 
 
 class _PythonState:
     """The state of ``random``, kept and put back as it lies in memory where its place is known.
 
     CPython has position and words right behind an object's head. That they are there is seen once;
-    elsewhere ``getstate`` and ``setstate`` do the same.
+    elsewhere ``getstate`` and ``setstate`` do the same. Whoever draws moves the position, or all
+    words with it: where it and the first words are those of last time, so is the rest.
     """
 
     def __init__(self) -> None:
         owner: Any = random.random.__self__  # type: ignore[attr-defined]
         self._owner = owner
         self._words = _words_of(owner) if type(owner) is random.Random else None
+        self._kept = b""
 
     def kept(self) -> Any:
         """What ``put_back`` takes."""
         if self._words is None:
             return random.getstate()
-        return self._words.copy(), self._owner.gauss_next
+        if not self._kept or self._words[:_MARK_BYTES] != self._kept[:_MARK_BYTES]:
+            self._kept = bytes(self._words)
+        return self._kept, self._owner.gauss_next
 
     def put_back(self, state: Any) -> None:
         """Have ``random`` draw what it would have drawn when this was kept."""
@@ -281,24 +289,24 @@ class _PythonState:
             self._words[:], self._owner.gauss_next = state
 
 
-def _words_of(owner: random.Random) -> npt.NDArray[np.uint32] | None:
-    """A view of the position and the words of a generator; None where they are elsewhere."""
+def _words_of(owner: random.Random) -> memoryview | None:
+    """The memory of a generator's position and words; None where they are elsewhere."""
     size = MT_WORDS + 1
     if sys.implementation.name != "cpython" or owner.__sizeof__() < object.__basicsize__ + 4 * size:
         return None
-    address = id(owner) + object.__basicsize__
-    words = np.ctypeslib.as_array((ctypes.c_uint32 * size).from_address(address))
+    words = _memory(id(owner) + object.__basicsize__, size)
     *state, position = owner.getstate()[1]
-    is_there = words[0] == position and words[1:].tolist() == state
-    return words if is_there else None
+    return words if words.cast("I").tolist() == [position, *state] else None
 
 
-def _state_words(bit_generator: Any) -> npt.NDArray[np.uint32] | None:
-    """A view of an MT19937's 624 words and its position; None where that is not its layout."""
+def _state_words(bit_generator: Any) -> memoryview | None:
+    """The memory of an MT19937's 624 words and position; None where that is not its layout."""
     if type(bit_generator) is not np.random.MT19937:
         return None
-    address = bit_generator.ctypes.state_address
-    words = np.ctypeslib.as_array((ctypes.c_uint32 * (MT_WORDS + 1)).from_address(address))
+    words = _memory(bit_generator.ctypes.state_address, MT_WORDS + 1)
     state = bit_generator.state["state"]
-    is_layout = np.array_equal(words[:MT_WORDS], state["key"]) and words[MT_WORDS] == state["pos"]
-    return words if is_layout else None
+    return words if words.cast("I").tolist() == [*state["key"].tolist(), state["pos"]] else None
+
+
+def _memory(address: int, num_words: int) -> memoryview:
+    return memoryview((ctypes.c_uint32 * num_words).from_address(address)).cast("B")

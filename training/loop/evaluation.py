@@ -22,7 +22,7 @@ from holdfast.training.experiment.protocol import (
     Records,
     concatenate,
 )
-from holdfast.training.loop.memory import memory_errors_told
+from holdfast.training.loop.memory import tell_of_memory
 
 
 class KeptRecords(Protocol):
@@ -148,11 +148,15 @@ def _require_samples(dataset: Dataset) -> None:
 
 def _score(experiment: Experiment, model: nn.Module, batch: Any, num_samples: int) -> Records:
     """Records as arrays."""
-    with memory_errors_told(
-        f"the evaluation of {num_samples} samples",
-        "write a smaller data.evaluation_batch_size under another run id",
-    ):
+    try:
         records: object = experiment.score(model, move(batch, model_device(model)))
+    except (MemoryError, RuntimeError) as error:
+        tell_of_memory(
+            error,
+            f"the evaluation of {num_samples} samples",
+            "write a smaller data.evaluation_batch_size under another run id",
+        )
+        raise
     method = f"{type(experiment).__name__}.score"
     if not isinstance(records, Mapping) or not records:
         raise ExperimentError(

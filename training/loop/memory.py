@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -15,19 +13,15 @@ SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_
 BYTES_PER_GIB = 2**30
 
 
-@contextmanager
-def memory_errors_told(what: str, way_out: str) -> Iterator[None]:
-    """Within the block, whatever says that memory is short becomes an OutOfMemoryError.
+def tell_of_memory(error: Exception, what: str, way_out: str) -> None:
+    """Raise OutOfMemoryError where an error says that memory is short, and it was not told yet.
 
     Args:
+        error: whatever was raised.
         what: was being done, as the subject of "needs more memory".
         way_out: what to write to need less.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, OutOfMemoryError) or not _is_out_of_memory(error):
-            raise
+    if not isinstance(error, OutOfMemoryError) and _is_out_of_memory(error):
         raise OutOfMemoryError(
             f"{what} needs more memory than there is ({_taken()}): {way_out}"
         ) from error
@@ -35,7 +29,9 @@ def memory_errors_told(what: str, way_out: str) -> Iterator[None]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     known = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, known) or any(sign in str(error) for sign in SIGNS)
+    return isinstance(error, known) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS)
+    )
 
 
 def _taken() -> str:

@@ -66,6 +66,10 @@ class Counters:
     epoch: int = 0
     step_in_epoch: int = 0
 
+    def after_step(self) -> Counters:
+        """Where training stands after one more step of the epoch."""
+        return Counters(self.step + 1, self.epoch, self.step_in_epoch + 1)
+
 
 @dataclass
 class TrainState:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from holdfast.training.experiment.error_places import error_place
 from holdfast.training.experiment.protocol import Experiment, TrainingPlace, hook
 from holdfast.training.loop.evaluation import move
 from holdfast.training.loop.loss_guard import LossGuard
-from holdfast.training.loop.memory import memory_errors_told
+from holdfast.training.loop.memory import tell_of_memory
 from holdfast.training.loop.own_step import OwnStep
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.updates import Updates
@@ -89,31 +88,31 @@ class TrainStep:
             NonFiniteLossError: before the weights were changed (CPU), or at the next ``check``.
             ExperimentError: a frozen parameter that checkpoints leave out was changed.
         """
-        state, counters = self._state, self._state.counters
-        parts = self._config.num_microbatches
-        with memory_errors_told(
-            f"step {counters.step + 1}",
-            f"write train.num_microbatches={2 * parts} (it is {parts}) under another run id: a "
-            f"step's samples are then computed in more parts",
-        ):
+        state, number = self._state, self._state.counters.step + 1
+        try:
             self._update(microbatches)
+        except (MemoryError, RuntimeError) as error:
+            parts = self._config.num_microbatches
+            tell_of_memory(
+                error,
+                f"step {number}",
+                f"write train.num_microbatches={2 * parts} (it is {parts}) under another run id: a "
+                f"step's samples are then computed in more parts",
+            )
+            raise
         if state.frozen is not None:
-            state.frozen.watch(counters.step + 1)
-        self.guard.observe_step(self.last_loss, counters.step + 1)
+            state.frozen.watch(number)
+        self.guard.observe_step(self.last_loss, number)
         state.loss_sum += self.last_loss
-        state.counters = replace(
-            counters, step=counters.step + 1, step_in_epoch=counters.step_in_epoch + 1
-        )
-        state.averages.update(state.model, state.counters.step)
+        state.counters = state.counters.after_step()
+        state.averages.update(state.model, number)
         state.schedule.after_step()
 
     def leave_out(self) -> None:
         """Count a step, and move the rate, without anything that its batch would have done."""
-        state, counters = self._state, self._state.counters
+        state = self._state
         self.last_loss = torch.full_like(self.last_loss, torch.nan)
-        state.counters = replace(
-            counters, step=counters.step + 1, step_in_epoch=counters.step_in_epoch + 1
-        )
+        state.counters = state.counters.after_step()
         state.schedule.after_step()
 
     def _update(self, microbatches: Iterable[Microbatch]) -> None:

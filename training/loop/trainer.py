@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
@@ -177,11 +176,13 @@ class Trainer:
 
     def steps(self) -> Iterator[list[Microbatch]]:
         """The microbatches of each step from where the state stands, without an end."""
-        microbatches = self.loader.steps(*self._place(), self.state.stream_state)
-        for _, group in itertools.groupby(microbatches, key=lambda m: (m.epoch, m.step_in_epoch)):
-            step = list(group)
-            self.state.stream_state = step[-1].stream_state
-            yield step
+        step: list[Microbatch] = []
+        for microbatch in self.loader.steps(*self._place(), self.state.stream_state):
+            step.append(microbatch)
+            if microbatch.is_last_in_step:
+                self.state.stream_state = microbatch.stream_state
+                yield step
+                step = []
 
     def _place(self) -> tuple[int, int]:
         """The pass over the data and the step in it that comes next."""

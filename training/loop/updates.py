@@ -100,14 +100,15 @@ class Updates:
         return optimizer
 
     def _clip(self, name: str, max_norm: float) -> None:
-        parameters = dict(self._state.model.named_parameters())
+        parameters = list(self._state.model.parameters())
         if name != CONFIGURED:
             own = {id(parameter) for parameter in parameters_of(self._state.optimizers[name])}
-            parameters = {n: p for n, p in parameters.items() if id(p) in own}
+            parameters = [parameter for parameter in parameters if id(parameter) in own]
         try:
-            torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
+            torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         except RuntimeError as error:
-            sparse = [n for n, p in parameters.items() if p.grad is not None and p.grad.is_sparse]
+            named = self._state.model.named_parameters()
+            sparse = [n for n, p in named if p.grad is not None and p.grad.is_sparse]
             if not sparse:
                 raise
             raise ConfigError(

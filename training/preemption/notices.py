@@ -130,10 +130,7 @@ class PreemptionMonitor:
 
     def take_advance(self) -> Notice | None:
         """An advance notice that was not taken yet: save soon, and go on."""
-        try:
-            return self._advances.popleft()
-        except IndexError:
-            return None
+        return self._advances.popleft() if self._advances else None
 
     def _deliver(self, notice: Notice) -> None:
         (self._advances if notice.is_advance else self._arrived).append(notice)
