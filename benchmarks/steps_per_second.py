@@ -1,6 +1,6 @@
 """Steps per second of the trainer against a bare PyTorch loop that does the same work.
 
-Both fetch, augment, compute, update the weights and one moving average. The trainer also keeps
+Both fetch, augment, compute, update the weights and the moving averages. The trainer also keeps
 its promises: seeded draws per microbatch, a look at the loss, the notice and the save schedule at
 every step.
 
@@ -36,7 +36,7 @@ def bare_loop(stage: Stage, num_steps: int) -> Callable[[], None]:
     optimizer = build_optimizer(config.optimizer, model)
     fetch = getattr(dataset, "fetch")  # noqa: B009  # optional in the protocol
     live = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-    averages = [tensor.clone() for tensor in live]
+    averages = [[tensor.clone() for tensor in live] for _ in config.ema.decays]
 
     def batches() -> Iterator[torch.Tensor]:
         while True:
@@ -55,7 +55,8 @@ def bare_loop(stage: Stage, num_steps: int) -> Callable[[], None]:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
             optimizer.step()
             with torch.no_grad():
-                torch._foreach_lerp_(averages, live, 0.001)
+                for average in averages:
+                    torch._foreach_lerp_(average, live, 0.001)
 
     return run
 

@@ -1,4 +1,4 @@
-"""The script of docs/own_loop.md: what it costs to hand it over, and that it is exact then."""
+"""The scripts of docs/own_loop.md: what it costs to hand one over, and that it is exact then."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ SHORT = ("--steps", "24", "--context", "12")
 MAX_LINES = 10
 
 
-def train(store: Path, trial: Trial) -> int:
+def train(script: str, store: Path, trial: Trial) -> int:
+    folders = {"HOLDFAST_STORE": str(store), "HOLDFAST_SCRATCH": str(store / "scratch")}
     return subprocess.run(
-        [sys.executable, str(FOLDER / "kept.py"), *SHORT],
-        env={**child_environment(1), **trial.environment(), "HOLDFAST_STORE": str(store)},
+        [sys.executable, str(FOLDER / script), *SHORT],
+        env={**child_environment(1), **trial.environment(), **folders},
         check=False,
         capture_output=True,
     ).returncode
@@ -43,12 +44,16 @@ def test_a_script_is_handed_over_in_at_most_ten_lines() -> None:
 
 
 @pytest.mark.slow
-def test_the_script_of_the_page_is_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "name"), [("kept.py", "gpt"), ("language_model.py", "own_language_model")]
+)
+def test_a_script_of_the_pages_is_exact(tmp_path: Path, script: str, name: str) -> None:
     plain = Trial(every_steps=5)
-    assert train(tmp_path / "calm", plain) == 0
-    for step, name in ((8, "SIGKILL"), (13, "SIGTERM")):
-        code = train(tmp_path / "stopped", Trial(every_steps=5, stop_at=step, stop_signal=name))
-        assert code == (75 if name == "SIGTERM" else -signal.SIGKILL)
-    assert train(tmp_path / "stopped", plain) == 0
-    calm, stopped = (RunDirectory(tmp_path / n / "gpt" / "first") for n in ("calm", "stopped"))
+    assert train(script, tmp_path / "calm", plain) == 0
+    for step, sent in ((8, "SIGKILL"), (13, "SIGTERM")):
+        trial = Trial(every_steps=5, stop_at=step, stop_signal=sent)
+        code = train(script, tmp_path / "stopped", trial)
+        assert code == (75 if sent == "SIGTERM" else -signal.SIGKILL)
+    assert train(script, tmp_path / "stopped", plain) == 0
+    calm, stopped = (RunDirectory(tmp_path / n / name / "first") for n in ("calm", "stopped"))
     assert differences(final_state(calm), final_state(stopped)) == []

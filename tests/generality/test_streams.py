@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+import signal
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import IterableDataset
 
 from holdfast import Context, StreamFiles
-from tests.faults.campaign import Training
+from tests.faults.campaign import Training, complete, differences, final_state
 from tests.generality.harness import assert_exact
 from tests.training.streams.stream_writers import write_folder
 
@@ -139,6 +142,54 @@ class FromIterator(FromFront):
         return OfIterator() if split == "train" else Points()
 
 
+class Packed(IterableDataset[tuple[Tensor, Tensor]]):
+    """Texts of stream files in rows of equal length: into the room that is left in a row goes the
+    longest of some buffered texts that fits (nanochat's "best fit"); where none does, the shortest
+    is cut.
+    """
+
+    LENGTH, NUM_BUFFERED = 24, 5
+
+    def __init__(self, folder: Path) -> None:
+        self.files = StreamFiles(folder)
+        self.number, self.buffer = 0, list[list[int]]()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while row := self.packed():
+            numbers = torch.tensor(row) / 256
+            yield numbers.mean()[None], numbers[:1]
+        self.number = 0
+
+    def packed(self) -> list[int]:
+        """The next row; empty at the end of the texts, whose rest is left over."""
+        row: list[int] = []
+        while room := self.LENGTH - len(row):
+            while len(self.buffer) < self.NUM_BUFFERED:
+                if self.number == len(self.files):
+                    return []
+                self.buffer.append(list(str(self.files[self.number]["text"] * 3).encode()))
+                self.number += 1
+            fitting = [text for text in self.buffer if len(text) <= room]
+            chosen = max(fitting, key=len) if fitting else min(self.buffer, key=len)
+            self.buffer.remove(chosen)
+            row += chosen[:room]
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"number": self.number, "buffer": [list(text) for text in self.buffer]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.number, self.buffer = state["number"], [list(text) for text in state["buffer"]]
+
+
+class FromPacked(FromFront):
+    """Texts that are packed from Parquet."""
+
+    def dataset(self, split: str) -> Any:
+        assert self.folder is not None
+        return Packed(self.folder) if split == "train" else Points()
+
+
 class Forgetful(IterableDataset[tuple[Tensor, Tensor]]):
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         yield from (item(number) for number in range(NUM_ITEMS))
@@ -189,22 +240,52 @@ def refused(name: str, folder: Path, *overrides: str) -> str:
     return str(segment.events[-1]["error"]["message"])
 
 
+def seeded_stops(seed: int) -> list[tuple[signal.Signals, int]]:
+    """Four of the first 26 steps."""
+    draws = random.Random(seed)
+    steps = sorted(draws.sample(range(1, 26, 2), 4))
+    return [(draws.choice([signal.SIGKILL, signal.SIGTERM]), step) for step in steps]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 2, 4])
-def test_stops_within_stream_files_change_no_byte(tmp_path: Path, num_workers: int) -> None:
-    write_folder(tmp_path / "data", ".tar", (30, 7, 20, 11, 1))
+@pytest.mark.parametrize(
+    ("num_workers", "sizes"),
+    [(0, (30, 7, 20, 11, 1)), (2, (30, 7, 20, 11, 1)), (4, (30, 7, 20, 11, 1)), (2, (69,))],
+)
+def test_stops_within_stream_files_change_no_byte(
+    tmp_path: Path, num_workers: int, sizes: tuple[int, ...]
+) -> None:
+    """In the last case all samples, and so all resumes, are within one file."""
+    write_folder(tmp_path / "data", ".tar", sizes)
     overrides = (f"data.folder={tmp_path / 'data'}", f"data.num_workers={num_workers}")
-    assert_exact(f"{HERE}:FromFiles", tmp_path, overrides)
+    stops = seeded_stops(num_workers + len(sizes))
+    assert_exact(f"{HERE}:FromFiles", tmp_path, overrides, stops)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["FromFront", "FromIterator"])
+def test_several_processes_read_stream_files_in_the_order_of_one(tmp_path: Path) -> None:
+    write_folder(tmp_path / "data", ".tar", (30, 7, 20, 11, 1))
+    shards = ("distributed.strategy=ddp", "distributed.num_shards=4")
+    overrides = (f"data.folder={tmp_path / 'data'}", *shards)
+    states = []
+    for num in (1, 2):
+        own = (*overrides, f"distributed.num_processes={num}")
+        training = Training(tmp_path / str(num), "one", f"{HERE}:FromFiles", own)
+        complete(training)
+        states.append(final_state(training.run))
+    assert differences(*states) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["FromFront", "FromIterator", "FromPacked"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stream_that_knows_its_place_goes_on_there(
     tmp_path: Path, name: str, num_workers: int
 ) -> None:
+    suffix = ".jsonl" if find_spec("pyarrow") is None else ".parquet"
+    write_folder(tmp_path / "data", suffix, (30, 20))
     overrides = (f"data.num_workers={num_workers}", "train.num_microbatches=2")
-    assert_exact(f"{HERE}:{name}", tmp_path, overrides)
+    assert_exact(f"{HERE}:{name}", tmp_path, (*overrides, f"data.folder={tmp_path / 'data'}"))
 
 
 @pytest.mark.slow

@@ -63,6 +63,12 @@ SPIKE_POINTS = {
 }
 """Of a training that watches for spikes, and has found one."""
 
+STREAM_POINTS = {
+    "download.after-part": "a part of a stream file came from the bucket, the next one has not",
+    "download.before-rename": "all of it is there and digested, under the name of a part",
+}
+"""Of whatever process reads stream files from a bucket: the one that trains, or a loader's."""
+
 _num_reached: Counter[str] = Counter()
 
 
@@ -71,7 +77,8 @@ def reach(name: str) -> None:
     wanted = os.environ.get(POINT_VARIABLE)
     if not wanted:
         return
-    assert any(name in points for points in (FAULT_POINTS, STORE_POINTS, SPIKE_POINTS)), name
+    known = (FAULT_POINTS, STORE_POINTS, SPIKE_POINTS, STREAM_POINTS)
+    assert any(name in points for points in known), name
     point, _, count = wanted.partition(":")
     if name != point:
         return

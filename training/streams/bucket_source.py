@@ -2,7 +2,7 @@
 
 Below the scratch folder of the address:
 
-    index/                 as beside local files, but made from the bucket's
+    index/                 as beside local files; it is kept in the bucket, too, in .holdfast-index
     files/<digest>.<kind>  a whole file, whose bytes were digested while they came
     files/<digest>.partial a download, which the next one goes on with
     files/<digest>.lock    held by the process that downloads; others wait for its file
@@ -12,20 +12,27 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from holdfast.training.checkpointing.digests import file_parts
 from holdfast.training.errors import DataFormatError, DataNotFoundError, StorageError
+from holdfast.training.runs.faultpoints import reach
 from holdfast.training.storage.address import parse_address
 from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.protocol import PART_BYTES, Listed, ObjectStore
 from holdfast.training.streams.formats import KINDS, OpenFile, kind_of
 from holdfast.training.streams.index import (
+    FOLDER,
+    INDEX,
+    PLACES,
     Index,
     StreamFile,
     file_digest,
@@ -34,6 +41,8 @@ from holdfast.training.streams.index import (
     read_index,
 )
 from holdfast.training.tiers.scratch import SCRATCH_VARIABLE, store_folder
+
+logger = logging.getLogger(__name__)
 
 MAX_TRIES = 3
 
@@ -59,11 +68,12 @@ class BucketSource:
             self._files.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _no_scratch(self._files, error) from error
-        listed = self._listed()
-        found = read_index(self._folder / "index")
-        if found is not None:
-            _require_unchanged(found, listed, str(self._address))
-        self.index: Index = found or self._built(listed)
+        listed = self._opened().list("")
+        with self._locked("index"):
+            self._receive_index({one.key: one.size_bytes for one in listed})
+            files, found = self._stream_files(listed), read_index(self._index_folder)
+            self.index: Index = self._built(files) if found is None else found
+        self._require_unchanged(files)
         self._make_room()
 
     def open(self, number: int) -> OpenFile:
@@ -92,15 +102,19 @@ class BucketSource:
     def _files(self) -> Path:
         return self._folder / "files"
 
+    @property
+    def _index_folder(self) -> Path:
+        return self._folder / "index"
+
     def _opened(self) -> ObjectStore:
         if self._store is None or self._store[0] != os.getpid():
             self._store = (os.getpid(), open_store(self._address))
         return self._store[1]
 
-    def _listed(self) -> list[Listed]:
+    def _stream_files(self, listed: Sequence[Listed]) -> list[Listed]:
         found = [
             one
-            for one in self._opened().list("")
+            for one in listed
             if Path(one.key).suffix.lower() in KINDS
             and not any(part.startswith(".") for part in one.key.split("/"))
         ]
@@ -111,27 +125,82 @@ class BucketSource:
             )
         return sorted(found, key=lambda one: one.key)
 
-    def _built(self, listed: Sequence[Listed]) -> Index:
-        """Download each file once, and note what is in it."""
-        files, places = [], []
-        with self._locked("index"):
-            known = read_index(self._folder / "index")  # another process was faster
-            if known is not None:
-                return known
-            for one in listed:
-                path = self._files / f"{hashlib.sha256(one.key.encode()).hexdigest()}.partial"
-                path.unlink(missing_ok=True)
-                self._download(one.key, one.size_bytes, path)
-                try:
-                    file, own = indexed(one.key, path, 0)
-                except DataFormatError as error:
-                    told = str(error).replace(str(path), f"{self._address}/{one.key}")
-                    raise DataFormatError(told) from error
-                path.rename(self._path(file))
-                self._make_room(keep=self._path(file))
-                files.append(file)
-                places.append(own)
-            return kept([self._folder / "index"], files, np.concatenate(places))
+    def _receive_index(self, sizes: Mapping[str, int]) -> None:
+        """Bring the bucket's index here, where it has one that is not here yet."""
+        size_bytes = sizes.get(f"{FOLDER}/{INDEX}")
+        if size_bytes is None:
+            return
+        scratch = self._folder / "index.partial"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        self._download(f"{FOLDER}/{INDEX}", size_bytes, scratch / INDEX)
+        own = self._index_folder / INDEX
+        if own.exists() and own.read_bytes() == (scratch / INDEX).read_bytes():
+            return
+        self._download(f"{FOLDER}/{PLACES}", sizes.get(f"{FOLDER}/{PLACES}", 0), scratch / PLACES)
+        with self._told_by_address(scratch, FOLDER):
+            read_index(scratch)
+        shutil.rmtree(self._index_folder, ignore_errors=True)
+        scratch.rename(self._index_folder)
+
+    def _built(self, files: Sequence[Listed]) -> Index:
+        """Download each file once, note what is in it, and keep that in the bucket."""
+        found, places = [], []
+        for one in files:
+            path = self._files / f"{hashlib.sha256(one.key.encode()).hexdigest()}.partial"
+            path.unlink(missing_ok=True)
+            self._download(one.key, one.size_bytes, path)
+            with self._told_by_address(path, one.key):
+                file, own = indexed(one.key, path, 0)
+            path.rename(self._path(file))
+            self._make_room(keep=self._path(file))
+            found.append(file)
+            places.append(own)
+        index = kept([self._index_folder], found, np.concatenate(places))
+        try:
+            for name in (PLACES, INDEX):  # an index without places is none
+                self._opened().upload(f"{FOLDER}/{name}", file_parts(index.folder / name))
+        except StorageError as error:
+            logger.warning(
+                "the index of %s cannot be kept there, so that every machine has to read all files "
+                "to make its own: %s",
+                self._address,
+                error,
+            )
+        return index
+
+    def _require_unchanged(self, listed: Sequence[Listed]) -> None:
+        """Compare names and sizes; bytes are digested as they come."""
+        known = {file.name: file.size_bytes for file in self.index.files}
+        found = {one.key: one.size_bytes for one in listed}
+        for name in sorted(known.keys() | found.keys()):
+            if known.get(name) == found.get(name):
+                continue
+            how = f"has {found.get(name)} bytes, and the index says {known.get(name)}"
+            if name not in found:
+                how = "is missing, and the index has it"
+            elif name not in known:
+                how = "is not in the index"
+            kind = DataNotFoundError if name not in found else DataFormatError
+            raise kind(
+                f"{self._address}/{name} {how}: bring it back to what it was, or {self._way_out}"
+            )
+
+    @property
+    def _way_out(self) -> str:
+        return (
+            f"delete the index, {self._address}/{FOLDER} and {self._index_folder}, which makes it "
+            f"another data set"
+        )
+
+    @contextmanager
+    def _told_by_address(self, path: Path, key: str) -> Iterator[None]:
+        """Errors about a local copy as errors about the object."""
+        try:
+            yield
+        except DataFormatError as error:
+            told = str(error).replace(str(path), f"{self._address}/{key}")
+            raise DataFormatError(told) from error
 
     def _path(self, file: StreamFile) -> Path:
         return self._files / f"{file.digest}{Path(file.name).suffix.lower()}"
@@ -151,13 +220,13 @@ class BucketSource:
         for _ in range(2):  # what was left over of an earlier download may be spoilt
             self._download(file.name, file.size_bytes, partial)
             if file_digest(partial) == file.digest:
+                reach("download.before-rename")
                 partial.rename(path)
                 return
             partial.unlink()
         raise DataFormatError(
             f"{self._address}/{file.name} gives other bytes than its index knows (digest "
-            f"{file.digest[:12]}…): it was changed; bring it back, or delete "
-            f"{self._folder / 'index'}, which makes it another data set"
+            f"{file.digest[:12]}…): it was changed; bring it back, or {self._way_out}"
         )
 
     def _download(self, key: str, size_bytes: int, path: Path) -> None:
@@ -172,11 +241,13 @@ class BucketSource:
                     if part is None:
                         raise DataNotFoundError(
                             f"{self._address}/{key} is missing, and the index has it: bring it "
-                            f"back, or delete {self._folder / 'index'}"
+                            f"back, or {self._way_out}"
                         )
                     if not part.content:
                         break  # shorter than it was; its digest will tell
                     stream.write(part.content)
+                    stream.flush()
+                    reach("download.after-part")
         except (StorageError, DataNotFoundError):
             raise
         except OSError as error:
@@ -221,25 +292,6 @@ def _is_used(path: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _require_unchanged(index: Index, listed: Sequence[Listed], address: str) -> None:
-    """Compare names and sizes; bytes are digested as they come."""
-    known = {file.name: file.size_bytes for file in index.files}
-    found = {one.key: one.size_bytes for one in listed}
-    for name in sorted(known.keys() | found.keys()):
-        if known.get(name) == found.get(name):
-            continue
-        how = f"has {found.get(name)} bytes, and the index says {known.get(name)}"
-        if name not in found:
-            how = "is missing, and the index has it"
-        elif name not in known:
-            how = "is not in the index"
-        kind = DataNotFoundError if name not in found else DataFormatError
-        raise kind(
-            f"{address}/{name} {how}: bring it back to what it was, or delete {index.folder}, "
-            f"which makes it another data set"
-        )
 
 
 def _no_scratch(path: Path, error: OSError) -> StorageError:

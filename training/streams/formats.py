@@ -204,14 +204,9 @@ class Parquet:
     def places(self, path: Path) -> Int64Array:
         """Row group, and number in it, of each row."""
         with _parquet_errors(path):
-            file = _pyarrow_parquet().ParquetFile(path)
-            nums = [
-                file.metadata.row_group(number).num_rows
-                for number in range(file.metadata.num_row_groups)
-            ]
-        found = [np.stack((np.full(num, number), np.arange(num)), 1) for number, num in
-                 enumerate(nums)]  # fmt: skip
-        return np.concatenate([as_places([]), *found]).astype(np.int64)
+            told = _pyarrow_parquet().read_metadata(path)
+        nums = [told.row_group(number).num_rows for number in range(told.num_row_groups)]
+        return as_places([(group, row) for group, num in enumerate(nums) for row in range(num)])
 
     def open(self, path: Path) -> OpenFile:
         """The file."""

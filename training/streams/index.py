@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ VERSION = 1
 FOLDER = ".holdfast-index"
 INDEX, PLACES = "index.json", "places.npy"
 DIGEST = "blake2b-256"
+DIGEST_TEXT = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,9 @@ def read_index(folder: Path) -> Index | None:
         )
     try:
         files = tuple(StreamFile(**file) for file in told["files"])
+        # Names of files on a scratch disk are made of them.
+        if not all(DIGEST_TEXT.fullmatch(file.digest) for file in files):
+            raise ValueError("a digest of it is none")
         found = Index(files, folder, told["places"])
         if file_digest(folder / PLACES) != found.places_digest:
             raise ValueError(f"{PLACES} has another digest")

@@ -32,15 +32,11 @@ class WindowedOrder:
         return int(self._ends[-1])
 
     def __call__(self, positions: Int64Array) -> Int64Array:
-        """The numbers of the samples that stand at ascending ``positions``."""
-        places = np.concatenate(
-            [
-                self._of_window(int(number))[positions[windows == number] % self._window]
-                for windows in (positions // self._window,)
-                for number in np.unique(windows)
-            ]
-            or [np.empty(0, dtype=np.int64)]
-        )
+        """The numbers of the samples that stand at ``positions``."""
+        windows, places = positions // self._window, np.empty_like(positions)
+        for number in np.unique(windows).tolist():
+            is_there = windows == number
+            places[is_there] = self._of_window(number)[positions[is_there] % self._window]
         ranks = np.searchsorted(self._ends, places, side="right")
         files = self._files[ranks]
         before = np.where(ranks > 0, self._ends[ranks - 1], 0)

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.training.runs.faultpoints import FAULT_POINTS, SPIKE_POINTS, STORE_POINTS, reach
+from holdfast.training.runs.faultpoints import (
+    FAULT_POINTS,
+    SPIKE_POINTS,
+    STORE_POINTS,
+    STREAM_POINTS,
+    reach,
+)
 
 SOURCES = Path(__file__).resolve().parents[3] / "training"
 
@@ -48,7 +54,7 @@ def test_the_table_names_exactly_the_points_that_the_code_reaches() -> None:
     reached: set[str] = set()
     for path in SOURCES.rglob("*.py"):
         reached |= set(re.findall(r'\breach\("([^"]+)"\)', path.read_text()))
-    assert reached == {*FAULT_POINTS, *STORE_POINTS, *SPIKE_POINTS}
+    assert reached == {*FAULT_POINTS, *STORE_POINTS, *SPIKE_POINTS, *STREAM_POINTS}
 
 
 def test_a_point_that_nobody_asks_for_costs_next_to_nothing() -> None:

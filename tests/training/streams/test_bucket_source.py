@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import os
+import random
+import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import pytest
 
 from holdfast.training.errors import DataFormatError, DataNotFoundError, StorageError
+from holdfast.training.runs.faultpoints import POINT_VARIABLE
 from holdfast.training.storage.address import address_in, parse_address
 from holdfast.training.storage.opening import open_store
+from holdfast.training.storage.protocol import PART_BYTES
 from holdfast.training.streams import bucket_source
+from holdfast.training.streams.index import FOLDER, INDEX, PLACES
 from holdfast.training.streams.stream_files import StreamFiles
 from tests.contracts.object_servers import make_bucket, moto
 from tests.faults.campaign import Training, complete, differences, final_state
-from tests.generality.harness import OFTEN, STOPS, stop_after
+from tests.generality.harness import OFTEN, stop_after
 from tests.training.streams.stream_writers import number_of, write_folder
 
 pytestmark = pytest.mark.slow
@@ -60,7 +67,8 @@ class Counting:
         if self.left == 0:
             raise StorageError(f"cannot read {key}: the connection broke off")
         self.left -= 1
-        self.log.append((key, start))
+        if key.endswith(".tar"):
+            self.log.append((key, start))
         return self.store.get(key, start, end)
 
     def __getattr__(self, name: str) -> Any:
@@ -89,6 +97,54 @@ def test_samples_are_those_of_the_files_and_each_file_comes_once(
     assert again.fetch(range(NUM)).tolist() == list(range(NUM))
     assert again.fingerprint == found.fingerprint
     assert len(gets) == len(SIZES)
+
+
+def test_another_machine_takes_the_index_of_the_bucket_and_downloads_what_it_needs(
+    address: str, gets: list[tuple[str, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = StreamFiles(address)
+    gets.clear()
+    monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "other machine"))
+    found = StreamFiles(address, number_of)
+    assert (found.fingerprint, len(found), gets) == (first.fingerprint, NUM, [])
+    assert found[7] == 7
+    assert gets == [("part-2.tar", 0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        (INDEX, b'{"version": 2}', r"is an index of version 2, and this program reads 1"),
+        (INDEX, b"{", r"is no index of stream files"),
+        (PLACES, b"", r"is no index of stream files, places\.npy has another digest"),
+    ],
+)
+def test_an_index_of_the_bucket_that_is_none_is_named_by_its_address(
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: bytes,
+    told: str,
+) -> None:
+    StreamFiles(address)
+    put(address, f"{FOLDER}/{name}", content)
+    monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "other machine"))
+    with pytest.raises(DataFormatError, match=rf"^s3://[^ ]*/train/\.holdfast-index {told}"):
+        StreamFiles(address)
+
+
+def test_where_a_bucket_cannot_be_written_each_machine_makes_its_own_index(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object) -> None:
+        raise StorageError("cannot write .holdfast-index/places.npy: 403 AccessDenied")
+
+    store = open_store(parse_address(address))
+    monkeypatch.setattr(type(store), "upload", refused)
+    assert StreamFiles(address, number_of)[7] == 7
+    assert "cannot be kept there, so that every machine has to read all files" in caplog.text
+    assert not store.list(FOLDER)
 
 
 def test_several_processes_share_one_download(address: str, gets: list[tuple[str, int]]) -> None:
@@ -169,21 +225,60 @@ def test_a_damaged_object_is_named_by_its_address(address: str) -> None:
         StreamFiles(address)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_stops_within_downloads_change_no_byte(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+LARGE_BYTES = 2 * PART_BYTES + 1000  # three parts
+
+
+def write_large(folder: Path) -> None:
+    """Two files of twelve samples, whose download takes several parts."""
+    folder.mkdir()
+    for number in range(2):
+        with tarfile.open(folder / f"part-{number}.tar", "w") as archive:
+            for sample in range(12 * number, 12 * (number + 1)):
+                parts = {"bin": bytes(LARGE_BYTES // 12), "cls": str(sample).encode()}
+                for suffix, content in parts.items():
+                    member = tarfile.TarInfo(f"{sample:06d}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2, 4])
+def test_kills_within_downloads_change_no_byte(
+    server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
-    """What is stopped begins with an empty scratch disk each time, as on another machine."""
+    """Whoever downloads is killed between two parts, or before the file has its name; then the
+    training between its steps, on another machine.
+    """
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    make_bucket(server, f"large-{num_workers}")
+    write_large(tmp_path / "local")
+    address = f"s3://large-{num_workers}/train"
+    for path in (tmp_path / "local").iterdir():
+        put(address, path.name, path.read_bytes())
     experiment = f"{Path(__file__).parents[2] / 'generality/test_streams.py'}:FromFiles"
-    overrides = (*OFTEN, f"data.folder={address}", f"data.num_workers={num_workers}")
-    calm = Training(tmp_path / "calm", "one", experiment, (*OFTEN, f"data.folder={tmp_path}/local"))
+    own = (*OFTEN, "data.batch_size=3", f"data.num_workers={num_workers}")
+    calm = Training(tmp_path / "calm", "one", experiment, (*own, f"data.folder={tmp_path}/local"))
     complete(calm)
-    stopped = Training(tmp_path / "stopped", "one", experiment, overrides)
-    for number, (sent, _) in enumerate(STOPS):
-        monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / f"machine-{number}"))
-        stop_after(stopped, sent, 2 + 3 * number)
-    complete(stopped)
-    assert differences(final_state(calm.run), final_state(stopped.run)) == []
+    killed = Training(tmp_path / "killed", "one", experiment, (*own, f"data.folder={address}"))
+    monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "machine-0"))
+    draws = random.Random(num_workers)
+    StreamFiles(address)  # its index is there, and its files are not
+    for point in ("download.after-part:2", "download.before-rename:1"):
+        for path in files():
+            path.unlink()
+        segment = killed.start({POINT_VARIABLE: point})
+        assert segment.finish() in (1, -SIGKILL), "".join(segment.errors)
+        assert [path.name for path in partial()], point
+    for machine, step in enumerate(sorted(draws.sample(range(2, 20, 3), 3)), 1):
+        monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / f"machine-{machine}"))
+        stop_after(killed, draws.choice([SIGKILL, SIGTERM]), step)
+    complete(killed)
+    assert differences(final_state(calm.run), final_state(killed.run)) == []
+
+
+def partial() -> list[Path]:
+    """Downloads that are not done."""
+    return [*Path(os.environ["HOLDFAST_SCRATCH"]).rglob("files/*.partial")]
 
 
 def test_a_path_that_was_an_address_is_one_again() -> None:

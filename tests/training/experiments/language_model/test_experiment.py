@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from signal import SIGKILL, SIGTERM
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,10 @@ from holdfast.training.experiments.language_model.graphs import continuation, ru
 from holdfast.training.experiments.language_model.model import Gpt
 from holdfast.training.experiments.language_model.tokens import stored_tokens
 from holdfast.training.loop.evaluation import evaluate
+from holdfast.training.runs.losses import compare_losses
 from tests.faults.campaign import Training, complete, differences, final_state
-from tests.generality.harness import QUICK_EXPORT, assert_exact, assert_published
+from tests.generality.harness import OFTEN, QUICK_EXPORT, assert_exact, assert_published
+from tests.training.ranks.test_several_processes import started, stopped
 from tests.training.streams.stream_writers import write_lines, write_tar
 
 SMALL = {"num_generated": 200, "context": 16, "width": 16, "num_layers": 2, "num_heads": 2}
@@ -273,6 +276,24 @@ def test_two_processes_end_with_the_bytes_of_one(tmp_path: Path) -> None:
         complete(training)
         states.append(final_state(training.run))
     assert differences(*states) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_weights_in_slices_end_with_the_same_bytes_after_kills(
+    tmp_path: Path, num_processes: int
+) -> None:
+    slices = ("distributed.strategy=fsdp", "data.should_drop_last=true", "data.batch_size=12")
+    overrides = (*OFTEN, *OVERRIDES, *slices, "train.num_epochs=2")
+    calm = Training(tmp_path, "calm", "language_model", overrides)
+    segment = started(calm, num_processes)
+    assert segment.finish() == 0, "".join(segment.errors)
+    killed = Training(tmp_path, "killed", "language_model", overrides)
+    stopped(killed, num_processes, SIGKILL, 4, rank=num_processes - 1)
+    stopped(killed, num_processes, SIGTERM, 8, rank=0)
+    assert started(killed, num_processes).finish() == 0
+    assert differences(final_state(calm.run), final_state(killed.run)) == []
+    assert compare_losses(killed.run).num_different == 0
 
 
 @pytest.fixture(scope="module")
