@@ -127,16 +127,14 @@ class BucketSource:
 
     def _receive_index(self, sizes: Mapping[str, int]) -> None:
         """Bring the bucket's index here, where it has one that is not here yet."""
-        size_bytes = sizes.get(f"{FOLDER}/{INDEX}")
-        if size_bytes is None:
+        told = self._opened().get(f"{FOLDER}/{INDEX}") if f"{FOLDER}/{INDEX}" in sizes else None
+        own = self._index_folder / INDEX
+        if told is None or (own.exists() and own.read_bytes() == told.content):
             return
         scratch = self._folder / "index.partial"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        self._download(f"{FOLDER}/{INDEX}", size_bytes, scratch / INDEX)
-        own = self._index_folder / INDEX
-        if own.exists() and own.read_bytes() == (scratch / INDEX).read_bytes():
-            return
+        (scratch / INDEX).write_bytes(told.content)
         self._download(f"{FOLDER}/{PLACES}", sizes.get(f"{FOLDER}/{PLACES}", 0), scratch / PLACES)
         with self._told_by_address(scratch, FOLDER):
             read_index(scratch)
