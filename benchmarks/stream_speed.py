@@ -168,7 +168,7 @@ def main() -> None:
         folder = Path(name) / "tar"
         write(folder, arguments.samples, arguments.files)
         header = ["library", "samples/s", "times as long"]
-        print(markdown_table(header, list(rates(folder, arguments.samples))))
+        print(markdown_table(header, list(rates(folder, arguments.samples))), end="\n\n")
         times = {part: median(first_batch_s(folder, part) for _ in range(9)) for part in (0, 0.9)}
         rows = [[f"{part:g} of the epoch", f"{1000 * s:.1f}"] for part, s in times.items()]
         print(markdown_table(["first batch after a resume at", "ms"], rows))

@@ -205,7 +205,10 @@ def _run_verify(options: argparse.Namespace) -> None:
 
 def _run_predict(options: argparse.Namespace) -> None:
     if not options.input.is_file():
-        raise InputError(f"there is no file {options.input}; expected a CSV, NPY or JSON file")
+        raise InputError(
+            f"there is no file {options.input}; expected a CSV, NPY or JSON file, or the beginning "
+            f"of a text"
+        )
     folder = _bundle_folder(options.bundle, options.store)
     if options.input.suffix.lower() == SUFFIX:
         limits = options.time_limit_s, options.tokens
