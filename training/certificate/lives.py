@@ -14,7 +14,11 @@ from pathlib import Path
 from typing import IO
 
 from holdfast.training.errors import ExperimentError, InputError
-from holdfast.training.exactness.reproducibility import child_environment, python_command
+from holdfast.training.exactness.reproducibility import (
+    FILLED_MEMORY,
+    child_environment,
+    python_command,
+)
 from holdfast.training.exactness.trial import Trial
 from holdfast.training.experiment.loading import experiment_name, located_reference
 from holdfast.training.own_loop.environment import RUN_ID, STORE
@@ -122,6 +126,7 @@ class Lives:
         environment = {
             **child_environment(self.num_threads),
             **trial.environment(),
+            **FILLED_MEMORY,
             STORE: str(self.store),
             RUN_ID: run_id,
         }

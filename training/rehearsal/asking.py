@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.training.exactness.reproducibility import child_environment, python_command
+from holdfast.training.exactness.reproducibility import (
+    FILLED_MEMORY,
+    child_environment,
+    python_command,
+)
 from holdfast.training.rehearsal.findings import Finding, Report
 from holdfast.training.rehearsal.request import Depth, RehearsalRequest, read_told
 
@@ -83,7 +87,7 @@ def _child(request: RehearsalRequest) -> Iterator[subprocess.Popen[bytes]]:
     with request.log.open("wb") as log:
         child = subprocess.Popen(
             python_command(PROGRAM, str(request.path)),
-            env=child_environment(request.num_threads),
+            env={**child_environment(request.num_threads), **FILLED_MEMORY},
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,

@@ -42,7 +42,7 @@ def rehearsing_children() -> list[psutil.Process]:
 
 def test_a_fit_experiment_is_rehearsed_and_nothing_is_left(tmp_path: Path) -> None:
     acts: list[str] = []
-    report = rehearse(asked("Plain", tmp_path), on_act=lambda act, *_: acts.append(act))
+    report = rehearse(asked("Filled", tmp_path), on_act=lambda act, *_: acts.append(act))
     assert report is not None
     assert (report.findings, report.left_out) == ((), ())
     assert acts == list(report.acts)
