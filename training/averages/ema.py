@@ -14,7 +14,7 @@ Whether statistics recomputed for the averaged weights are better still, selecti
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -67,6 +67,9 @@ class MovingAverages:
     """The averages of one model's weights. Starts at the weights as they are, on their device.
 
     Names in ``left_out`` are not averaged: frozen parameters that no checkpoint holds either.
+
+    Attributes:
+        before_change: called before averages take in weights.
     """
 
     def __init__(self, model: nn.Module, config: EmaConfig, left_out: Collection[str] = ()) -> None:
@@ -76,6 +79,7 @@ class MovingAverages:
         self._averages: dict[str, list[Tensor]] = {
             track.name: [_average_of(tensor) for tensor in live] for track in self._tracks
         }
+        self.before_change: Callable[[], None] = lambda: None
         self._changed: set[str] = set()
         self._infinite = set() if self._sources is None else set(self._sources.infinite_buffers())
         self._group()
@@ -90,6 +94,7 @@ class MovingAverages:
         """Take in the weights after ``step`` optimizer steps. Never waits for the device."""
         if self._sources is None:
             return
+        self.before_change()
         self._follow()
         live = self._sources.tensors(model)
         weights = [track.weight(step) for track in self._tracks]

@@ -10,8 +10,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +33,7 @@ from holdfast.training.checkpointing.manifest import (
     Migration,
     manifest_of,
 )
+from holdfast.training.checkpointing.overlap import Changed, Names, Overlap, weights_among
 from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
     Kind,
@@ -45,6 +47,7 @@ from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
+    ExperimentError,
     NonFiniteStateError,
     StorageError,
 )
@@ -103,7 +106,13 @@ class CheckpointContents:
         tensors: file stem -> name -> live tensor; they are copied before ``save`` returns.
         state: what is not a tensor; no times, so that the same state gives the same bytes.
         must_be_finite: names, by file stem, of tensors that must hold no NaN or infinity.
+        finite_as: by name of an average among them, the buffer of the model that it follows: where
+            that holds an infinity, the average may.
         kind: ``weights`` saves what slimming would leave, as a light checkpoint.
+        late: names, by file stem, of tensors that updates alone change. Where the manager has an
+            ``Overlap`` these are copied after ``save`` has returned, before the next update.
+        checks: are called in the background before anything is written; what one raises is what
+            becomes of the save.
     """
 
     step: int
@@ -113,7 +122,10 @@ class CheckpointContents:
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Json
     must_be_finite: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    finite_as: Mapping[str, str] = field(default_factory=dict)
     kind: Kind = "full"
+    late: Names = field(default_factory=dict)
+    checks: Sequence[Callable[[], None]] = ()
 
 
 @dataclass(frozen=True)
@@ -136,12 +148,16 @@ class _Snapshot:
     manifest: Manifest
     images: Mapping[str, FileImage]
     must_be_finite: Mapping[str, Tensor]
+    finite_as: Mapping[str, Tensor]
+    checks: Sequence[Callable[[], None]]
+    changed: Changed | None = None
 
 
 class CheckpointManager:
     """The checkpoints of one run, as its only writer.
 
-    Not for several threads: the training loop calls it, one background thread works for it.
+    Not for several threads: the training loop calls it, one background thread works for it. With
+    an ``Overlap``, a save is written once the next update begins, or somebody waits for it.
 
     Attributes:
         snapshot_s: seconds that the last full save took from the caller; None before the first.
@@ -159,6 +175,7 @@ class CheckpointManager:
         *,
         storage: Storage | None = None,
         migrations: Mapping[int, Migration] = MIGRATIONS,
+        overlap: Overlap | None = None,
     ) -> None:
         self.snapshot_s: float | None = None
         self.durable_s: float | None = None
@@ -171,7 +188,9 @@ class CheckpointManager:
         self._migrations = migrations
         self._buffers = SnapshotBuffers()
         self._thread = ThreadPoolExecutor(1, "holdfast-save")
-        self._in_flight: Future[Published] | None = None
+        self._overlap = overlap
+        self._is_beside = False
+        self._in_flight: Future[Published | None] | None = None
         self._reserving: Future[None] | None = None
         self._snapshot: _Snapshot | None = None
         self._published: Published | None = None
@@ -181,17 +200,27 @@ class CheckpointManager:
     @property
     def is_in_flight(self) -> bool:
         """Whether a save is being written, or its outcome was not asked for yet."""
-        return self._in_flight is not None
+        return self._is_beside or self._in_flight is not None
 
-    def reserve(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    @property
+    def has_overlap(self) -> bool:
+        """Whether nothing of a save should wait for the device, as copies may be put off."""
+        return self._overlap is not None
+
+    def reserve(
+        self, tensors: Mapping[str, Mapping[str, Tensor]], late: Names = MappingProxyType({})
+    ) -> None:
         """Take the memory that a save of such tensors needs, in the background.
 
         So the first save takes no longer from training than the others. After it, nothing is done.
+        Of those that are to be copied late, the next step shows which are changed elsewhere.
         Raises UnsupportedStateError.
         """
         if self._snapshot is not None:
             return
         self._reserving = self._thread.submit(self._buffers.reserve, self._buffers.sizes(tensors))
+        if self._overlap is not None:
+            self._overlap.learn(tensors, late, self._thread)
 
     def save(self, contents: CheckpointContents, *, wait: bool = False) -> None:
         """Copy the contents now, and write them in the background.
@@ -209,16 +238,17 @@ class CheckpointManager:
             self._reserving = None
         start_s = time.monotonic()
         reach("save.before-snapshot")
-        images = self._images(contents)
+        late: Names = {}
+        if self._overlap is not None:
+            late = self._overlap.late(contents.tensors, contents.late)
+        self._snapshot = self._taken(contents, late)
         reach("save.after-snapshot")
-        finite = {
-            f"{stem}.{name}": self._buffers.copies[stem][name]
-            for stem, names in contents.must_be_finite.items()
-            for name in names
-            if name in self._buffers.copies.get(stem, {})  # tied tensors are there once
-        }
-        self._snapshot = _Snapshot(self._manifest(contents), images, finite)
-        self._in_flight = self._thread.submit(self._write, self._snapshot, start_s)
+        if self._overlap is not None and self._buffers.put_off:
+            self._begin_beside(self._overlap, contents, late, start_s)
+        else:
+            self._in_flight = self._thread.submit(self._write, self._snapshot, start_s)
+            if self._overlap is not None:
+                self._overlap.learn(contents.tensors, contents.late, self._thread)
         if contents.kind == "full":
             self.snapshot_s = time.monotonic() - start_s
             self._snapshots_s.append(self.snapshot_s)
@@ -244,13 +274,23 @@ class CheckpointManager:
                 older checkpoints are as they were.
             NonFiniteStateError: what must be finite is not; nothing of it was written.
             LeaseLostError: another segment writes this run now.
+            ExperimentError: a weight was changed while it was copied, outside an update, and the
+                checkpoint may be selected. Of one that serves a resume alone it is told, and
+                nothing is saved.
+            HoldfastError: what one of the ``checks`` raises.
         """
+        self.end_overlap()
         future, self._in_flight = self._in_flight, None
         if future is not None:
             self._published = future.result()
-            if self._published.kind == "full":
+            if self._published is not None and self._published.kind == "full":
                 self.durable_s = self._published.durable_s
                 self._durables_s.append(self.durable_s)
+
+    def end_overlap(self) -> None:
+        """Let what is copied beside the computation be written, though no update has begun."""
+        if self._overlap is not None and self._is_beside:
+            self._overlap.before_change()
 
     def retry(self) -> None:
         """Write the last snapshot again, after its save failed. To be called before ``save``."""
@@ -318,20 +358,57 @@ class CheckpointManager:
         self._require_undamaged()
         return None
 
-    def _images(self, contents: CheckpointContents) -> dict[str, FileImage]:
+    def _taken(self, contents: CheckpointContents, late: Names) -> _Snapshot:
+        images, copies = self._images(contents, late), self._buffers.copies
+        finite = {
+            f"{stem}.{name}": copies[stem][name]
+            for stem, names in contents.must_be_finite.items()
+            for name in names
+            if name in copies.get(stem, {})  # tied tensors are there once
+        }
+        buffers = {
+            f"ema.{average}": copies["model"][name]
+            for average, name in contents.finite_as.items()
+            if name in copies["model"]
+        }
+        manifest = self._manifest(contents)
+        return _Snapshot(manifest, images, finite, buffers, contents.checks)
+
+    def _begin_beside(
+        self, overlap: Overlap, contents: CheckpointContents, late: Names, start_s: float
+    ) -> None:
+        assert self._snapshot is not None
+        snapshot = self._snapshot
+
+        def then(changed: Changed) -> None:
+            self._is_beside, self._snapshot = False, replace(snapshot, changed=changed)
+            self._in_flight = self._thread.submit(self._write, self._snapshot, start_s)
+
+        self._is_beside = True
+        overlap.begin(self._buffers.put_off, weights_among(contents.tensors, late), then)
+
+    def _images(self, contents: CheckpointContents, late: Names) -> dict[str, FileImage]:
         if contents.kind == "full":
             state = json_image(contents.state, "state")
-            return {**self._buffers.take(contents.tensors), STATE_NAME: state}
+            return {**self._buffers.take(contents.tensors, late), STATE_NAME: state}
         kept = {
             stem: tensors
             for stem, tensors in contents.tensors.items()
             if f"{stem}{TENSOR_SUFFIX}" not in RESUME_FILES
         }
-        return self._buffers.take(kept)
+        return self._buffers.take(kept, late)
 
-    def _write(self, snapshot: _Snapshot, start_s: float) -> Published:
-        """Runs in the background thread."""
+    def _write(self, snapshot: _Snapshot, start_s: float) -> Published | None:
+        """Runs in the background thread. None for a snapshot that is none, and is not needed."""
         manifest = snapshot.manifest
+        if self._overlap is not None and snapshot.changed is not None:
+            self._overlap.wait()
+            if names := snapshot.changed():
+                self._overlap.copy_at_once(names)
+                _refuse_changed(names, manifest)
+                return None
+        for check in snapshot.checks:
+            check()
         _require_finite(snapshot)
 
         def manifest_bytes(files: dict[str, FileEntry]) -> bytes:
@@ -449,6 +526,9 @@ class CheckpointManager:
 
 def _require_finite(snapshot: _Snapshot) -> None:
     bad, step = non_finite(snapshot.must_be_finite), snapshot.manifest.step
+    followed = {name: snapshot.finite_as[name] for name in bad if name in snapshot.finite_as}
+    infinite = set(non_finite(followed))
+    bad = [name for name in bad if name not in infinite]
     if bad:
         raise NonFiniteStateError(
             f"{bad[0]} is not finite after step {step}, one of {len(bad)} tensors that must be. "
@@ -457,6 +537,20 @@ def _require_finite(snapshot: _Snapshot) -> None:
             step=step,
             tensor=bad[0],
         )
+
+
+def _refuse_changed(names: Sequence[str], manifest: Manifest) -> None:
+    """Tell of weights that changed while they were copied; raise where they may be selected."""
+    others = f", with {len(names) - 1} others," if len(names) > 1 else ""
+    told = (
+        f"{names[0]}{others} was changed after step {manifest.step} before the next update, which "
+        f"the first steps did not do: nothing of that step is saved, older checkpoints are good"
+    )
+    if manifest.trigger not in ("time", "steps"):
+        raise ExperimentError(
+            f"{told}. Change weights after an update, or write checkpoint.should_overlap=false"
+        )
+    logger.warning("%s; from now on it is copied at once", told)
 
 
 def told_differences(there: Any, here: Any, key: str = "") -> Iterator[str]:

@@ -7,9 +7,10 @@ at the speed of the bus.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -46,12 +47,14 @@ def json_image(value: Json, path: str) -> FileImage:
 class SnapshotBuffers:
     """One buffer per file, kept from one snapshot to the next.
 
-    ``copies`` are the tensors of the last snapshot by file stem and name, within the buffers.
+    ``copies`` are the tensors of the last snapshot by file stem and name, within the buffers;
+    ``put_off`` are those of them that are still to be made, each with what it is made of.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
         self.copies: dict[str, dict[str, Tensor]] = {}
+        self.put_off: list[tuple[Tensor, Tensor]] = []
 
     def sizes(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[int, bool]]:
         """What a snapshot of these tensors needs: bytes by file stem, and whether they are pinned.
@@ -74,22 +77,35 @@ class SnapshotBuffers:
             if not is_pinned:
                 buffer.zero_()
 
-    def take(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, FileImage]:
+    def take(
+        self,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        late: Mapping[str, Collection[str]] = MappingProxyType({}),
+    ) -> dict[str, FileImage]:
         """Copy all tensors. The images are good until the next call.
 
         Args:
             tensors: file stem -> name -> live tensor.
+            late: names, by file stem, of those that the caller will copy (``put_off``). Where there
+                are any, copies of other tensors on a GPU may still be on their way after return.
 
         Raises:
             UnsupportedStateError: a tensor has no place in the format; nothing was copied.
         """
         layouts = {stem: plan_layout(inner, stem) for stem, inner in tensors.items()}
-        images, self.copies = {}, {}
+        images, self.copies, self.put_off = {}, {}, []
         for stem, layout in layouts.items():
             data = self._buffer(stem, layout.data_bytes, _is_on_gpu(tensors[stem]))
-            self.copies[stem] = _copy(tensors[stem], layout, data)
+            self.copies[stem] = _copies(layout, data)
             images[f"{stem}.safetensors"] = FileImage(_parts(layout, data))
-        _wait_for_copies(tensors)
+            for name, copy in self.copies[stem].items():
+                source = tensors[stem][name].detach()
+                if name in late.get(stem, ()):
+                    self.put_off.append((copy, source))
+                else:
+                    copy.copy_(source, non_blocking=True)
+        if not self.put_off:
+            _wait_for_copies(tensors)
         return images
 
     def _buffer(self, stem: str, num_bytes: int, is_pinned: bool) -> Tensor:
@@ -101,12 +117,9 @@ class SnapshotBuffers:
         return known[:num_bytes]
 
 
-def _copy(tensors: Mapping[str, Tensor], layout: Layout, data: Tensor) -> dict[str, Tensor]:
+def _copies(layout: Layout, data: Tensor) -> dict[str, Tensor]:
     memory = data.numpy().data
-    copies = {name: slot.view(memory) for name, slot in layout.slots.items()}
-    for name, copy in copies.items():
-        copy.copy_(tensors[name].detach(), non_blocking=True)
-    return copies
+    return {name: slot.view(memory) for name, slot in layout.slots.items()}
 
 
 def _wait_for_copies(tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

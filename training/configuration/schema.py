@@ -285,6 +285,8 @@ class CheckpointConfig(Section):
     """What `is_auto` assumes until the run's own segments tell."""
     max_overhead: float = Field(0.01, gt=0, le=1, json_schema_extra=OUTSIDE_DIGEST)
     """Largest fraction of time that `is_auto` spends saving."""
+    should_overlap: bool = Field(True, json_schema_extra=OUTSIDE_DIGEST)
+    """On a GPU, copy weights, optimizer and averages beside the next forward and backward pass."""
     keep_last: int = Field(2, ge=1, json_schema_extra=OUTSIDE_DIGEST)
     """Newest checkpoints to keep in full."""
     keep_every_steps: int | None = Field(None, ge=1, json_schema_extra=OUTSIDE_DIGEST)

@@ -54,10 +54,22 @@ class LossGuard:
 
         Waits for the GPU.
         """
+        self.check_later()()
+
+    def check_later(self) -> Callable[[], None]:
+        """What does as ``check`` for the losses so far, in any thread.
+
+        Only where spikes are watched this waits for the GPU, and raises.
+        """
         if self._watch is not None:
             self._watch.check()
-        if not self._is_immediate and (place := self._first_bad.tolist())[0] >= 0:
-            _raise_non_finite(math.nan, *place)
+        first_bad = self._first_bad  # a new tensor with each loss
+
+        def check() -> None:
+            if not self._is_immediate and (place := first_bad.tolist())[0] >= 0:
+                _raise_non_finite(math.nan, *place)
+
+        return check
 
 
 def _raise_non_finite(loss: float, step: int, batch: int, cause: str = "") -> None:

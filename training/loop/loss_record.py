@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import struct
+import threading
 import time
+from collections.abc import Callable
+from contextvars import copy_context
 
 import torch
 from torch import Tensor
@@ -46,6 +49,8 @@ class LossRecord:
         self._next_step = start_step + 1
         self._known = KnownLosses(comparable_files(run, segment), start_step)
         self._pending: list[Tensor] = []
+        self._blocks: list[Tensor] = []
+        self._writing = threading.Lock()
         self._write_every_s = min(write_every_s, MAX_WRITE_EVERY_S)
         self._written_s = time.monotonic()
         self._file: int | None = None
@@ -66,10 +71,21 @@ class LossRecord:
 
     def flush(self) -> None:
         """Write what was taken. Waits for the device. Raises what ``add`` raises."""
-        if not self._pending:
-            return
-        losses = torch.stack(self._pending).double().tolist()
-        first, self._pending = self._next_step, []
+        self._set_aside()
+        self._write_blocks()
+
+    def _set_aside(self) -> None:
+        if self._pending:
+            self._blocks.append(torch.stack(self._pending).double())
+            self._pending = []
+
+    def _write_blocks(self) -> None:
+        with self._writing:
+            while self._blocks:
+                self._write_losses(self._blocks.pop(0).tolist())
+
+    def _write_losses(self, losses: list[float]) -> None:
+        first = self._next_step
         self._next_step += len(losses)
         self._write(struct.pack(f"<{len(losses)}d", *losses))
         for step, loss in enumerate(losses, first) if len(self._known) else ():
@@ -78,20 +94,31 @@ class LossRecord:
                 if found is not None:
                     self._tell(found)
 
-    def sync(self) -> None:
-        """Have all of them on disk, before a checkpoint is made of their steps. As ``flush``."""
-        self.flush()
-        if self._file is not None:
-            os.fsync(self._file)
+    def sync_later(self) -> Callable[[], None]:
+        """What has all of them so far on disk, before a checkpoint is made of their steps.
+
+        It may be called in any thread, and raises as ``add``. This itself waits for nothing.
+        """
+        self._set_aside()
+        context = copy_context()  # it tells whether warnings are errors
+
+        def sync() -> None:
+            context.run(self._write_blocks)
+            with self._writing:
+                if self._file is not None:
+                    os.fsync(self._file)
+
+        return sync
 
     def close(self) -> None:
         """Write the rest. No other call may follow."""
         try:
             self.flush()
         finally:
-            if self._file is not None:
-                os.close(self._file)
-                self._file = None
+            with self._writing:
+                if self._file is not None:
+                    os.close(self._file)
+                    self._file = None
 
     def _write(self, content: bytes) -> None:
         if self._is_failing:

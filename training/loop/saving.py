@@ -35,6 +35,10 @@ from holdfast.training.tiers.bandwidth import UploadPace
 logger = logging.getLogger(__name__)
 
 
+def _nothing() -> None:
+    """What is left to do where nothing is."""
+
+
 class ValidationsWithin:
     """Which steps within an epoch are validated: those of the schedule, each of them once."""
 
@@ -68,7 +72,8 @@ class Saver:
     does not depend on when full ones are written.
 
     Attributes:
-        before_save: called before each snapshot is taken.
+        before_save: called before each snapshot is taken; what it returns is called before the
+            checkpoint is written, in any thread.
     """
 
     def __init__(  # noqa: PLR0913  # the parts of a segment that saving needs
@@ -108,14 +113,15 @@ class Saver:
         self._validations = ValidationsWithin(schedule, state, is_measured=is_measured)
         self._has_advance_notice = False
         self._is_grace_checked = False
-        self.before_save: Callable[[], None] = lambda: None
+        self.before_save: Callable[[], Callable[[], None]] = lambda: _nothing
 
     def prepare(self) -> None:
         """Have the memory of the first save taken in the background; after the first step.
 
         Only then an optimizer has its state.
         """
-        self._manager.reserve(self._state.capture()[0])
+        tensors, _ = self._state.capture()
+        self._manager.reserve(tensors, self._state.changed_by_updates(tensors))
 
     def is_light_due(self) -> bool:
         """Whether this step, within an epoch, is to be validated and was not yet."""
@@ -201,6 +207,7 @@ class Saver:
                 notice.remaining_s(time.monotonic()),
                 "too little" if save_s is None else f"a save takes {save_s:.1f} s",
             )
+            self._manager.end_overlap()
             return
         if step != self._last_save_step:
             self._save_at_notice()
@@ -241,15 +248,19 @@ class Saver:
         )
 
     def _save(self, trigger: Trigger, metrics: Mapping[str, float], kind: Kind = "full") -> None:
-        self._guard.check()
+        check_losses = self._guard.check_later()
+        if not (is_beside := self._manager.has_overlap):
+            check_losses()
         if self._is_spike_ahead(trigger):
             return
-        self.before_save()
+        end_losses = self.before_save()
+        if not is_beside:
+            end_losses()
         with self._costs.measured("saving"):
             self._wait()
             tensors, state = self._state.capture()
-            finite = self._state.must_be_finite(tensors)
-            self._require_finite_weights()
+            if not is_beside:
+                self._require_finite_weights()
             counters = self._state.counters
             self._manager.save(
                 CheckpointContents(
@@ -259,8 +270,11 @@ class Saver:
                     metrics=metrics,
                     tensors=tensors,
                     state=state,
-                    must_be_finite=finite,
+                    must_be_finite=self._state.must_be_finite(tensors, with_weights=is_beside),
+                    finite_as=self._state.finite_as(),
                     kind=kind,
+                    late=self._state.changed_by_updates(tensors) if is_beside else {},
+                    checks=(check_losses, end_losses) if is_beside else (),
                 )
             )
         self._snapshot_step = counters.step

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
+from holdfast.training.checkpointing.overlap import Overlap, copy_stream
 from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
     build_crossings,
@@ -27,7 +28,7 @@ from holdfast.training.configuration.loading import (
     config_from_record,
     digested_values,
 )
-from holdfast.training.configuration.schema import RunConfig, WarmupConfig
+from holdfast.training.configuration.schema import CheckpointConfig, RunConfig, WarmupConfig
 from holdfast.training.data.fetching import Shares
 from holdfast.training.data.loader import (
     BatchPlan,
@@ -185,7 +186,7 @@ def _train(
                 LossRecord(stage.run, keeper.number, start_step, stage.config.logging.every_s)
             ) as losses,
         ):
-            saver.before_save = losses.sync
+            saver.before_save = losses.sync_later
 
             def after_step(step: int) -> None:
                 if step == start_step + 1:
@@ -388,7 +389,19 @@ def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) ->
         run=run_identity(stage.record),
     )
     retention = build_retention(config.checkpoint, config.selection, config.ema, config.spikes)
-    return CheckpointManager(stage.run, lease, identity, retention)
+    overlap = build_overlap(config.checkpoint, trainer.state)
+    return CheckpointManager(stage.run, lease, identity, retention, overlap=overlap)
+
+
+def build_overlap(config: CheckpointConfig, state: TrainState) -> Overlap | None:
+    """What copies snapshots of this state beside the computation; None where nothing can."""
+    stream = copy_stream(state.loss_sum.device) if config.should_overlap else None
+    if stream is None:
+        return None
+    overlap = Overlap(stream)
+    overlap.watch(state.optimizers.values())
+    state.averages.before_change = overlap.before_change
+    return overlap
 
 
 def _digested(stage: Stage) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.training.averages.ema import MovingAverages
-from holdfast.training.checkpointing.finite import non_finite
 from holdfast.training.checkpointing.json_state import Tensors, decode, encode
 from holdfast.training.checkpointing.layouts import (
     Strides,
@@ -161,25 +160,38 @@ class TrainState:
         named = {name: value for name, value in seldom.items() if value}
         return tensors, {**state, **named, "optimizer": optimizer.values}
 
-    def must_be_finite(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[str]]:
-        """Names, by file stem, of what must be finite beside the weights, of what ``capture`` gave.
+    def must_be_finite(
+        self, tensors: Mapping[str, Mapping[str, Tensor]], *, with_weights: bool = False
+    ) -> dict[str, list[str]]:
+        """Names, by file stem, of what must be finite, of what ``capture`` gave.
 
-        The optimizer's state and averages. Buffers may hold infinities, and so may the averages
-        of such buffers.
+        The optimizer's state and averages; weights where nobody has looked at them: asked for, or
+        where they lie in slices, of which each process has looked at its own.
         """
+        found = {"optimizer": list(tensors["optimizer"]), "ema": [*self.averages.averaged()]}
+        if not with_weights and self.spread is None:
+            return found
+        return {**found, "model": sorted(name for name, _ in self.model.named_parameters())}
+
+    def finite_as(self) -> dict[str, str]:
+        """By name of an average, the buffer that it follows, which may hold infinities."""
         parameters = {name for name, _ in self.model.named_parameters()}
-        others = {
-            name: tensor
-            for name, tensor in tensors["model"].items()
-            if name not in parameters and name in self.averages.source_names
+        sources = {name: name.partition("/")[2] for name in self.averages.averaged()}
+        return {name: source for name, source in sources.items() if source not in parameters}
+
+    def changed_by_updates(
+        self, tensors: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, set[str]]:
+        """Names, by file stem, of what an update changes and nothing of ours before it does.
+
+        Weights, averages, and the optimizers' state but for their options: schedules move these.
+        """
+        weights = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        return {
+            "model": weights & tensors["model"].keys(),
+            "ema": {*tensors["ema"]},
+            "optimizer": {name for name in tensors["optimizer"] if "group-" not in name},
         }
-        infinite = set(non_finite(others))
-        averages = [
-            name for name in self.averages.averaged() if name.partition("/")[2] not in infinite
-        ]
-        found = {"optimizer": list(tensors["optimizer"]), "ema": averages}
-        # Of weights that lie in slices, this process has looked at its own alone.
-        return found if self.spread is None else {**found, "model": sorted(parameters)}
 
     def restore(
         self,

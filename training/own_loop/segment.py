@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -232,10 +232,9 @@ class ScriptSegment:
         self._closing.close()
         self._opened.monitor.stop()
 
-    def _sync_losses(self) -> None:
+    def _sync_losses(self) -> Callable[[], None]:
         """A checkpoint covers steps whose losses are on disk; one that differs may stop it."""
-        if self._losses is not None:
-            self._losses.sync()
+        return self._losses.sync_later() if self._losses is not None else lambda: None
 
     def _look(self) -> None:
         trial = self._opened.trial
