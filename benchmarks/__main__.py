@@ -239,6 +239,27 @@ SPEED = (
         (("export_cost.py", f"{DATA}/cmapss"),),
     ),
     Section(
+        "A lost machine, by a driven clock",
+        "noticed within 10 s; no run that two processes write, none that stays where it is",
+        (("rescue_trials.py",),),
+        "The real leases, verdicts and rescuer, by a clock that is driven. Six of ten processes "
+        "are killed, two sleep up to 40 s; one call in twenty to the store or the server is late, "
+        "by up to 2 s, some by up to 9 s. One that sleeps longer than a lease is taken for dead as "
+        "it should be: it changes nothing when it wakes up.",
+    ),
+    Section(
+        "Leases on a loaded machine",
+        "nobody who lives is taken for dead",
+        (("lease_under_load.py", "--minutes", "3"),),
+    ),
+    Section(
+        "From SIGKILL of everything to the first new step",
+        "20 s",
+        (("time_to_recover.py", "--kills", "20"),),
+        "Digits on two machines, which are groups of processes here. All processes of the one that "
+        "trains are killed, again and again; the other one's worker takes the run up.",
+    ),
+    Section(
         "What the pipeline adds to training",
         "below 5 s that are ours for the whole pipeline",
         (("pipeline_overhead.py",),),
@@ -330,7 +351,10 @@ PAGES = {
     "simulate": Page(Path("docs", "simulate.md"), SIMULATE_HEAD, SIMULATE),
     "speed": Page(
         Path("docs", "benchmarks.md"),
-        "# Benchmarks\n\nEvery ratio is the median of rivals that took turns within one run.",
+        "# Benchmarks\n\nEvery ratio is the median of rivals that took turns within one run.\n\n"
+        "What needs a GPU is no part of this page: a save beside the computation, deterministic\n"
+        "mode without fills of fresh memory, a restore: `benchmarks/on_gpu.py` measures these\n"
+        "where there is one, in ten minutes.",
         SPEED,
     ),
     "peers": Page(

@@ -3,7 +3,7 @@
 The training child has the run's own lease, but between two children, while one starts, and after
 the last one nobody holds it. The engine, which is the process that Prefect runs the flow in, takes
 a second lease below ``<run>/.engine`` and keeps it from the first to the last task. It is renewed
-every ``ENGINE_TTL_S / 4``, far more often than Prefect's heartbeat, and tells which attempt of
+every second, far more often than Prefect's heartbeat, and tells which attempt of
 which flow run it belongs to.
 """
 
@@ -21,8 +21,8 @@ from holdfast.training.runs.lease import Lease, LeaseView, read_lease
 from holdfast.training.runs.process_identity import current_process
 from holdfast.training.runs.stored_json import Kinds, Limits, read_json, required_fields
 
-# A renewal that is four times late is no hiccup of a disk any more.
-ENGINE_TTL_S = 20.0
+# A renewal that is eight times late is no hiccup of a disk any more: see docs/coming_back.md.
+ENGINE_TTL_S = 8.0
 HOLDER_NAME = "holder.json"
 LIMITS = Limits(max_bytes=2**16, max_depth=4)
 FIELDS: Kinds = {"generation": (int,), "flow_run_id": (str,), "run_count": (int,)}

@@ -81,7 +81,8 @@ class Rescuer:
         Never raises for a server that does not answer: every watch begins anew then.
         """
         now_s = time.monotonic()
-        if self._last_look_s is not None and now_s - self._last_look_s > self._settings.gap_s:
+        longest_s = self._settings.every_s + self._settings.gap_s
+        if self._last_look_s is not None and now_s - self._last_look_s > longest_s:
             logger.warning("asleep for %.0f s: every watch begins anew", now_s - self._last_look_s)
             self._watches.forget()
         try:
@@ -158,6 +159,10 @@ class Rescuer:
             verdict.reason,
             result.status.value,
         )
+        if verdict.action == "crash":
+            crashed = client.read_flow_run(flow_run.id)
+            if crashed.state is not None and crashed.state.type is StateType.CRASHED:
+                self._attend(client, crashed)  # it may be started again at once
 
     def _give_up(self, flow_run: FlowRun, verdict: Verdict) -> None:
         assert flow_run.state is not None

@@ -29,21 +29,23 @@ class RescueSettings:
         heartbeat_s: Prefect's heartbeat, every 30 s, is missed after this long.
         released_s: an engine that let go of its run reports the end within this time.
         pending_s: a run that a worker took up is running within this time.
-        retry_delay_s: pause before a crashed run is started again, doubled without progress.
+        retry_delay_s: pause before a run is started again that has crashed a second time without
+            progress, doubled from then on. There is none before the first time.
         max_rescues: without progress in between.
         max_crash_age_s: crashed runs that are older are left alone.
-        gap_s: two looks further apart than this are a gap, after which every watch begins anew.
+        gap_s: a look that comes so much too late is a gap, after which every watch begins anew. It
+            is shorter than a lease, so that a machine that slept takes nobody for dead.
     """
 
     tag: str = "holdfast"
-    every_s: float = 2.0
+    every_s: float = 1.0
     heartbeat_s: float = 75.0
     released_s: float = 30.0
     pending_s: float = 120.0
     retry_delay_s: float = 5.0
     max_rescues: int = 5
     max_crash_age_s: float = 24 * 3600.0
-    gap_s: float = 15.0
+    gap_s: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _about_crashed(seen: Sighting, settings: RescueSettings) -> Verdict:
     num = rescues_without_progress(seen.rescues, seen.step)
     if num >= settings.max_rescues:
         return Verdict("give_up", f"started again {num} times without a new checkpoint")
-    pause_s = min(MAX_PAUSE_S, settings.retry_delay_s * 2**num) if num else settings.retry_delay_s
+    pause_s = min(MAX_PAUSE_S, settings.retry_delay_s * 2 ** (num - 1)) if num else 0.0
     if max(seen.crash_age_s, seen.unchanged_s) < pause_s:
         return WAIT
     return Verdict("retry", f"attempt {num + 1} of {settings.max_rescues} without progress")

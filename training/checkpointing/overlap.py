@@ -162,13 +162,14 @@ class _Marks:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
-        self._versions = {name: tensor._version for name, tensor in tensors.items()}
+        counted = {name: one for name, one in tensors.items() if not one.is_inference()}
+        self._versions = {name: tensor._version for name, tensor in counted.items()}
         self._sizes = _sizes(tensors)
 
     def changed(self) -> Changed:
         """Which were changed since."""
-        versions = self._versions
-        counted = [name for name, one in self._tensors.items() if one._version != versions[name]]
+        versions = self._versions.items()
+        counted = [name for name, version in versions if self._tensors[name]._version != version]
         differ = [
             (names, sizes.view(torch.int64) != before.view(torch.int64))
             for (names, sizes), (_, before) in zip(_sizes(self._tensors), self._sizes, strict=True)

@@ -361,7 +361,7 @@ class PreemptionConfig(Section):
     """Seconds between two questions to a metadata service."""
     metadata_url: str | None = Field(None, json_schema_extra=OUTSIDE_DIGEST)
     """Base address of the metadata service; unset takes the cloud's own."""
-    lease_ttl_s: float = Field(20.0, gt=0, le=MAX_LEASE_S, json_schema_extra=OUTSIDE_DIGEST)
+    lease_ttl_s: float = Field(8.0, gt=0, le=MAX_LEASE_S, json_schema_extra=OUTSIDE_DIGEST)
     """A lease that was not renewed for this long may be taken over."""
 
 

@@ -58,7 +58,7 @@ __all__ = ["Lease", "LeaseView", "read_lease"]
 
 logger = logging.getLogger(__name__)
 
-RENEWALS_PER_TTL = 4
+RENEWALS_PER_TTL = 8
 RETRY_S = 0.2
 CONTENT_NAME = "lease.json"
 SET_ASIDE = "set-aside"
@@ -310,15 +310,21 @@ class Lease:
 
     def _renew_until_stopped(self) -> None:
         while not self._should_stop.wait(self._ttl_s / RENEWALS_PER_TTL):
-            try:
-                self._lost = self._lost or self._find_loss()
-                if self._lost is not None:
-                    return
-                self._try_to_renew()
-            except LeaseLostError:
+            if not self._is_renewed():
                 return
-            except StorageError as error:
-                self._renewal_error = error
+
+    def _is_renewed(self) -> bool:
+        """Renew once; whether this process may still be the writer."""
+        try:
+            self._lost = self._lost or self._find_loss()
+            if self._lost is not None:
+                return False
+            self._try_to_renew()
+        except LeaseLostError:
+            return False
+        except StorageError as error:
+            self._renewal_error = error
+        return True
 
     def _write_content(self, released_at: float | None) -> None:
         content = json_bytes(

@@ -12,7 +12,7 @@ Watches the flow runs of a Prefect server that carry the tag. A run whose engine
 Crashed, and crashed runs are started again after a pause, as long as they make progress. May run
 several times side by side, and may be restarted at any time: it remembers nothing that matters.
 While the server does not answer, and for a while after, it marks nothing. Needs PREFECT_API_URL,
-and should see the store: it then notices a loss within 25 s instead of 80.
+and should see the store: it then notices a loss within about 10 s, not 80.
 
 \b
 Examples:
@@ -32,7 +32,7 @@ Examples:
     "--tag", default="holdfast", show_default=True, help="Looks after runs with this tag."
 )
 @click.option(
-    "--every-s", type=click.FloatRange(min=0.5), default=2.0, show_default=True, help="Seconds."
+    "--every-s", type=click.FloatRange(min=0.5), default=1.0, show_default=True, help="Seconds."
 )
 @click.option(
     "--max-rescues",
@@ -46,7 +46,7 @@ Examples:
     type=click.FloatRange(min=0),
     default=5.0,
     show_default=True,
-    help="Pause before a crashed run is started again; doubled while there is no progress.",
+    help="Pause before a run is started again that crashed without a new checkpoint; then doubled.",
 )
 @click.option(
     "--pending-s",

@@ -26,7 +26,7 @@ Examples:
   holdfast worker --drain-s 110                      a machine that is told two minutes ahead
   holdfast worker --allow digits --allow 'ours.*'    these experiments alone, and no other command
 """
-POLL_EVERY_S = 2
+POLL_EVERY_S = 1
 
 
 @click.command(

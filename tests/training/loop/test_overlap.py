@@ -84,6 +84,7 @@ SLOW_CASES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # the compiler's
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
