@@ -245,7 +245,8 @@ SPEED = (
         "The real leases, verdicts and rescuer, by a clock that is driven. Six of ten processes "
         "are killed, two sleep up to 40 s; one call in twenty to the store or the server is late, "
         "by up to 2 s, some by up to 9 s. One that sleeps longer than a lease is taken for dead as "
-        "it should be: it changes nothing when it wakes up.",
+        "it should be: it changes nothing when it wakes up. The others had a call to the store "
+        "that took seven seconds before a renewal.",
     ),
     Section(
         "Leases on a loaded machine",
