@@ -258,7 +258,8 @@ SPEED = (
         "20 s",
         (("time_to_recover.py", "--kills", "20"),),
         "Digits on two machines, which are groups of processes here. All processes of the one that "
-        "trains are killed, again and again; the other one's worker takes the run up.",
+        "trains are killed, again and again; the other one's worker takes the run up. Others kept "
+        "both cores busy meanwhile, which engine and child pay for.",
     ),
     Section(
         "What the pipeline adds to training",
