@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 DEPLOYMENTS = Path(__file__).resolve().parent.parent.parent / "deployments"
-KINDS = ("process", "docker", "kubernetes")
+KINDS = ("process", "docker", "docker_bucket", "kubernetes", "kubernetes_bucket")
+JOBS = ("kubernetes", "kubernetes_bucket")
 PLACEHOLDER = re.compile(r"^\{\{ (\w+) \}\}$")
 # The shape of a Kubernetes Job, as far as our manifest uses it; unknown keys are refused.
 JOB_SCHEMA: dict[str, Any] = {
@@ -96,10 +97,10 @@ def defaults(kind: str) -> dict[str, Any]:
     return {name: entry["default"] for name, entry in properties.items() if "default" in entry}
 
 
-def job_manifest() -> dict[str, Any]:
+def job_manifest(kind: str = "kubernetes") -> dict[str, Any]:
     values = {"name": "digits-first", "labels": {"prefect.io/flow-run-name": "digits-first"}}
-    manifest = pool("kubernetes")["job_configuration"]["job_manifest"]
-    return dict(rendered(manifest, {**defaults("kubernetes"), **values}))
+    manifest = pool(kind)["job_configuration"]["job_manifest"]
+    return dict(rendered(manifest, {**defaults(kind), **values}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,28 +125,32 @@ def test_runs_of_every_pool_beat_often_enough_to_be_rescued(kind: str) -> None:
     assert int(environment["PREFECT_CLIENT_MAX_RETRIES"]) >= 8
 
 
-def test_the_kubernetes_job_has_the_shape_of_one() -> None:
-    jsonschema.validate(job_manifest(), JOB_SCHEMA)
+@pytest.mark.parametrize("kind", JOBS)
+def test_the_kubernetes_job_has_the_shape_of_one(kind: str) -> None:
+    jsonschema.validate(job_manifest(kind), JOB_SCHEMA)
 
 
-def test_the_kubernetes_job_runs_on_spot_nodes_and_is_given_time_to_save() -> None:
-    pod = job_manifest()["spec"]["template"]["spec"]
+@pytest.mark.parametrize("kind", JOBS)
+def test_the_kubernetes_job_runs_on_spot_nodes_and_is_given_time_to_save(kind: str) -> None:
+    pod = job_manifest(kind)["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
     assert {"key": "spot", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
     assert pod["terminationGracePeriodSeconds"] >= 30
-    assert job_manifest()["spec"]["backoffLimit"] == 0
+    assert job_manifest(kind)["spec"]["backoffLimit"] == 0
 
 
-def test_the_kubernetes_job_writes_a_notice_before_it_is_ended() -> None:
-    container = job_manifest()["spec"]["template"]["spec"]["containers"][0]
+@pytest.mark.parametrize("kind", JOBS)
+def test_the_kubernetes_job_writes_a_notice_before_it_is_ended(kind: str) -> None:
+    container = job_manifest(kind)["spec"]["template"]["spec"]["containers"][0]
     command = container["lifecycle"]["preStop"]["exec"]["command"]
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert "> /var/run/holdfast/preempted" in command[-1]
     assert mounts["/var/run/holdfast"] == "notices"
 
 
-def test_the_kubernetes_job_has_no_more_rights_than_it_needs() -> None:
-    pod = job_manifest()["spec"]["template"]["spec"]
+@pytest.mark.parametrize("kind", JOBS)
+def test_the_kubernetes_job_has_no_more_rights_than_it_needs(kind: str) -> None:
+    pod = job_manifest(kind)["spec"]["template"]["spec"]
     context = pod["containers"][0]["securityContext"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert context["readOnlyRootFilesystem"] is True
@@ -154,14 +159,16 @@ def test_the_kubernetes_job_has_no_more_rights_than_it_needs() -> None:
     assert pod["automountServiceAccountToken"] is False
 
 
-def test_each_mount_of_the_kubernetes_job_has_its_volume() -> None:
-    pod = job_manifest()["spec"]["template"]["spec"]
+@pytest.mark.parametrize("kind", JOBS)
+def test_each_mount_of_the_kubernetes_job_has_its_volume(kind: str) -> None:
+    pod = job_manifest(kind)["spec"]["template"]["spec"]
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == volumes
 
 
-def test_the_docker_container_is_not_root_and_cannot_write_its_image() -> None:
-    job = rendered(pool("docker")["job_configuration"], defaults("docker"))
+@pytest.mark.parametrize("kind", ["docker", "docker_bucket"])
+def test_the_docker_container_is_not_root_and_cannot_write_its_image(kind: str) -> None:
+    job = rendered(pool(kind)["job_configuration"], defaults(kind))
     assert job["privileged"] is False
     created = job["container_create_kwargs"]
     assert created["read_only"] is True
@@ -169,8 +176,154 @@ def test_the_docker_container_is_not_root_and_cannot_write_its_image() -> None:
     assert created["cap_drop"] == ["ALL"]
 
 
-def compose() -> dict[str, Any]:
-    return dict(yaml.safe_load((DEPLOYMENTS / "docker-compose.yaml").read_text()))
+def changes(before: Any, after: Any, place: str = "") -> set[str]:
+    """The places in which two definitions differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        found = (
+            changes(before.get(key), after.get(key), f"{place}.{key}".lstrip("."))
+            for key in before.keys() | after.keys()
+        )
+        return set().union(*found)
+    return set() if before == after else {place}
+
+
+def test_with_a_bucket_a_pod_needs_no_claim_no_secret_and_no_folder() -> None:
+    """But a scratch folder, and the rights of its service account."""
+    template = job_manifest("kubernetes_bucket")["spec"]["template"]
+    [container] = template["spec"]["containers"]
+    [scratch] = [one for one in template["spec"]["volumes"] if one["name"] == "scratch"]
+    [mount] = [one for one in container["volumeMounts"] if one["name"] == "scratch"]
+    told = defaults("kubernetes_bucket")["env"]["HOLDFAST_SCRATCH"]
+    assert mount["mountPath"] == told
+    size = scratch["emptyDir"]["sizeLimit"]
+    assert container["resources"]["requests"]["ephemeral-storage"] == size == "50Gi"
+    assert "persistentVolumeClaim" not in json.dumps(template)
+    assert "secret" not in json.dumps(pool("kubernetes_bucket")).lower()
+    assert template["spec"]["serviceAccountName"] in service_accounts()
+    assert template["metadata"]["labels"]["azure.workload.identity/use"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (
+            "kubernetes",
+            {
+                "job_configuration.job_manifest.spec.template.metadata.labels."
+                "azure.workload.identity/use",
+                "job_configuration.job_manifest.spec.template.spec.containers",
+                "job_configuration.job_manifest.spec.template.spec.volumes",
+                "variables.properties.env.default.HOLDFAST_SCRATCH",
+                "variables.properties.service_account_name.description",
+                "variables.properties.store_claim",
+                "variables.properties.scratch_size",
+            },
+        ),
+        (
+            "docker",
+            {
+                "variables.properties.env.default.HOLDFAST_SCRATCH",
+                "variables.properties.volumes.default",
+                "variables.properties.volumes.description",
+                "variables.properties.user.description",
+            },
+        ),
+    ],
+)
+def test_a_pool_for_a_bucket_is_otherwise_the_one_for_a_folder(
+    kind: str, expected: set[str]
+) -> None:
+    assert changes(pool(kind), pool(f"{kind}_bucket")) == expected
+
+
+SERVICE_ACCOUNT_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["apiVersion", "kind", "metadata"],
+    "additionalProperties": False,
+    "properties": {
+        "apiVersion": {"const": "v1"},
+        "kind": {"const": "ServiceAccount"},
+        "metadata": {
+            "type": "object",
+            "required": ["name", "namespace", "annotations"],
+            "additionalProperties": False,
+            "properties": {
+                "name": {"type": "string", "pattern": "^[a-z-]+$"},
+                "namespace": {"const": "holdfast"},
+                "annotations": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "eks.amazonaws.com/role-arn": {"pattern": "^arn:aws:iam::[0-9]{12}:role/"},
+                        "iam.gke.io/gcp-service-account": {
+                            "pattern": r"@.*\.gserviceaccount\.com$"
+                        },
+                        "azure.workload.identity/client-id": {"pattern": "^[0-9a-f-]{36}$"},
+                    },
+                },
+            },
+        },
+        "automountServiceAccountToken": {"const": False},
+    },
+}
+
+
+def service_accounts() -> dict[str, Any]:
+    """By name."""
+    text = (DEPLOYMENTS / "service_account.yaml").read_text()
+    return {account["metadata"]["name"]: account for account in yaml.safe_load_all(text)}
+
+
+def test_the_service_accounts_have_the_shape_of_ones() -> None:
+    assert set(service_accounts()) == {"holdfast-run", "holdfast-rescuer"}
+    for account in service_accounts().values():
+        jsonschema.validate(account, SERVICE_ACCOUNT_SCHEMA)
+
+
+class Composing(yaml.SafeLoader):
+    """Knows Compose's tag of what takes the place of what stands in the file before."""
+
+
+class Override(list[Any]):
+    """What has that tag."""
+
+
+Composing.add_constructor(
+    "!override", lambda loader, node: Override(loader.construct_sequence(node))
+)
+
+
+def compose(name: str = "docker-compose.yaml") -> dict[str, Any]:
+    return dict(yaml.load((DEPLOYMENTS / name).read_text(), Composing))
+
+
+def composed() -> dict[str, Any]:
+    """Both files as Compose merges them: mappings by their keys, lists one after the other."""
+
+    def merged(before: Any, after: Any) -> Any:
+        if isinstance(before, dict) and isinstance(after, dict):
+            both = {key: merged(before.get(key), after[key]) for key in after}
+            return {**before, **both}
+        is_longer = isinstance(before, list) and not isinstance(after, Override)
+        return [*before, *after] if is_longer else after
+
+    merged_files = merged(compose(), compose("docker-compose.bucket.yaml"))
+    return {key: value for key, value in merged_files.items() if not key.startswith("x-")}
+
+
+def test_with_a_bucket_compose_mounts_a_scratch_folder_in_the_place_of_the_store() -> None:
+    services = composed()["services"]
+    for name in ("worker", "rescuer"):
+        [volume] = services[name]["volumes"]
+        assert volume.split(":")[0] in composed()["volumes"]
+        assert volume.split(":")[1] == services[name]["environment"]["HOLDFAST_SCRATCH"]
+    for name in ("deploy", "worker", "rescuer"):
+        environment = services[name]["environment"]
+        assert environment["HOLDFAST_STORE"].startswith("${HOLDFAST_STORE:?")
+        assert environment["PREFECT_API_URL"] == "http://server:4200/api"
+        named = {key for key, value in environment.items() if value is None}
+        assert named == {"AWS_REGION", "AWS_ENDPOINT_URL", "AZURE_STORAGE_ACCOUNT_NAME"}
+    assert services["database"] == compose()["services"]["database"]
 
 
 def test_compose_names_only_services_volumes_and_networks_that_it_defines() -> None:
@@ -241,7 +394,15 @@ NETWORK_POLICY_SCHEMA: dict[str, Any] = {
         "peer": {
             "type": "object",
             "additionalProperties": False,
-            "properties": {"podSelector": {"$ref": "#/$defs/selector"}},
+            "properties": {
+                "podSelector": {"$ref": "#/$defs/selector"},
+                "ipBlock": {
+                    "type": "object",
+                    "required": ["cidr"],
+                    "additionalProperties": False,
+                    "properties": {"cidr": {"pattern": r"^([0-9]{1,3}\.){3}[0-9]{1,3}/[0-9]+$"}},
+                },
+            },
         },
         "rule": {
             "type": "object",
@@ -267,7 +428,8 @@ NETWORK_POLICY_SCHEMA: dict[str, Any] = {
 
 
 def network_policies() -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((DEPLOYMENTS / "network_policy.yaml").read_text()))
+    texts = [path.read_text() for path in sorted(DEPLOYMENTS.glob("network_policy*.yaml"))]
+    return [policy for text in texts for policy in yaml.safe_load_all(text)]
 
 
 def test_the_network_policies_have_the_shape_of_ones() -> None:
@@ -277,8 +439,11 @@ def test_the_network_policies_have_the_shape_of_ones() -> None:
 
 def test_the_network_policies_select_the_pods_that_runs_have() -> None:
     labels = job_manifest()["spec"]["template"]["metadata"]["labels"]
+    of_bucket = job_manifest("kubernetes_bucket")["spec"]["template"]["metadata"]["labels"]
+    assert labels.items() <= of_bucket.items()
     by_name = {policy["metadata"]["name"]: policy["spec"] for policy in network_policies()}
-    assert by_name["runs-reach-the-api-alone"]["podSelector"] == {"matchLabels": labels}
+    for name in ("runs-reach-the-api-alone", "runs-reach-the-bucket"):
+        assert by_name[name]["podSelector"] == {"matchLabels": labels}
     allowed = by_name["api-for-workers-and-runs"]["ingress"][0]["from"]
     assert {"podSelector": {"matchLabels": labels}} in allowed
     assert by_name["nothing-comes-in"] == {"podSelector": {}, "policyTypes": ["Ingress"]}

@@ -147,6 +147,21 @@ def test_a_pool_of_another_type_is_refused(
     assert f"is of type {kind}" in done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+def test_with_a_bucket_the_pool_is_the_one_that_shares_no_folder(
+    kind: str, prefect_server: PrefectServer
+) -> None:
+    arguments = ["--pool", f"bucket-{kind}", "--type", kind, "--store", "s3://my-bucket/runs"]
+    done = holdfast(prefect_server, "deploy", *arguments)
+    assert done.returncode == 0, done.stderr
+    found = ask(prefect_server, f"/work_pools/bucket-{kind}")
+    written = json.loads((DEPLOYMENTS / "pools" / f"{kind}_bucket.json").read_text())
+    assert (found["type"], found["base_job_template"]) == (kind, written)
+    nightly = ask(prefect_server, "/deployments/name/training-pipeline/nightly")
+    assert nightly["parameters"]["store"] == "s3://my-bucket/runs"
+
+
 def every_minute(folder: Path) -> Path:
     """The project's definitions, with a schedule that fires every minute."""
     shutil.copytree(DEPLOYMENTS, folder)

@@ -16,7 +16,7 @@ from holdfast.flows.fleet.work_pools import ensure_pool
 from holdfast.tasks.preflight import store_path
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import python_command
-from holdfast.training.tiers.scratch import told_store
+from holdfast.training.tiers.scratch import parsed_store, told_store
 
 KINDS = ("process", "docker", "kubernetes")
 # A server that was started a moment ago migrates its database first.
@@ -35,6 +35,7 @@ Examples:
   holdfast deploy --store /mnt/runs
   holdfast deploy --store /mnt/runs --notify-url https://hooks.slack.com/services/...
   holdfast deploy --pool spot --type kubernetes --store /store
+  holdfast deploy --pool spot --type kubernetes --store s3://my-bucket/runs
   holdfast worker                                    # on each machine that trains
   prefect deployment run training-pipeline/on-demand --param experiment=digits
 """
@@ -57,7 +58,7 @@ Examples:
     default="./runs",
     envvar="HOLDFAST_STORE",
     show_default=True,
-    help="The folder of all runs, as the workers see it.",
+    help="The folder of all runs, as the workers see it, or a bucket's address.",
 )
 @click.option(
     "--definitions",
@@ -81,7 +82,9 @@ def command(pool: str, kind: str, store: str, definitions: Path, notify_url: str
     except ServerUnreachableError as error:
         click.echo(f"{error}; waiting a minute for it", err=True)
         require_server(SERVER_START_S)
-    is_new = ensure_pool(pool, kind, definitions / "pools" / f"{kind}.json")
+    is_in_bucket = parsed_store(store) is not None and kind != "process"
+    definition = f"{kind}_bucket.json" if is_in_bucket else f"{kind}.json"
+    is_new = ensure_pool(pool, kind, definitions / "pools" / definition)
     click.echo(f"work pool {pool} ({kind}): {'made' if is_new else 'is there'}")
     _prefect_deploy(deployments, pool, told_store(store_path(store)))
     click.echo("deployed: training-pipeline/on-demand, training-pipeline/nightly")
