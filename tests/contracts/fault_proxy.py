@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
 Fault = Literal[
     "none",
+    "500",
     "503",
     "429",
     "reset",
     "hang",
     "ExpiredToken",
     "RequestTimeTooSkewed",
+    "AccessDenied",
+    "NoSuchBucket",
+    "NoSuchKey",
     "503 after",
     "reset after",
     "hang after",
     "cut body",
+    "slow body",
     "flipped bit",
+    "range ignored",
 ]
 """``after``: the request has had its effect, and its answer is lost."""
-STATUS = {"503": "503 Slow Down", "429": "429 Too Many Requests"}
+STATUS = {
+    "500": "500 Internal Server Error",
+    "503": "503 Slow Down",
+    "429": "429 Too Many Requests",
+    "ExpiredToken": "400 Bad Request",
+    "RequestTimeTooSkewed": "403 Forbidden",
+    "AccessDenied": "403 Forbidden",
+    "NoSuchBucket": "404 Not Found",
+    "NoSuchKey": "404 Not Found",
+}
+SLOW_S = 2.0
 HANG_S = 3600.0
+SIGNER = re.compile(rb"(?i)authorization: (?:\S+ Credential=|Bearer )([^/\s]+)")
 
 
 @dataclass
@@ -35,20 +53,28 @@ class FaultProxy:
 
     Attributes:
         plan: faults of the next requests that match; those after them have none.
-        method: only requests of this method are counted and hurt; empty for all.
+        only: requests are counted and hurt whose first line matches this.
         for_ever: the fault of every matching request, once the plan is through.
+        num_requests: all that came, by method.
+        is_valid: whether a key, or a bearer's token, is one; the others have expired.
     """
 
     upstream: int
     plan: deque[Fault] = field(default_factory=deque)
-    method: str = ""
+    only: str = ""
     for_ever: Fault = "none"
     port: int = 0
     num_hurt: int = 0
+    num_requests: Counter[str] = field(default_factory=Counter)
+    is_valid: Callable[[str], bool] = lambda _: True
 
-    def hurt(self, *faults: Fault, method: str = "", for_ever: Fault = "none") -> None:
-        self.plan, self.method, self.for_ever = deque(faults), method, for_ever
+    def hurt(self, *faults: Fault, only: str = "", for_ever: Fault = "none") -> None:
+        self.plan, self.only, self.for_ever = deque(faults), only, for_ever
         self.num_hurt = 0
+
+    def counted(self, before: Mapping[str, int] | None = None) -> dict[str, int]:
+        """How many requests came by method, since a count before."""
+        return dict(self.num_requests - Counter(before or {}))
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with closing(writer), suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -58,16 +84,21 @@ class FaultProxy:
         head = await reader.readuntil(b"\r\n\r\n")
         length = _content_length(head)
         body = await reader.readexactly(length)
-        fault = self._next_fault(head.split(b" ", 1)[0].decode())
+        fault = self._next_fault(head.split(b"\r\n", 1)[0].decode())
+        self.num_requests[head.split(b" ", 1)[0].decode()] += 1
+        if (found := SIGNER.search(head)) and not self.is_valid(found[1].decode()):
+            fault = "ExpiredToken"
         if fault == "hang":
             await asyncio.sleep(HANG_S)
         if fault == "reset":
             writer.transport.abort()
             return
-        if fault in ("503", "429", "ExpiredToken", "RequestTimeTooSkewed"):
+        if fault in STATUS:
             writer.write(_refusal(fault))
             await writer.drain()
             return
+        if fault == "range ignored":
+            head = re.sub(rb"(?i)\r\nrange: [^\r]*", b"", head)
         answer = await self._passed_on(head, body)
         await self._spoil(fault, answer, writer)
 
@@ -82,6 +113,11 @@ class FaultProxy:
             answer = _refusal("503")
         elif fault == "cut body":
             answer = answer[: len(head) + 4 + len(body) // 2]
+        elif fault == "slow body":
+            writer.write(answer[: len(head) + 4 + len(body) // 2])
+            await writer.drain()
+            await asyncio.sleep(SLOW_S)
+            answer = answer[len(head) + 4 + len(body) // 2 :]
         elif fault == "flipped bit" and body:
             middle = len(body) // 2
             body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
@@ -92,12 +128,13 @@ class FaultProxy:
     async def _passed_on(self, head: bytes, body: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.upstream)
         with closing(writer):
-            writer.write(head + body)
+            head = re.sub(rb"(?i)\r\nconnection: [^\r]*", b"", head)
+            writer.write(head[:-2] + b"Connection: close\r\n\r\n" + body)
             await writer.drain()
-            return await reader.read(-1)  # the server ends each answer with the connection
+            return await reader.read(-1)
 
-    def _next_fault(self, method: str) -> Fault:
-        if self.method not in ("", method):
+    def _next_fault(self, line: str) -> Fault:
+        if re.search(self.only, line) is None:
             return "none"
         fault = self.plan.popleft() if self.plan else self.for_ever
         self.num_hurt += fault != "none"
@@ -113,14 +150,11 @@ def _content_length(head: bytes) -> int:
 
 
 def _refusal(fault: str) -> bytes:
-    if fault in STATUS:
-        return (
-            f"HTTP/1.1 {STATUS[fault]}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode()
-        )
-    body = f"<Error><Code>{fault}</Code><Message>token=hunter2</Message></Error>"
-    status = "400 Bad Request" if fault == "ExpiredToken" else "403 Forbidden"
+    told = f"<Error><Code>{fault}</Code><Message>token=hunter2</Message></Error>"
+    body = "" if fault.isdigit() else told
     return (
-        f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
+        f"HTTP/1.1 {STATUS[fault]}\r\nContent-Length: {len(body)}\r\n"
+        f"Connection: close\r\n\r\n{body}"
     ).encode()
 
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from holdfast.training.errors import StorageError
+from holdfast.training.errors import InputError, StorageError
 from holdfast.training.storage.address import parse_address
 from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore, Unchanged
@@ -20,6 +20,7 @@ from tests.contracts.object_servers import SECRET, make_bucket, moto
 bucket = pytest.importorskip("holdfast.training.storage.bucket", reason="no extra 'bucket'")
 pytest.importorskip("moto", reason="moto is not installed")
 PASSING: tuple[Fault, ...] = (
+    "500",
     "503",
     "429",
     "reset",
@@ -68,13 +69,13 @@ def test_a_creation_happens_once_and_is_known_for_ours(
 ) -> None:
     store, proxy = way
     key, content = new_key(), nonce()
-    proxy.hurt(fault, method="PUT")
+    proxy.hurt(fault, only="^PUT")
     tag = store.put(key, content, "absent")
     assert proxy.num_hurt == 1
     found = store.get(key)
     assert found is not None
     assert (found.content, found.tag) == (content, tag)
-    proxy.hurt(fault, method="PUT")
+    proxy.hurt(fault, only="^PUT")
     assert store.put(key, nonce(), "absent") is None
 
 
@@ -86,22 +87,22 @@ def test_a_swap_happens_once_and_is_known_for_ours(
     key, content = new_key(), nonce()
     first = store.put(key, nonce(), "absent")
     assert first is not None
-    proxy.hurt(fault, method="PUT")
+    proxy.hurt(fault, only="^PUT")
     tag = store.put(key, content, Unchanged(first))
     assert proxy.num_hurt == 1
     found = store.get(key)
     assert found is not None
     assert (found.content, found.tag) == (content, tag)
-    proxy.hurt(fault, method="PUT")
+    proxy.hurt(fault, only="^PUT")
     assert store.put(key, nonce(), Unchanged(first)) is None
 
 
-@pytest.mark.parametrize("fault", ["503", "reset", "hang", "cut body"])
+@pytest.mark.parametrize("fault", ["500", "503", "reset", "hang", "cut body", "slow body"])
 def test_a_read_is_tried_again(fault: Fault, way: tuple[ObjectStore, FaultProxy]) -> None:
     store, proxy = way
     key, content = new_key(), secrets.token_bytes(300_000)
     store.put(key, content, "any")
-    proxy.hurt(fault, method="GET")
+    proxy.hurt(fault, only="^GET")
     found = store.get(key)
     assert proxy.num_hurt == 1
     assert found is not None
@@ -109,14 +110,23 @@ def test_a_read_is_tried_again(fault: Fault, way: tuple[ObjectStore, FaultProxy]
 
 
 @pytest.mark.parametrize("method", ["PUT", "POST"])
-@pytest.mark.parametrize("fault", ["503", "reset", "503 after", "reset after"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "503",
+        "reset",
+        "503 after",
+        "reset after",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("500", "hang", "hang after")),
+    ],
+)
 def test_an_upload_is_tried_again(
     method: str, fault: Fault, way: tuple[ObjectStore, FaultProxy]
 ) -> None:
     """PUT: a part. POST: the beginning, and with a second one the completion."""
     store, proxy = way
     key, content = new_key(), secrets.token_bytes(PART_BYTES + 5)
-    proxy.hurt(*(["none", fault] if method == "POST" else [fault]), method=method)  # type: ignore[list-item]
+    proxy.hurt(*(["none", fault] if method == "POST" else [fault]), only=f"^{method}")  # type: ignore[list-item]
     try:
         store.upload(key, [content[:PART_BYTES], content[PART_BYTES:]])
     except StorageError:
@@ -134,11 +144,11 @@ def test_a_flipped_bit_is_seen_and_read_again(
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(secrets.token_bytes(size_bytes))
     file = upload_file(store, source, new_key())
-    proxy.hurt("flipped bit", method="GET")
+    proxy.hurt("flipped bit", only="^GET")
     download_file(store, file, target)
     assert proxy.num_hurt == 1
     assert target.read_bytes() == source.read_bytes()
-    proxy.hurt(method="GET", for_ever="flipped bit")
+    proxy.hurt(only="^GET", for_ever="flipped bit")
     with pytest.raises(StorageError, match="was altered"):
         download_file(store, file, target)
 
@@ -149,6 +159,7 @@ def test_a_flipped_bit_is_seen_and_read_again(
         pytest.param("503", "503", marks=pytest.mark.slow),
         pytest.param("reset", "does not answer", marks=pytest.mark.slow),
         ("ExpiredToken", "the credentials have expired"),
+        ("AccessDenied", "the server does not allow it"),
         ("RequestTimeTooSkewed", "this machine's clock is wrong"),
     ],
 )
@@ -165,3 +176,51 @@ def test_what_does_not_pass_is_one_line_without_a_secret(
     assert "hunter2" not in told
     assert SECRET not in told
     assert failed.value.__suppress_context__
+
+
+def test_a_server_that_ignores_ranges_gives_no_wrong_bytes(
+    way: tuple[ObjectStore, FaultProxy],
+) -> None:
+    store, proxy = way
+    key = new_key()
+    store.put(key, b"0123456789", "any")
+    proxy.hurt("range ignored", only="^GET")
+    with pytest.raises(StorageError, match="cannot read"):
+        store.get(key, 3, 7)
+
+
+def test_a_key_that_is_listed_and_is_not_found_is_absent(
+    way: tuple[ObjectStore, FaultProxy],
+) -> None:
+    store, proxy = way
+    key = new_key()
+    store.put(key, nonce(), "any")
+    proxy.hurt("NoSuchKey", only="^GET")
+    assert store.get(key) is None
+    assert store.get(key) is not None
+
+
+def test_a_bucket_that_is_gone_is_an_error_of_the_input(
+    way: tuple[ObjectStore, FaultProxy],
+) -> None:
+    store, proxy = way
+    proxy.hurt(for_ever="NoSuchBucket")
+    for ask in (lambda: store.get("k/x"), lambda: store.put("k/x", b"x", "any")):
+        with pytest.raises(InputError, match="there is no bucket 'faults' here"):
+            ask()
+    with pytest.raises(InputError, match="there is no bucket 'faults' here"):
+        store.list("k")
+
+
+def test_credentials_that_end_in_the_middle_of_an_upload_end_it_and_leave_no_object(
+    way: tuple[ObjectStore, FaultProxy], tmp_path: Path
+) -> None:
+    store, proxy = way
+    source, key = tmp_path / "source", new_key()
+    source.write_bytes(secrets.token_bytes(3 * PART_BYTES))
+    proxy.hurt("none", for_ever="ExpiredToken", only="^PUT")
+    with pytest.raises(StorageError, match="the credentials have expired"):
+        upload_file(store, source, key)
+    assert store.get(key) is None
+    proxy.hurt()
+    assert upload_file(store, source, key).size_bytes == 3 * PART_BYTES

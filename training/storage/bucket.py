@@ -24,6 +24,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from holdfast.training.errors import InputError, StorageError
 from holdfast.training.storage.address import Address
+from holdfast.training.storage.credentials import found_credentials, profile_region
 from holdfast.training.storage.protocol import (
     PART_BYTES,
     Bytes,
@@ -50,9 +51,13 @@ OTHER_ENDPOINTS = ("AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
 REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 STATUS = re.compile(r"(?:status|code)\D{0,12}\b([1-5][0-9]{2})\b", re.IGNORECASE)
 CODE = re.compile(r"<Code>([A-Za-z]{3,60})</Code>")
+METADATA = re.compile(r"//(169\.254\.|metadata\.google\.internal)|/latest/(api|meta-data)/")
+"""In an address that is asked who this machine is."""
 NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 WRONG_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint")
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
+RENEWED = (*EXPIRED, "InvalidAccessKeyId", "InvalidToken")
+"""Others may lie where these were found."""
 SKEWED = ("RequestTimeTooSkewed",)
 HAPPENS_AGAIN = (OSError, BaseError)
 
@@ -70,15 +75,20 @@ class Bucket:
         """Opens nothing yet. Raises InputError where the environment cannot be a configuration."""
         self._address = address
         self.has_checksums = address.scheme == "s3"
+        self._credentials = found_credentials(address.scheme)
         try:
-            self._small = _opened(address, SMALL_TIMEOUT_S, RETRY_S)
-            self._bulk = _opened(address, BULK_TIMEOUT_S, RETRY_BULK_S)
+            self._open()
         except (BaseError, ValueError) as error:
             told = str(error).splitlines()[0][:200] if isinstance(error, BaseError) else "a value"
             raise InputError(
                 f"{address} cannot be opened with what the environment says: "
                 f"{_without_values(told)}"
             ) from None
+
+    def _open(self) -> None:
+        """Credentials are looked for anew by whoever opens."""
+        self._small = self._opened(SMALL_TIMEOUT_S, RETRY_S)
+        self._bulk = self._opened(BULK_TIMEOUT_S, RETRY_BULK_S)
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> Object | None:
         """As ``ObjectStore.get``."""
@@ -231,33 +241,42 @@ class Bucket:
             ) from None
         status = STATUS.search(told)
         answer = " ".join(filter(None, (status[1] if status else "", name)))
+        if name in RENEWED:
+            self._open()
+        problem = self._credentials.problem if self._credentials is not None else ""
         raise StorageError(
-            f"cannot {action} {self._address}/{key}: {_meaning(error, name, answer)}"
+            f"cannot {action} {self._address}/{key}: {problem or _meaning(error, name, answer)}"
         ) from None
 
+    def _opened(self, timeout_s: float, retry_s: float) -> S3Store | GCSStore | AzureStore:
+        address = self._address
+        common: dict[str, Any] = {
+            "prefix": address.prefix or None,
+            "client_options": {
+                "timeout": timedelta(seconds=timeout_s),
+                "connect_timeout": timedelta(seconds=5),
+                "allow_http": _may_be_http(),
+            },
+            "retry_config": {
+                "max_retries": MAX_RETRIES,
+                "retry_timeout": timedelta(seconds=retry_s),
+            },
+        }
+        if self._credentials is not None:
+            common["credential_provider"] = self._credentials
+        if address.scheme == "s3":
+            config: dict[str, Any] = {"checksum_algorithm": "SHA256"}
+            endpoint, region = _first(ENDPOINTS), _region()
+            config |= {"endpoint": endpoint} if endpoint else {}
+            config |= {"region": region} if region else {}
+            return S3Store(address.bucket, config=cast("S3Config", config), **common)
+        if address.scheme == "gs":
+            return GCSStore(address.bucket, **common)
+        return AzureStore(address.bucket, **common)
 
-def _opened(address: Address, timeout_s: float, retry_s: float) -> S3Store | GCSStore | AzureStore:
-    common: dict[str, Any] = {
-        "prefix": address.prefix or None,
-        "client_options": {
-            "timeout": timedelta(seconds=timeout_s),
-            "connect_timeout": timedelta(seconds=5),
-            "allow_http": _may_be_http(),
-        },
-        "retry_config": {
-            "max_retries": MAX_RETRIES,
-            "retry_timeout": timedelta(seconds=retry_s),
-        },
-    }
-    if address.scheme == "s3":
-        config: dict[str, Any] = {"checksum_algorithm": "SHA256"}
-        endpoint = _first(ENDPOINTS)
-        config |= {"endpoint": endpoint} if endpoint else {}
-        config |= {"region": region} if (region := _first(REGIONS)) else {}
-        return S3Store(address.bucket, config=cast("S3Config", config), **common)
-    if address.scheme == "gs":
-        return GCSStore(address.bucket, **common)
-    return AzureStore(address.bucket, **common)
+
+def _region() -> str:
+    return _first(REGIONS) or profile_region()
 
 
 def _first(names: Iterable[str]) -> str:
@@ -276,7 +295,7 @@ def _is_emulated() -> bool:
 
 
 def _where() -> str:
-    endpoint, region = _first(ENDPOINTS), _first(REGIONS)
+    endpoint, region = _first(ENDPOINTS), _region()
     place = endpoint.rpartition("@")[2].partition("?")[0]
     return f"the server is {place}" if place else f"the region is {region or 'not set'}"
 
@@ -286,6 +305,11 @@ def _meaning(error: Exception, name: str, answer: str) -> str:
         return f"the credentials have expired ({answer}); renew them and go on"
     if name in SKEWED:
         return f"this machine's clock is wrong ({answer}); set it, as NTP does"
+    if METADATA.search(str(error)):
+        return (
+            "no credentials were found: neither the environment, nor a profile or file, nor this "
+            "machine has any; docs/buckets.md says where they are looked for"
+        )
     kind = type(error).__name__
     is_denied = answer.startswith(("401", "403"))
     if is_denied or kind in ("PermissionDeniedError", "UnauthenticatedError"):
