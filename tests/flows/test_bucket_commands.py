@@ -137,10 +137,10 @@ def test_pruning_says_what_it_would_do_and_keeps_what_is_young(environment: dict
             command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
         )
 
-    done = prune(STORE, "--keep-last", "1", "--older-than", "30d", "--dry-run", "--json")
+    done = prune(STORE, "--keep-last", "2", "--older-than", "30d", "--dry-run", "--json")
     told = json.loads(done.stdout)
     assert (done.returncode, told["gone"], told["failed"]) == (0, [], {})
-    assert told["kept"]["digits/first"] == "among the 1 newest of digits"
+    assert told["kept"]["digits/first"] == "among the 2 newest of digits"
     wrong = prune(STORE, "--keep-last", "1", "--older-than", "soon")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "as in 30d" in wrong.stderr

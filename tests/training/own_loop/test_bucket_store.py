@@ -50,11 +50,17 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield path
 
 
+def weights_of(folder: Path, scratch: str) -> Path:
+    """The file's name stands in the file."""
+    return folder / f"weights-of-{scratch}" / "weights.pt"
+
+
 def start(script: Path, scratch: str, trial: Trial | None = None, **environment: str) -> int:
     folder = script.parent
+    weights_of(folder, scratch).parent.mkdir()
     told = {**os.environ, **environment, "HOLDFAST_SCRATCH": str(folder / scratch)}
     told |= trial.environment() if trial is not None else {}
-    command = [sys.executable, "-P", str(script), str(folder / f"{scratch}.pt")]
+    command = [sys.executable, "-P", str(script), str(weights_of(folder, scratch))]
     return subprocess.run(command, env=told, check=False).returncode
 
 
@@ -66,7 +72,8 @@ def test_it_goes_on_on_machines_that_share_nothing_and_ends_with_the_same_bytes(
     assert killed == -signal.SIGKILL
     assert start(script, "third") == 0
     assert start(script, "calm", HOLDFAST_STORE=str(tmp_path / "store")) == 0
-    assert (tmp_path / "third.pt").read_bytes() == (tmp_path / "calm.pt").read_bytes()
+    ends = [weights_of(tmp_path, name).read_bytes() for name in ("third", "calm")]
+    assert ends[0] == ends[1]
     run = RunDirectory(refresh_view(ADDRESS) / "toy" / "one")
     first, second, third = read_segments(run)
     assert (first.outcome, first.end_step) == ("preempted", 7)
