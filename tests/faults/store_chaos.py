@@ -1,8 +1,9 @@
 """``make chaos-store KILLS=200``: kill who keeps a bucket up to date, at each point of its commits.
 
 A life is a machine: a training on a scratch disk of its own, and beside it the process that keeps
-the bucket. When that one is killed, the training is, too, and its disk is never seen again. At the
-end the bytes are those of a training that nobody killed. The server is moto.
+the bucket. When that one is killed, the training is, too, and its disk is never seen again. On the
+way to the server, moto, one request in ten goes wrong, before or after it has had its effect. At
+the end the bytes are those of a training that nobody killed.
 """
 
 from __future__ import annotations
@@ -16,13 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
 
 from holdfast.training.exactness.reproducibility import python_command
 from holdfast.training.runs.faultpoints import POINT_VARIABLE, STORE_POINTS
 from holdfast.training.storage.address import Address
 from holdfast.training.tiers.companion import COMMAND
 from holdfast.training.tiers.scratch import run_name, tier_folder
+from tests.contracts.fault_proxy import Fault, FaultProxy, fault_proxy
 from tests.contracts.object_servers import KEY, SECRET, make_bucket, moto
 from tests.faults.campaign import (
     Segment,
@@ -35,15 +42,31 @@ from tests.faults.campaign import (
 from tests.generality.harness import OFTEN
 
 ADDRESS = Address("s3", "runs", "chaos")
+NO_POINT = "store.after-delete:999"
 LIFE_S = 120.0
 MOST_LIVES = 40
 OFTEN_REACHED = {"store.before-file": 12, "store.before-delete": 1, "store.after-delete": 1}
 """In one life, where that is not twice."""
 ROOT = Path(__file__).parents[2]
+FAULTS: tuple[Fault, ...] = (
+    *("500", "503", "429", "reset", "503 after", "reset after"),
+    *("cut body", "flipped bit", "NoSuchKey", "ExpiredToken"),
+)
+NUM_FAULTS = 5000
+"""So many requests are planned for a life; later ones pass."""
+End = Literal["killed", "refused", "whole"]
 
 
-def live(training: Training, point: str) -> bool:
-    """One life, which ends at the fault point or with the run; whether it was killed."""
+def planned(rng: random.Random, share: float) -> list[Fault]:
+    """What becomes of the requests of a life."""
+    return [rng.choice(FAULTS) if rng.random() < share else "none" for _ in range(NUM_FAULTS)]
+
+
+def live(training: Training, point: str) -> End:
+    """One life, which ends at the fault point or with the run.
+
+    It is refused where the way to the server is too bad for a beginning.
+    """
     command = python_command(
         "holdfast.training", COMMAND, "--store", str(ADDRESS), "--name", run_name(training.run)
     )
@@ -58,8 +81,10 @@ def live(training: Training, point: str) -> bool:
     assert keeper.stdout is not None
     told = json.loads(keeper.stdout.readline() or '{"error": "killed"}')
     if "error" in told:
-        assert keeper.wait() == -signal.SIGKILL, told
-        return True
+        keeper.stdin.close()
+        code = keeper.wait()
+        assert code in (1, 2, -signal.SIGKILL), told
+        return "refused" if code > 0 else "killed"
     if training.run.run_json.exists():
         check_latest_is_good(training.run)
     segment = training.start()
@@ -72,7 +97,7 @@ def live(training: Training, point: str) -> bool:
     keeper.stdin.close()
     code = keeper.wait()
     assert code in (0, -signal.SIGKILL), keeper.stdout.read()
-    return code != 0
+    return "killed" if code else "whole"
 
 
 def _vanish(segment: Segment) -> None:
@@ -80,14 +105,19 @@ def _vanish(segment: Segment) -> None:
     segment.finish()
 
 
-def kill_until_complete(folder: Path, run_id: str, points: list[str]) -> tuple[int, Path]:
+def kill_until_complete(
+    folder: Path, run_id: str, points: list[str], hurt: Callable[[], None]
+) -> tuple[int, Path]:
     """Live until the run is whole in the bucket; how many kills, and the last machine's store."""
+    num_kills = 0
     for number in range(MOST_LIVES):
         os.environ["HOLDFAST_SCRATCH"] = str(folder / f"{run_id}-{number}")
         training = Training(tier_folder(ADDRESS, "work"), run_id, overrides=OFTEN)
-        point = points[number] if number < len(points) else "store.after-delete:999"
-        if not live(training, point):
-            return number, training.store
+        hurt()
+        end = live(training, points[num_kills] if num_kills < len(points) else NO_POINT)
+        if end == "whole":
+            return num_kills, training.store
+        num_kills += end == "killed"
     raise AssertionError(f"{run_id} is not whole after {MOST_LIVES} lives")
 
 
@@ -98,17 +128,32 @@ def search_for_secrets(folder: Path) -> list[Path]:
     return [path for path in files if any(one in path.read_bytes() for one in secrets)]
 
 
+@contextmanager
+def way() -> Iterator[FaultProxy]:
+    """A server with a bucket, and the way to it, which the environment names."""
+    with moto() as server:
+        make_bucket(server, ADDRESS.bucket)
+        port = urlsplit(server["AWS_ENDPOINT_URL"]).port
+        assert port is not None
+        with fault_proxy(port) as proxy:
+            os.environ |= {**server, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
+            yield proxy
+
+
+def _hurt(proxy: FaultProxy, rng: random.Random, share: float) -> None:
+    proxy.hurt(*planned(rng, share))
+
+
 def main() -> int:
     """Kill so many times in all. Returns 1 where bytes differ."""
     parser = argparse.ArgumentParser(prog="make chaos-store", description=__doc__)
     parser.add_argument("--kills", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", type=float, default=0.1, help="share of requests")
     arguments = parser.parse_args()
     os.environ["PYTHONPATH"] = str(ROOT)  # of the processes that are started warm
     start_s, num_kills, seed = time.monotonic(), 0, arguments.seed
-    with tempfile.TemporaryDirectory(prefix="holdfast-chaos-store-") as name, moto() as server:
-        os.environ.update(server)
-        make_bucket(server, ADDRESS.bucket)
+    with tempfile.TemporaryDirectory(prefix="holdfast-chaos-store-") as name, way() as proxy:
         folder = Path(name)
         calm = Training(folder / "calm", "calm", overrides=OFTEN)
         complete(calm)
@@ -116,7 +161,9 @@ def main() -> int:
             rng = random.Random(seed)
             points = [f"{p}:{rng.randint(1, OFTEN_REACHED.get(p, 2))}" for p in STORE_POINTS]
             rng.shuffle(points)
-            num_done, store = kill_until_complete(folder, f"seed-{seed}", points)
+            hurt = partial(_hurt, proxy, rng, arguments.faults)
+            num_done, store = kill_until_complete(folder, f"seed-{seed}", points, hurt)
+            proxy.hurt()
             last = Training(store, f"seed-{seed}", overrides=OFTEN)
             wrong = differences(final_state(calm.run), final_state(last.run))
             wrong += [f"a secret in {path}" for path in search_for_secrets(folder)]

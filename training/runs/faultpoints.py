@@ -47,6 +47,7 @@ FAULT_POINTS = {
 STORE_POINTS = {
     "store.before-files": "an image of the run's folder is taken; nothing of it is in the bucket",
     "store.before-file": "before each file of it is brought into the bucket",
+    "store.before-part": "before each part of a file is sent, or the file where it is small",
     "store.after-files": "all its files are in the bucket and verified",
     "store.before-tree": "before the tree that names them is written",
     "store.before-swap": "the tree is there, the head names the one before",

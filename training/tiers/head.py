@@ -17,13 +17,15 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from holdfast.training.checkpointing.digests import digest_of
 from holdfast.training.errors import (
     DataFormatError,
     HoldfastError,
+    InputError,
     LeaseHeldError,
     LeaseLostError,
     StorageError,
@@ -38,6 +40,7 @@ FORMAT_VERSION = 1
 HEAD_TTL_S = 20.0
 RENEWALS_PER_TTL = 4
 LOOK_EVERY_S = 1.0
+MAX_ATTEMPTS = 3
 HEADS, RUNS = "heads", "runs"
 LIMITS = Limits(max_bytes=2**16, max_depth=4)
 TOKEN = re.compile(r"[0-9a-f]{16}")
@@ -51,6 +54,7 @@ FIELDS: Kinds = {
     "is_released": (bool,),
     "tree": (str, type(None)),
     "tree_digest": (str, type(None)),
+    "digest": (str, type(None)),
 }
 HOLDER: Kinds = {
     "host": (str,),
@@ -93,8 +97,12 @@ class Head:
         return f"process {self.holder.pid} on {shown(self.holder.host, 255)}"
 
     def to_bytes(self) -> bytes:
-        """As it is stored."""
-        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1).encode()
+        """As it is stored, with a digest of the rest: a bit that flips on the way back is seen.
+
+        Otherwise the next holder would write it into its own head.
+        """
+        told = {"format_version": FORMAT_VERSION, **asdict(self)}
+        return json.dumps({**told, "digest": _digest_of(told)}, indent=1).encode()
 
 
 def head_key(name: str) -> str:
@@ -114,8 +122,20 @@ def name_of(listed: Listed) -> str:
 
 def read_head(store: ObjectStore, name: str) -> tuple[Head, str] | None:
     """The head of a run and its tag; None where there is none. Raises DataFormatError."""
-    found = store.get(head_key(name))
-    return None if found is None else (parse_head(found.content, name), found.tag)
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        found = store.get(head_key(name))
+        if found is None:
+            return None
+        try:
+            return parse_head(found.content, name), found.tag
+        except DataFormatError:  # it may have been altered on its way here
+            if attempt == MAX_ATTEMPTS:
+                raise
+    raise AssertionError
+
+
+def _digest_of(told: Mapping[str, Any]) -> str:
+    return digest_of([json.dumps(told, sort_keys=True).encode()])
 
 
 def parse_head(content: bytes, name: str) -> Head:
@@ -123,13 +143,17 @@ def parse_head(content: bytes, name: str) -> Head:
     source = f"the head of {name}"
     if len(content) > LIMITS.max_bytes:
         raise DataFormatError(f"{source} has {len(content):,} bytes; it was not made by Holdfast")
-    told = required_fields(parse_json(content, source, LIMITS), source, FIELDS)
+    read = required_fields(parse_json(content, source, LIMITS), source, FIELDS)
+    told = {"tree": None, "tree_digest": None, **read}
+    digest = told.pop("digest", None)
+    is_unaltered = digest in (None, _digest_of(told))
     if told.pop("format_version") != FORMAT_VERSION:
         raise DataFormatError(f"{source} is of another format version; use the newest Holdfast")
     holder = required_fields(told["holder"], source, HOLDER)
     tree = told["tree"]
     is_good = (
-        told["generation"] > 0
+        is_unaltered
+        and told["generation"] > 0
         and TOKEN.fullmatch(told["token"])
         and 0 < told["ttl_s"] <= MAX_TTL_S
         and (tree is None or tree.startswith(f"{run_folder(name)}/"))
@@ -337,7 +361,7 @@ class HeadLease:
                 self.renew()
             except LeaseLostError:
                 return
-            except (StorageError, DataFormatError):
+            except (StorageError, InputError):  # a bucket that is gone may come back, too
                 self._should_stop.wait(min(1.0, every_s))  # others wait for the ttl, at least
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from holdfast.training.checkpointing.digests import digest_of, file_parts
-from holdfast.training.errors import HoldfastError, LeaseLostError, StorageError
+from holdfast.training.errors import HoldfastError, InputError, LeaseLostError, StorageError
 from holdfast.training.runs.durable_json import json_bytes
 from holdfast.training.runs.faultpoints import reach
 from holdfast.training.runs.lease_view import (
@@ -44,7 +44,7 @@ from holdfast.training.tiers.head import RENEWALS_PER_TTL, HeadLease, run_folder
 from holdfast.training.tiers.restoring import note_base, replica_folder, restore_folder
 from holdfast.training.tiers.scratch import address_of, run_name
 from holdfast.training.tiers.transfer import read_tree, upload_file
-from holdfast.training.tiers.tree import INLINE_BYTES, Tree, TreeFile
+from holdfast.training.tiers.tree import INLINE_BYTES, Tree, TreeFile, has_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class Replica:
         self._num_images = 0
         self._dropped: list[tuple[float, str]] = []
         self._is_failing = False
+        self._is_delete_refused = False
         self._should_stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_up, name="holdfast-replica", daemon=True)
 
@@ -134,7 +135,7 @@ class Replica:
                 self._bring_up(is_final=True)
                 self._delete_dropped(older_than_s=0.0)
                 return
-            except StorageError as error:
+            except (StorageError, InputError) as error:  # that the bucket is gone is one of these
                 if time.monotonic() >= deadline_s:
                     raise StorageError(
                         f"the store does not have the end of {self._name}: {error}. It is whole on "
@@ -190,6 +191,7 @@ class Replica:
         self._num_images += 1
         image = take_image(self._run.path, replica_folder(self._run) / "image")
         try:
+            self._require_checkpoints(image)
             has_news = is_final or _weighty(image.identities) != _weighty(self._looked)
             files, num_bytes = self._uploaded(image, has_news=has_news)
         finally:
@@ -201,6 +203,14 @@ class Replica:
         duration_s = time.monotonic() - start_s
         if num_bytes > PART_BYTES or (num_bytes > SOME_BYTES and duration_s > SLOW_S):
             self._note_speed(num_bytes / duration_s)
+
+    def _require_checkpoints(self, image: Image) -> None:
+        """A folder that somebody empties is no newer state: a run's last checkpoint never goes."""
+        if has_checkpoints(self._tree.files) and not has_checkpoints(image.identities):
+            raise StorageError(
+                f"{self._run.path} has lost its checkpoints, so the store keeps those that it has; "
+                f"resume the run, which reads them from there"
+            )
 
     def _note_speed(self, bytes_per_s: float) -> None:
         self.bytes_per_s = bytes_per_s
@@ -227,7 +237,11 @@ class Replica:
         def upload(path: str) -> TreeFile:
             self.head.check()
             reach("store.before-file")
-            return self._sent(image.links[path], f"{folder}/{path}", path, sending)
+            return self._sent(image.links[path], f"{folder}/{path}", path, before_part)
+
+        def before_part(num_bytes: int) -> None:
+            reach("store.before-part")
+            sending.before_part(num_bytes)
 
         reach("store.before-files")
         small = [path for path in new if image.identities[path][1] <= PART_BYTES]
@@ -242,14 +256,16 @@ class Replica:
         self._known = {key: file for key, file in self._known.items() if key[0] in files}
         return files, sum(files[path].size_bytes for path in new if files[path].key)
 
-    def _sent(self, link: Path, key: str, path: str, sending: Sending) -> TreeFile:
+    def _sent(
+        self, link: Path, key: str, path: str, before_part: Callable[[int], None]
+    ) -> TreeFile:
         """A file in the bucket; what the last tree has with the same bytes is not sent again."""
         before = self._tree.files.get(path)
         if before is not None and before.key and before.size_bytes == link.stat().st_size:
             hasher = digest_of(file_parts(link))
             if hasher == before.digest:
                 return before
-        return upload_file(self._store, link, key, sending.before_part)
+        return upload_file(self._store, link, key, before_part)
 
     def _commit(self, tree: Tree) -> None:
         content = tree.to_bytes()
@@ -282,8 +298,11 @@ class Replica:
         try:
             self._store.delete(doomed)
         except StorageError as error:
-            self.tell(f"old objects stay in the store, and are deleted later: {error}")
+            if not self._is_delete_refused:
+                self.tell(f"old objects stay in the store, and are deleted later: {error}")
+            self._is_delete_refused = True
         else:
+            self._is_delete_refused = False
             self._dropped = [entry for entry in self._dropped if entry[1] not in set(doomed)]
         reach("store.after-delete")
 

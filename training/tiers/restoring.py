@@ -20,9 +20,9 @@ from holdfast.training.runs.durable_json import storage_error, sync_folder, writ
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.runs.stored_json import Limits, read_json, required_fields
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore
-from holdfast.training.tiers.folder_image import LEASES
+from holdfast.training.tiers.folder_image import LEASES, look_at
 from holdfast.training.tiers.transfer import download_file, is_same_file
-from holdfast.training.tiers.tree import Tree, TreeFile
+from holdfast.training.tiers.tree import Tree, TreeFile, has_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,8 @@ def restore_folder(
 
     Interrupted, it goes on where it stood. Raises StorageError.
     """
-    if run.run_json.is_file() and known_base(run) == tree_digest:
+    is_whole = has_checkpoints(look_at(run.path)) or not has_checkpoints(tree.files)
+    if is_whole and run.run_json.is_file() and known_base(run) == tree_digest:
         _end_leases(run.path)
         return
     making = run.path.with_name(f".{run.path.name}.restoring")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,11 @@ class Tree:
         told = {path: file.as_json() for path, file in sorted(self.files.items())}
         value = {"format_version": FORMAT_VERSION, "files": told}
         return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def has_checkpoints(paths: Iterable[str]) -> bool:
+    """Whether one of a run's files belongs to a checkpoint."""
+    return any(path.startswith("checkpoints/") for path in paths)
 
 
 def parse_tree(content: bytes, source: str, folder: str) -> Tree:

@@ -11,7 +11,7 @@ import pytest
 
 from holdfast.training.errors import DataFormatError, LeaseHeldError, LeaseLostError, StorageError
 from holdfast.training.runs.process_identity import ProcessIdentity, current_process
-from holdfast.training.storage.protocol import Expected
+from holdfast.training.storage.protocol import Expected, Object
 from holdfast.training.tiers.head import HeadLease, head_key, parse_head, read_head
 from tests.contracts.memory_objects import MemoryObjects
 
@@ -164,6 +164,42 @@ def test_five_that_fall_asleep_before_they_write_never_commit_one_step_twice(see
     assert steps == [tree(number) for number in range(1, len(steps) + 1)]
 
 
+def test_a_bit_that_flips_on_the_way_is_never_taken_over_by_the_next_holder() -> None:
+    store = MemoryObjects()
+    held = HeadLease.acquire(store, NAME, TTL_S, identity=machine("a"))
+    held.commit(tree(1), DIGEST)
+    held.release()
+    content = held.head.to_bytes()
+    num_seen = 0
+    for place in range(len(content)):
+        flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        try:
+            found = parse_head(flipped, NAME)
+        except DataFormatError:
+            num_seen += 1
+        else:
+            assert found == held.head  # it was in the name of the digest
+    assert num_seen > len(content) - 10
+
+
+def test_a_head_that_was_altered_once_is_read_again() -> None:
+    class Flips(MemoryObjects):
+        num_flips = 2
+
+        def get(self, key: str, start: int = 0, end: int | None = None) -> Object | None:
+            found = super().get(key, start, end)
+            if found is None or self.num_flips == 0:
+                return found
+            self.num_flips -= 1
+            return Object(found.content.replace(b'"generation": 1', b'"generation": 3'), found.tag)
+
+    store = Flips()
+    HeadLease.acquire(store, NAME, TTL_S).release()
+    found = read_head(store, NAME)
+    assert found is not None
+    assert (found[0].generation, store.num_flips) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -175,6 +211,7 @@ def test_five_that_fall_asleep_before_they_write_never_commit_one_step_twice(see
         ({"format_version": 2}, "another format version"),
         ({"holder": {}}, "has no host"),
         ({"is_released": "yes"}, "is_released"),
+        ({"ttl_s": 4.0}, "does not hold what"),
     ],
 )
 def test_a_head_that_nobody_of_ours_wrote_is_refused(

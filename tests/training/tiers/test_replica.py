@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,10 +154,8 @@ def test_a_holder_that_was_replaced_changes_nothing_and_its_training_learns_it(
         replica.bring_up()
         found = read_head(store, NAME)
         assert found is not None
-        store.put(head_key(NAME), found[0].to_bytes().replace(b'"a"', b'"b"'), "any")
-        winner = json.loads(found[0].to_bytes())
-        winner |= {"generation": 2, "token": "f" * 16, "nonce": "n"}
-        store.put(head_key(NAME), json.dumps(winner).encode(), "any")
+        winner = replace(found[0], generation=2, token="f" * 16, holder=machine("b"))
+        store.put(head_key(NAME), winner.to_bytes(), "any")
         write(run, "checkpoints/step-00000020/manifest.json", b"too late")
         replica.start()
         replica._thread.join(10.0)
