@@ -224,3 +224,15 @@ def test_credentials_that_end_in_the_middle_of_an_upload_end_it_and_leave_no_obj
     assert store.get(key) is None
     proxy.hurt()
     assert upload_file(store, source, key).size_bytes == 3 * PART_BYTES
+
+
+def test_a_write_that_is_answered_by_not_found_has_not_happened(
+    way: tuple[ObjectStore, FaultProxy],
+) -> None:
+    store, proxy = way
+    key = new_key()
+    proxy.hurt("NoSuchKey", only="^PUT")
+    with pytest.raises(StorageError, match="cannot write"):
+        store.put(key, nonce(), "any")
+    proxy.hurt("NoSuchKey", only="^PUT")
+    assert store.put(key, nonce(), Unchanged('"0123456789abcdef0123456789abcdef"')) is None

@@ -27,6 +27,8 @@ from urllib.parse import urlsplit
 from holdfast.training.exactness.reproducibility import python_command
 from holdfast.training.runs.faultpoints import POINT_VARIABLE, STORE_POINTS
 from holdfast.training.storage.address import Address
+from holdfast.training.storage.opening import open_store
+from holdfast.training.storage.probe import require_fit
 from holdfast.training.tiers.companion import COMMAND
 from holdfast.training.tiers.scratch import run_name, tier_folder
 from tests.contracts.fault_proxy import Fault, FaultProxy, fault_proxy
@@ -137,6 +139,7 @@ def way() -> Iterator[FaultProxy]:
         assert port is not None
         with fault_proxy(port) as proxy:
             os.environ |= {**server, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
+            require_fit(open_store(ADDRESS), str(ADDRESS))
             yield proxy
 
 

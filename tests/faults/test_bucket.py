@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from holdfast.tasks.attempts import newest_step
+from holdfast.training.errors import InputError
 from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.exactness.trial import Trial
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.storage.address import Address
+from holdfast.training.storage.protocol import PART_BYTES
+from holdfast.training.storage.unfinished import UnfinishedUploads
 from holdfast.training.tiers.keeping import kept_up, opened_replica
 from holdfast.training.tiers.scratch import tier_folder
 from holdfast.training.tiers.viewing import refresh_view
+from holdfast.training.upkeep import bucket_shelf
+from holdfast.training.upkeep.bucket_shelf import BucketShelf
 from holdfast.training.upkeep.copying import copy_run
-from tests.contracts.object_servers import KEY, SECRET, make_bucket, moto
+from tests.contracts.object_servers import KEY, SECRET, make_bucket, moto, seaweedfs
+from tests.contracts.test_object_stores import require_program
 from tests.faults.campaign import Training, complete, differences, final_state
 from tests.generality.harness import OFTEN, stop_after
 
@@ -115,3 +122,52 @@ def test_who_keeps_a_bucket_is_killed_at_each_point_and_the_bytes_are_the_same()
     root = Path(__file__).parents[2]
     told = {**os.environ, "PYTHONPATH": str(root)}
     assert subprocess.run(command, cwd=root, env=told, check=False).returncode == 0
+
+
+KEPT = """
+import sys
+from holdfast.training.runs.paths import RunDirectory
+from holdfast.training.tiers.keeping import opened_replica
+with opened_replica(RunDirectory(sys.argv[1])) as replica:
+    replica.bring_up()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["moto", "seaweedfs"])
+def test_parts_that_a_killed_upload_left_are_found_and_pruned(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("boto3", reason="the extra 'aws' is not installed")
+    if name == "seaweedfs":
+        require_program("weed")
+    (tmp_path / "server").mkdir()
+    monkeypatch.setattr(bucket_shelf, "ABANDONED_S", -60.0)
+    monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "first"))
+    with moto() if name == "moto" else seaweedfs(tmp_path / "server") as environment:
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, value)
+        make_bucket(environment, ADDRESS.bucket)
+        run = RunDirectory(tier_folder(ADDRESS, "work") / "digits" / "large")
+        run.checkpoint(1).mkdir(parents=True)
+        run.run_json.write_text("{}")
+        with (run.checkpoint(1) / "model.safetensors").open("wb") as file:
+            file.truncate(10 * PART_BYTES)  # of which eight are on their way at once
+        keep = [sys.executable, "-P", "-c", KEPT, str(run.path)]
+        killed = {**os.environ, "HOLDFAST_FAULT_POINT": "store.before-part:10"}
+        assert subprocess.run(keep, env=killed, check=False).returncode == -signal.SIGKILL
+        [left] = UnfinishedUploads(ADDRESS).list()
+        assert left.key.startswith(f"{ADDRESS.prefix}/runs/digits/large/")
+        assert left.size_bytes >= PART_BYTES
+        assert BucketShelf(ADDRESS).sweep(is_dry_run=True)[1] >= PART_BYTES
+        assert len(UnfinishedUploads(ADDRESS).list()) == 1
+        shelf = BucketShelf(ADDRESS)
+        assert shelf.sweep(is_dry_run=False)[1] >= PART_BYTES
+        assert (UnfinishedUploads(ADDRESS).list(), shelf.unseen) == ([], "")
+        assert subprocess.run(keep, env=os.environ, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("scheme", ["gs", "az"])
+def test_where_parts_cannot_be_looked_for_that_is_said(scheme: str) -> None:
+    with pytest.raises(InputError, match="are not looked for"):
+        UnfinishedUploads(Address(scheme, "runs"))

@@ -21,6 +21,8 @@ from holdfast.tasks.attempts import newest_step
 from holdfast.training.errors import DataFormatError, StorageError
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.storage.address import Address
+from holdfast.training.storage.opening import open_store
+from holdfast.training.storage.probe import require_fit
 from holdfast.training.tiers.head import HeadLease
 from holdfast.training.tiers.keeping import kept_up, opened_replica
 from holdfast.training.tiers.scratch import run_name, tier_folder
@@ -150,6 +152,7 @@ def test_what_passes_is_not_even_noticed(
     for number in range(2):
         monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / f"machine-{number}"))
         training = here()
+        require_fit(open_store(ADDRESS), "the store")
         way.hurt(*(rng.choice(["none", "none", rng.choice(faults)]) for _ in range(3000)))  # type: ignore[arg-type]
         deadline_s = time.monotonic() + PATIENCE_S
         while not _lived(training, is_killed=number == 0):

@@ -24,7 +24,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from holdfast.training.errors import InputError, StorageError
 from holdfast.training.storage.address import Address
-from holdfast.training.storage.credentials import found_credentials, profile_region
+from holdfast.training.storage.credentials import endpoint, found_credentials, region
 from holdfast.training.storage.protocol import (
     PART_BYTES,
     Bytes,
@@ -46,9 +46,7 @@ RETRY_BULK_S = 180.0
 MAX_RETRIES = 10
 MAX_UNANSWERED = 3
 PARTS_AT_ONCE = 8
-ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 OTHER_ENDPOINTS = ("AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
-REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 STATUS = re.compile(r"(?:status|code)\D{0,12}\b([1-5][0-9]{2})\b", re.IGNORECASE)
 CODE = re.compile(r"<Code>([A-Za-z]{3,60})</Code>")
 METADATA = re.compile(r"//(169\.254\.|metadata\.google\.internal)|/latest/(api|meta-data)/")
@@ -132,9 +130,11 @@ class Bucket:
             return self._tag(obstore.put(self._small, key, content, mode=mode, use_multipart=False))
         except (AlreadyExistsError, PreconditionError):
             return self._own_tag(key, content)
-        except FileNotFoundError as error:  # a compare-and-swap of what is gone
+        except FileNotFoundError as error:
             self._require_bucket(error, "write", key)
-            return None
+            if isinstance(expected, Unchanged):  # what was to be swapped is gone
+                return None
+            self._refuse(error, "write", key)
 
     def _after_no_answer(
         self, key: str, content: bytes, expected: Expected
@@ -266,26 +266,17 @@ class Bucket:
             common["credential_provider"] = self._credentials
         if address.scheme == "s3":
             config: dict[str, Any] = {"checksum_algorithm": "SHA256"}
-            endpoint, region = _first(ENDPOINTS), _region()
-            config |= {"endpoint": endpoint} if endpoint else {}
-            config |= {"region": region} if region else {}
+            config |= {"endpoint": named} if (named := endpoint()) else {}
+            config |= {"region": named} if (named := region()) else {}
             return S3Store(address.bucket, config=cast("S3Config", config), **common)
         if address.scheme == "gs":
             return GCSStore(address.bucket, **common)
         return AzureStore(address.bucket, **common)
 
 
-def _region() -> str:
-    return _first(REGIONS) or profile_region()
-
-
-def _first(names: Iterable[str]) -> str:
-    return next(filter(None, (os.environ.get(name, "") for name in names)), "")
-
-
 def _may_be_http() -> bool:
     """Whether a server that was named by hand, as one of a test, is asked without encryption."""
-    named = (_first(ENDPOINTS), *(os.environ.get(name, "") for name in OTHER_ENDPOINTS))
+    named = (endpoint(), *(os.environ.get(name, "") for name in OTHER_ENDPOINTS))
     return any(one.startswith("http://") for one in named) or _is_emulated()
 
 
@@ -295,9 +286,8 @@ def _is_emulated() -> bool:
 
 
 def _where() -> str:
-    endpoint, region = _first(ENDPOINTS), _region()
-    place = endpoint.rpartition("@")[2].partition("?")[0]
-    return f"the server is {place}" if place else f"the region is {region or 'not set'}"
+    place = endpoint().rpartition("@")[2].partition("?")[0]
+    return f"the server is {place}" if place else f"the region is {region() or 'not set'}"
 
 
 def _meaning(error: Exception, name: str, answer: str) -> str:

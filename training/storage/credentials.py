@@ -11,7 +11,7 @@ import configparser
 import importlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ Found = dict[str, Any]
 ASKED_AGAIN_S = 60.0
 OBSTORE_MARGIN_S = 300.0
 """So long before they end obstore asks for new ones."""
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 KEYS = ("aws_access_key_id", "aws_secret_access_key")
 ASKED_OF_OTHERS = ("role_arn", "sso_session", "sso_start_url", "credential_process")
 """Keys of a profile whose credentials somebody else has."""
@@ -67,9 +69,20 @@ def found_credentials(scheme: str) -> Credentials | None:
     return finders[scheme]() if scheme in finders else None
 
 
-def profile_region() -> str:
-    """The region of the AWS profile; empty where it names none."""
-    return _profile(_profile_name() or "default").get("region", "")
+def region() -> str:
+    """The region of AWS that the environment or the profile names; empty where neither does."""
+    named = first_named(REGIONS)
+    return named or _profile(_profile_name() or "default").get("region", "")
+
+
+def endpoint() -> str:
+    """The server of S3 that was named by hand; empty for Amazon's own."""
+    return first_named(ENDPOINTS)
+
+
+def first_named(names: Iterable[str]) -> str:
+    """The first of these variables of the environment that has a value; empty for none."""
+    return next(filter(None, (os.environ.get(name, "") for name in names)), "")
 
 
 def _aws_credentials() -> Credentials | None:
@@ -84,7 +97,7 @@ def _aws_credentials() -> Credentials | None:
     if _has_keys(profile):
         return Credentials(lambda: _keys_of(name or "default"))
     if any(key in profile for key in ASKED_OF_OTHERS):
-        session = _required("boto3.session", "aws", f"the AWS profile {name or 'default'!r}")
+        session = required_module("boto3.session", "aws", f"the AWS profile {name or 'default'!r}")
         return Credentials(_Asking(session.Session, name or "default").fetch)
     return None
 
@@ -181,8 +194,8 @@ def _google_credentials() -> Credentials | None:
         return None  # obstore says what is wrong with it, or asks the machine
     if kind in OBSTORE_READS:
         return None
-    auth = _required("google.auth", "gcp", f"{path} is of type {str(kind)[:40]!r}, which")
-    transport = _required("google.auth.transport.requests", "gcp", "such an account")
+    auth = required_module("google.auth", "gcp", f"{path} is of type {str(kind)[:40]!r}, which")
+    transport = required_module("google.auth.transport.requests", "gcp", "such an account")
     return Credentials(_Federated(auth, transport.Request(), path).fetch)
 
 
@@ -204,15 +217,15 @@ class _Federated:
         return {"token": found.token, "expires_at": found.expiry.replace(tzinfo=UTC)}
 
     def _loaded(self) -> Any:
-        from google.auth import identity_pool
-
+        identity_pool: Any = importlib.import_module("google.auth.identity_pool")
         try:  # the other way asks for the name of the project, too, which nobody needs
             return identity_pool.Credentials.from_file(str(self._path), scopes=[GOOGLE_SCOPE])
         except ValueError:
             return self._auth.load_credentials_from_file(str(self._path), scopes=[GOOGLE_SCOPE])[0]
 
 
-def _required(module: str, extra: str, what: str) -> Any:
+def required_module(module: str, extra: str, what: str) -> Any:
+    """A module of an extra. Raises InputError, which begins with ``what``, where it is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -12,11 +12,17 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 from holdfast.training.bundles.bucket_registry import BUNDLES, BucketRegistry
-from holdfast.training.errors import LeaseHeldError, RunConflictError, StorageError
+from holdfast.training.errors import (
+    InputError,
+    LeaseHeldError,
+    RunConflictError,
+    StorageError,
+)
 from holdfast.training.storage.address import Address
 from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.probe import FOLDER as PROBES
 from holdfast.training.storage.protocol import Listed, ObjectStore
+from holdfast.training.storage.unfinished import UnfinishedUploads
 from holdfast.training.tiers.head import HEADS, RUNS, Head, HeadLease, name_of, read_head
 from holdfast.training.tiers.head import run_folder as keys_of
 from holdfast.training.tiers.transfer import read_tree
@@ -27,19 +33,28 @@ from holdfast.training.upkeep.shelves import ABANDONED_S
 
 
 class BucketShelf:
-    """A store in a bucket. ``store`` is for tests; it is opened where there is none."""
+    """A store in a bucket. ``store`` is for tests; it is opened where there is none.
+
+    Only where it is opened here, parts of unfinished uploads are looked for, too.
+    """
 
     def __init__(self, address: Address, store: ObjectStore | None = None) -> None:
-        self._address = address
+        self._address, self._is_opened_here = address, store is None
         self._store = store or open_store(address)
         self._registry = BucketRegistry(address, self._store)
+        self.unseen = ""
 
     def now_s(self) -> float:
         """As ``Shelf.now_s``: the server's."""
         key = f"{PROBES}/{secrets.token_hex(8)}.json"
         self._store.put(key, key.encode(), "any")
         try:
-            return max(entry.modified_s for entry in self._store.list(PROBES) if entry.key == key)
+            written = [entry for entry in self._store.list(PROBES) if entry.key == key]
+            if not written:
+                raise StorageError(
+                    f"{self._address} does not list what was just written; try later"
+                )
+            return written[0].modified_s
         finally:
             self._store.delete([key])
 
@@ -111,7 +126,23 @@ class BucketShelf:
         if not is_dry_run:
             self._store.delete([entry.key for entry in lone])
         found += lone
-        return len(found), sum(entry.size_bytes for entry in found)
+        sizes = [entry.size_bytes for entry in found]
+        sizes += self._swept_parts(limit_s, is_dry_run=is_dry_run)
+        return len(sizes), sum(sizes)
+
+    def _swept_parts(self, limit_s: float, *, is_dry_run: bool) -> list[int]:
+        """Of uploads that never ended, the bytes of each; where they are not seen, that is kept."""
+        if not self._is_opened_here:
+            return []
+        try:
+            uploads = UnfinishedUploads(self._address)
+            old = [upload for upload in uploads.list() if upload.begun_s < limit_s]
+            for upload in () if is_dry_run else old:
+                uploads.abandon(upload)
+        except (InputError, StorageError) as error:
+            self.unseen = str(error)
+            return []
+        return [upload.size_bytes for upload in old]
 
     def _lone(
         self, of_runs: Mapping[str, list[Listed]], heads: Mapping[str, Listed]

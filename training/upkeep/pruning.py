@@ -36,6 +36,7 @@ class Pruned:
         kept: of what stays, why, by name.
         failed: of what could not be deleted, why, by name; it is there as it was.
         num_leftovers, leftover_bytes: of dead writers.
+        unseen: what of theirs could not be looked for, and why; empty for nothing.
     """
 
     gone: tuple[Gone, ...]
@@ -43,6 +44,7 @@ class Pruned:
     failed: Mapping[str, str]
     num_leftovers: int
     leftover_bytes: int
+    unseen: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -52,6 +54,7 @@ class Pruned:
             "failed": dict(self.failed),
             "num_leftovers": self.num_leftovers,
             "leftover_bytes": self.leftover_bytes,
+            "unseen": self.unseen,
         }
 
 
@@ -88,4 +91,4 @@ def prune(shelf: Shelf, rule: Rule, *, is_dry_run: bool = False) -> Pruned:
         else:
             gone.append(Gone(name, now_s - one.changed_s, num_bytes))
     num_leftovers, leftover_bytes = shelf.sweep(is_dry_run=is_dry_run)
-    return Pruned(tuple(gone), kept, failed, num_leftovers, leftover_bytes)
+    return Pruned(tuple(gone), kept, failed, num_leftovers, leftover_bytes, shelf.unseen)

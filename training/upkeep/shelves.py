@@ -34,7 +34,13 @@ HALF = re.compile(r"\.(fork-.{1,128}-[0-9a-f]{12}|.{1,128}\.copying(-lease)?)")
 
 
 class Shelf(Protocol):
-    """One store."""
+    """One store.
+
+    Attributes:
+        unseen: what of dead writers the last sweep could not look for, and why; empty for nothing.
+    """
+
+    unseen: str
 
     def now_s(self) -> float:
         """The time on the store's own clock, with which the times of its files compare."""
@@ -63,6 +69,8 @@ class Shelf(Protocol):
 
 class FolderShelf:
     """A store that is a folder."""
+
+    unseen = ""
 
     def __init__(self, store: Path) -> None:
         self._store = store

@@ -87,5 +87,7 @@ def _tell(done: Pruned, *, is_dry_run: bool) -> None:
     if done.num_leftovers:
         size = told_size(done.leftover_bytes)
         click.echo(f"{verb} {done.num_leftovers} leftovers of dead writers, {size}")
+    if done.unseen:
+        click.echo(shown(done.unseen))
     for name, why in done.failed.items():
         click.echo(shown(f"could not delete {name}: {why}"), err=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.training.errors import InputError, StorageError
-from holdfast.training.storage.credentials import found_credentials, profile_region
+from holdfast.training.storage.credentials import found_credentials, region
 
 KEYS = "aws_access_key_id = {0}\naws_secret_access_key = secret-of-{0}\n"
 PROCESS = "import json; print(json.dumps({'Version': 1, 'AccessKeyId': 'of-a-program', "
@@ -93,7 +93,7 @@ def test_files_may_lie_elsewhere_and_name_the_region(
     found = found_credentials("s3")
     assert found is not None
     assert found()["token"] == "of-t"
-    assert profile_region() == "eu-central-1"
+    assert region() == "eu-central-1"
 
 
 def test_what_is_written_into_the_file_meanwhile_counts(home: Path) -> None:
