@@ -16,7 +16,14 @@ from prefect.cache_policies import NO_CACHE
 
 from holdfast.tasks.job import Job
 from holdfast.tasks.learning_curves import data_uri, draw_learning_curves
-from holdfast.tasks.run_summary import champion_name, history_of, numbers_in, read_optional
+from holdfast.tasks.run_summary import (
+    champion_name,
+    history_of,
+    numbers_in,
+    read_optional,
+    read_promotion,
+)
+from holdfast.training.bundles.summary import published_name
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.shown_text import shown
 from holdfast.training.tiers.scratch import told_path, told_store
@@ -48,8 +55,8 @@ def show_run(job: Job) -> None:
     )
     _show_table("candidates", candidate_rows(run), "Validation metrics of each candidate")
     _show_table("parity", parity_rows(run), "Exported artifacts against the champion")
-    _show_link("bundle", run.bundle)
-    _show_link("report", run.report_html)
+    _show_link("bundle", run, run.bundle)
+    _show_link("report", run, run.report_html)
 
 
 def candidate_rows(run: RunDirectory) -> list[dict[str, Any]]:
@@ -96,18 +103,26 @@ def _show_table(key: str, rows: list[dict[str, Any]], description: str) -> None:
         create_table_artifact(key=key, table=told, description=description)
 
 
-def _command_for(key: str, path: Path) -> str:
-    store = told_store(path.parent.parent.parent)
+def fetching_command(key: str, run: RunDirectory) -> str:
+    """What brings the bundle or the report of a run in a bucket onto a machine.
+
+    A signed address would do so, too, and be a credential for whoever reads it.
+    """
+    store = told_store(run.path.parent.parent)
+    name = f"{run.path.parent.name}/{run.path.name}"
     if key == "report":
-        return f"holdfast report {path.parent.name} --store {store}"
-    return f"holdfast pull {path.parent.parent.name} --to model --store {store}"
+        return f"holdfast report {name} --read --store {store}"
+    promotion = read_promotion(run)
+    if promotion is None:
+        return f"holdfast copy {name} runs --store {store}"
+    return f"holdfast pull {published_name(promotion)} --to model --store {store}"
 
 
-def _show_link(key: str, path: Path) -> None:
+def _show_link(key: str, run: RunDirectory, path: Path) -> None:
     if path.exists() and (place := told_path(path)) != str(path):
         create_markdown_artifact(
             key=key,
-            markdown=f"`{place}`\n\nTo have it on a machine: `{_command_for(key, path)}`",
+            markdown=f"`{place}`\n\nTo have it on a machine: `{fetching_command(key, run)}`",
             description=f"The {key}, in the store",
         )
     elif path.exists():

@@ -90,14 +90,18 @@ def find_run(store: Path, reference: str) -> RunDirectory:
 
 
 def reading_store(
-    store: str, reference: str | None = None, *, is_whole: bool = False, is_fresh: bool = False
+    store: str,
+    reference: str | None = None,
+    *,
+    also: tuple[str, ...] = (),
+    is_fresh: bool = False,
 ) -> Path:
     """The folder in which a store's runs can be read, as they are now.
 
     Args:
         store: a path or an address.
         reference: the run that is asked for; of a bucket, the others are not read then.
-        is_whole: of a bucket, whether all files are wanted, and not the records alone.
+        also: of a bucket, what the paths of files begin with that are wanted besides records.
         is_fresh: of a bucket, read every byte again.
 
     Raises InputError or StorageError.
@@ -105,7 +109,7 @@ def reading_store(
     address = parsed_store(store)
     if address is None:
         return store_path(store)
-    return refresh_view(address, reference, is_whole=is_whole, is_fresh=is_fresh)
+    return refresh_view(address, reference, also=also, is_fresh=is_fresh)
 
 
 def written_store(run: RunDirectory) -> Path:

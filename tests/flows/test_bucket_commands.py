@@ -116,8 +116,17 @@ def test_a_run_that_is_killed_is_resumed_elsewhere_published_and_pulled(
     resumed = holdfast(elsewhere, "resume", "second")
     assert resumed.returncode == 0, resumed.stderr
     assert "digits@1" in holdfast(environment, "bundles").stdout.replace("digits@1 ", "digits@1")
+    there = {**environment, "HOLDFAST_SCRATCH": str(tmp_path / "reader")}
+    read = holdfast(there, "report", "second", "--read")
+    assert Path(read.stdout.strip()).read_text().startswith("<!doctype html>"), read.stderr
+    files = [path for path in (tmp_path / "reader").rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix == ".safetensors"]
+    scored = holdfast(there, "evaluate", "second", "--json")
+    assert json.loads(scored.stdout)["step"] == 34, scored.stderr
+    tensors = (tmp_path / "reader").rglob("*.safetensors")
+    assert {path.parent.name for path in tensors} == {"step-00000034"}
     target = tmp_path / "model"
-    pulled = holdfast(environment, "pull", "digits", "--to", str(target))
+    pulled = holdfast(environment, "pull", "digits@1", "--to", str(target))
     assert pulled.returncode == 0, pulled.stderr
     alone = subprocess.run(
         [sys.executable, "-P", str(target / "verify.py")], capture_output=True, check=False

@@ -11,7 +11,7 @@ import pytest
 from holdfast.tasks.attempts import newest_step
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.storage.address import Address
-from holdfast.training.tiers.viewing import refresh_view
+from holdfast.training.tiers.viewing import ALL, refresh_view
 from tests.contracts.object_servers import make_bucket, moto
 from tests.flows.cluster import Cluster
 from tests.flows.conftest import OVERRIDES
@@ -34,9 +34,9 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
-def seen(run_id: str, *, is_whole: bool = False) -> RunDirectory:
+def seen(run_id: str, also: tuple[str, ...] = ()) -> RunDirectory:
     name = f"digits/{run_id}"
-    return RunDirectory(refresh_view(ADDRESS, name, is_whole=is_whole) / name)
+    return RunDirectory(refresh_view(ADDRESS, name, also=also) / name)
 
 
 def wait_for_steps(machines: Cluster, run_id: str, num_steps: int) -> None:
@@ -64,7 +64,7 @@ def test_a_machine_that_vanishes_is_replaced_by_one_that_shares_nothing_with_it(
     machines.note(f"second: trains {time.monotonic() - vanished_s:.1f} s after")
     assert machines.wait_for_state(flow_run, "Completed", "Failed") == "Completed"
     print(machines.timeline(flow_run))
-    run = seen("vanished", is_whole=True)
+    run = seen("vanished", (ALL,))
     assert [s.outcome for s in read_segments(run)] == ["running", "completed"]
     assert_same_bytes(run, uninterrupted)
 
@@ -80,7 +80,7 @@ def test_a_notice_hands_a_run_over_through_the_bucket_and_no_step_is_lost(
     machines.note("first: SIGTERM to its group")
     assert machines.wait_for_state(flow_run, "Completed", "Failed", "Crashed") == "Completed"
     print(machines.timeline(flow_run))
-    run = seen("notice", is_whole=True)
+    run = seen("notice", (ALL,))
     before, after = read_segments(run)
     assert (before.outcome, after.outcome) == ("preempted", "completed")
     assert before.end_step == after.start_step

@@ -10,6 +10,7 @@ from holdfast.training.checkpointing.storage import LocalReader
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import InputError
 from holdfast.training.runs.paths import RunDirectory, parse_step
+from holdfast.training.tiers.viewing import CHECKPOINTS, viewed
 
 BEST, LATEST = "best", "latest"
 MAX_STEPS_SHOWN = 8
@@ -60,6 +61,14 @@ def require_full(run: RunDirectory, manifest: Manifest) -> None:
         f"{_shown(full) if full else 'of which there are none'}; checkpoint.keep_every_steps "
         f"keeps some"
     )
+
+
+def read_checkpoint(checkpoint: Path) -> None:
+    """Read one checkpoint's files from the bucket that its run was read from; none of others.
+
+    Raises StorageError.
+    """
+    viewed(RunDirectory(checkpoint.parent.parent), (f"{CHECKPOINTS}{checkpoint.name}/",))
 
 
 def checkpoints_of(run: RunDirectory) -> dict[int, Manifest]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.training.beginnings.choosing import chosen_checkpoint, require_full
+from holdfast.training.beginnings.choosing import chosen_checkpoint, read_checkpoint, require_full
 from holdfast.training.checkpointing.digests import digest_of
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.manifest import MANIFEST_NAME, Manifest
@@ -101,6 +101,7 @@ def fork(
     there = read_run_record(parent)
     manifest = chosen_checkpoint(parent, at, config)
     require_full(parent, manifest)
+    read_checkpoint(parent.checkpoint(manifest.step))
     changed = dict(_changed(there.config, config.model_dump(mode="json")))
     _require_state_fits(changed)
     record = there.model_copy(

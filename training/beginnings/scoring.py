@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from holdfast.training.beginnings.choosing import chosen_checkpoint
+from holdfast.training.beginnings.choosing import chosen_checkpoint, read_checkpoint
 from holdfast.training.checkpointing.loading import load_weights
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.experiment.protocol import Records
@@ -74,8 +74,11 @@ def score(
         run, experiment, config = stage.run, stage.experiment, stage.config
         manifest = chosen_checkpoint(run, at, config)
         path, newest = run.checkpoint(manifest.step), experiment_checkpoint(run)
-        weights = load_weights(path)
         full = path if manifest.kind == "full" else newest
+        read_checkpoint(path)
+        if full is not None and full != path:
+            read_checkpoint(full)
+        weights = load_weights(path)
         restore_experiment(experiment, full)
         seed_generators(stage.seed("model"))
         model = experiment.model()

@@ -6,16 +6,19 @@ look is not read again.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.training.errors import DataFormatError, HoldfastError, StorageError
-from holdfast.training.runs.durable_json import storage_error, write_json_durably
+from holdfast.training.runs.durable_json import storage_error
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.runs.stored_json import Kinds, Limits, read_json, required_fields
 from holdfast.training.storage.address import Address
@@ -30,58 +33,104 @@ from holdfast.training.tiers.tree import NAME, Tree, TreeFile
 
 RUNS_AT_ONCE = 32
 MAX_ATTEMPTS = 5
-RECORD_FOLDERS = ("segments", "logs", "losses", "lease", ".engine")
 MANIFEST = "manifest.json"
 REPORT = "report.html"
-SEEN: Kinds = {"tag": (str,), "is_whole": (bool,), "has_report": (bool,)}
-LIMITS = Limits(max_bytes=2**14, max_depth=2)
+LISTED = re.compile(
+    r"(segments|losses|lease|\.engine/lease)/.*|(run|evaluation|promotion)\.json|bundle/manifest\.json"
+)
+RECORDS = re.compile(
+    r"(segments|logs|losses|lease|\.engine)/.*|(checkpoints|bundle)/(.*/)?manifest\.json"
+    r"|(?!report\.html$)[^/]*"
+)
+CHECKPOINTS = "checkpoints/"
+STEP = re.compile(rf"{CHECKPOINTS}step-[0-9]+/manifest\.json")
+"""That a checkpoint is there is seen by its folder."""
+ALL = ""
+SEEN: Kinds = {
+    "tag": (str,),
+    "is_listed": (bool, type(None)),
+    "also": (list, type(None)),
+    "has_report": (bool,),
+}
+LIMITS = Limits(max_bytes=2**14, max_depth=3)
 LONG_AGO_S = 1.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which files of a run are read.
+
+    Attributes:
+        is_listed: only what a list of runs shows; otherwise all its records.
+        also: what the paths of further files begin with; ``ALL`` for all.
+    """
+
+    is_listed: bool = False
+    also: tuple[str, ...] = ()
+
+    def takes(self, path: str) -> bool:
+        """Whether a file is one of them."""
+        records = LISTED if self.is_listed else RECORDS
+        return records.fullmatch(path) is not None or path.startswith(self.also)
+
+    def covers(self, other: Wanted) -> bool:
+        """Whether all that another wants is among them."""
+        is_enough = not self.is_listed or other.is_listed
+        return ALL in self.also or (is_enough and all(p.startswith(self.also) for p in other.also))
+
+    def and_also(self, other: Wanted) -> Wanted:
+        """What either wants."""
+        also = tuple(sorted({*self.also, *other.also}))
+        return Wanted(self.is_listed and other.is_listed, also)
 
 
 def refresh_view(
     address: Address,
     reference: str | None = None,
     *,
-    is_whole: bool = False,
+    also: tuple[str, ...] = (),
     is_fresh: bool = False,
 ) -> Path:
     """The store's runs as they are now, below a folder of this machine; returns that folder.
 
     Args:
         address: the store.
-        reference: ``run_id`` or ``experiment/run_id`` of the runs that matter; None for all.
-        is_whole: all files of the run, and not its records alone.
+        reference: ``run_id`` or ``experiment/run_id`` of the runs that matter, whose records are
+            read; None for all, and of each no more than a list of runs shows.
+        also: what the paths of further files begin with that are read; ``ALL`` for all.
         is_fresh: read every byte again, also what was read before.
 
     Raises StorageError where the bucket does not answer, InputError where there is none.
     """
     root = tier_folder(address, "view")
-    store = open_store(address)
+    store, wanted = open_store(address), Wanted(reference is None, also)
     heads = [listed for listed in store.list(HEADS) if _is_run(name_of(listed))]
-    names = {name_of(listed) for listed in heads}
-    wanted = [
+    asked = [
         listed
         for listed in heads
         if reference is None or reference in (name_of(listed), name_of(listed).split("/")[1])
     ]
     if reference is None:
-        _forget_others(root, names)
-    for listed in wanted if is_fresh else ():
+        _forget_others(root, {name_of(listed) for listed in heads})
+    for listed in asked if is_fresh else ():
         shutil.rmtree(root / name_of(listed), ignore_errors=True)
         shutil.rmtree(replica_folder(RunDirectory(root / name_of(listed))), ignore_errors=True)
     with ThreadPoolExecutor(RUNS_AT_ONCE, "holdfast-view") as pool:
-        for future in [pool.submit(_refresh, store, root, head, is_whole) for head in wanted]:
+        for future in [pool.submit(_refresh, store, root, head, wanted) for head in asked]:
             future.result()
     return root
 
 
-def viewed(run: RunDirectory, *, is_whole: bool = False) -> RunDirectory:
-    """The same run to read from: of a bucket its newest state, of a folder itself."""
+def viewed(run: RunDirectory, also: tuple[str, ...] = ()) -> RunDirectory:
+    """The same run to read from: of a bucket its newest state, of a folder itself.
+
+    ``also`` is as for ``refresh_view``.
+    """
     address = address_of(run.path.parent.parent)
     if address is None:
         return run
     name = run_name(run)
-    return RunDirectory(refresh_view(address, name, is_whole=is_whole) / name)
+    return RunDirectory(refresh_view(address, name, also=also) / name)
 
 
 def has_report(run: RunDirectory) -> bool:
@@ -95,14 +144,16 @@ def _is_run(name: str) -> bool:
     return len(parts) == 2 and all(NAME.fullmatch(part) and part[0] != "." for part in parts)
 
 
-def _refresh(store: ObjectStore, root: Path, listed: Listed, is_whole: bool) -> None:
+def _refresh(store: ObjectStore, root: Path, listed: Listed, wanted: Wanted) -> None:
     run = RunDirectory(root / name_of(listed))
     seen = _seen(run)
-    is_known = seen is not None and seen["tag"] == listed.tag and listed.tag != ""
-    if is_known and seen is not None and (seen["is_whole"] or not is_whole):
-        return
+    if seen is not None and seen["tag"] == listed.tag and listed.tag != "":
+        known = Wanted(bool(seen.get("is_listed")), tuple(map(str, seen.get("also") or ())))
+        if known.covers(wanted):
+            return
+        wanted = known.and_also(wanted)  # what was read for others stays
     try:
-        _read_run(store, run, listed, is_first=seen is None, is_whole=is_whole)
+        _read_run(store, run, listed, wanted, is_first=seen is None)
     except OSError as error:
         if isinstance(error, HoldfastError):
             raise
@@ -110,7 +161,7 @@ def _refresh(store: ObjectStore, root: Path, listed: Listed, is_whole: bool) -> 
 
 
 def _read_run(
-    store: ObjectStore, run: RunDirectory, listed: Listed, *, is_first: bool, is_whole: bool
+    store: ObjectStore, run: RunDirectory, listed: Listed, wanted: Wanted, *, is_first: bool
 ) -> None:
     name = name_of(listed)
     for _ in range(MAX_ATTEMPTS):  # the tree that a head named may be gone by the time it is read
@@ -121,36 +172,37 @@ def _read_run(
         if head.tree is None or head.tree_digest is None:
             return  # it was refused before it began
         tree = read_tree(store, head.tree, head.tree_digest, run_folder(name))
-        if tree is not None and _write_files(store, run, tree, is_whole=is_whole):
+        if tree is not None and _write_files(store, run, tree, wanted):
             break
     else:
         raise StorageError(f"{name} changes faster than it can be read; try again")
     # The first sight has only the server's clock; later, what moved was moved just now.
     renewed_s = listed.modified_s if is_first else time.time()
     _date(run, LONG_AGO_S if head.is_released else renewed_s, listed.modified_s)
+    told = {"tag": found.tag, **asdict(wanted), "has_report": REPORT in tree.files}
     folder = replica_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
-    told: dict[str, Any] = {
-        "tag": found.tag,
-        "is_whole": is_whole,
-        "has_report": REPORT in tree.files,
-    }
-    write_json_durably(folder / "seen.json", told)
+    beside = folder / ".seen.json.new"
+    beside.write_text(json.dumps(told))  # not flushed: it is no more than what was read
+    beside.replace(folder / "seen.json")
 
 
-def _write_files(store: ObjectStore, run: RunDirectory, tree: Tree, *, is_whole: bool) -> bool:
+def _write_files(store: ObjectStore, run: RunDirectory, tree: Tree, wanted: Wanted) -> bool:
     """Make the folder hold what is wanted of the tree; False where an object is gone."""
-    wanted = {path: file for path, file in tree.files.items() if is_whole or _is_record(path)}
+    files = {path: file for path, file in tree.files.items() if wanted.takes(path)}
     for path in _paths_in(run.path):
-        if path not in wanted:
+        if path not in files:
             (run.path / path).unlink(missing_ok=True)
     _remove_empty(run.path)
-    for path, file in wanted.items():
+    folders = {path.rpartition("/")[0] for path in files}
+    folders |= {path.removesuffix(f"/{MANIFEST}") for path in tree.files if STEP.fullmatch(path)}
+    for folder in sorted(folders):
+        (run.path / folder).mkdir(parents=True, exist_ok=True)
+    for path, file in files.items():
         target = run.path / path
         if not file.key:
             _write_if_new(target, file)
         elif not _is_probably(target, file, path):
-            target.parent.mkdir(parents=True, exist_ok=True)
             beside = target.with_name(f".{target.name}.new")
             try:
                 download_file(store, file, beside)
@@ -163,16 +215,9 @@ def _write_files(store: ObjectStore, run: RunDirectory, tree: Tree, *, is_whole:
     return True
 
 
-def _is_record(path: str) -> bool:
-    first, _, rest = path.partition("/")
-    if first in ("checkpoints", "bundle"):
-        return path.endswith(f"/{MANIFEST}")
-    return first in RECORD_FOLDERS or (not rest and first != REPORT)
-
-
 def _is_probably(target: Path, file: TreeFile, path: str) -> bool:
     """Whether a file is there; those of checkpoints are never changed, others may be."""
-    is_fixed = path.startswith(("checkpoints/", "candidates/")) and not path.endswith(MANIFEST)
+    is_fixed = path.startswith((CHECKPOINTS, "candidates/")) and not path.endswith(MANIFEST)
     return is_fixed and target.is_file() and target.stat().st_size == file.size_bytes
 
 
@@ -181,7 +226,7 @@ def _write_if_new(target: Path, file: TreeFile) -> None:
         if target.read_bytes() == file.inline:
             return
     except FileNotFoundError:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        pass
     beside = target.with_name(f".{target.name}.new")
     beside.write_bytes(file.inline)
     beside.replace(target)
@@ -220,4 +265,6 @@ def _forget_others(root: Path, names: set[str]) -> None:
     for path in root.glob("*/*/run.json"):
         name = path.parent.relative_to(root).as_posix()
         if name not in names:
-            path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # at one stroke for whoever looks; then what is left
+            shutil.rmtree(path.parent, ignore_errors=True)
+            shutil.rmtree(replica_folder(RunDirectory(path.parent)), ignore_errors=True)

@@ -16,6 +16,7 @@ from holdfast.training.checkpointing.commands import (
     VERIFY_EXIT_CODES,
 )
 from holdfast.training.errors import InputError
+from holdfast.training.tiers.viewing import CHECKPOINTS
 
 HELP = """List, verify or compare the checkpoints of a run, or convert a file of other tools.
 
@@ -94,9 +95,9 @@ def convert(file: Path, to: Path | None, entry: str | None, is_json: bool) -> in
 
 
 def _call(name: str, references: list[str], store: str, is_json: bool) -> int:
-    wanted = {"is_whole": name != "list", "is_fresh": name == "verify"}
+    also, is_fresh = (CHECKPOINTS,) if name != "list" else (), name == "verify"
     places = [
-        str(_place(reading_store(store, reference, **wanted), reference))
+        str(_place(reading_store(store, reference, also=also, is_fresh=is_fresh), reference))
         for reference in references
     ]
     return call_training(["checkpoints", name, *(["--json"] if is_json else []), "--", *places])

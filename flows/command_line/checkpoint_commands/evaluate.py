@@ -43,7 +43,5 @@ Examples:
 @JSON_OPTION
 def command(run: str, at: str, overrides: tuple[str, ...], store: str, is_json: bool) -> int:
     """Score."""
-    arguments = run_arguments(
-        find_run(reading_store(store, run, is_whole=True), run), overrides, is_json=is_json
-    )
+    arguments = run_arguments(find_run(reading_store(store, run), run), overrides, is_json=is_json)
     return call_training(["score", *arguments, "--step", at])

@@ -55,7 +55,7 @@ def command(
     is_json: bool,
 ) -> int:
     """Fork."""
-    found = find_run(reading_store(store, run, is_whole=True), run)
+    found = find_run(reading_store(store, run), run)
     work = written_store(found)
     arguments = run_arguments(found, overrides, is_json=is_json)
     if config_file is not None:
