@@ -10,14 +10,22 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from holdfast.training.bundles.bucket_registry import open_registry
+from holdfast.training.storage.address import Address
+from holdfast.training.tiers.scratch import tier_folder
+from holdfast.training.tiers.viewing import refresh_view
+from tests.contracts.object_servers import make_bucket, moto
+
 if TYPE_CHECKING:
     from conftest import PrefectServer
 
+ADDRESS = Address("s3", "runs", "team")
 DEPLOYMENTS = Path(__file__).resolve().parent.parent.parent / "deployments"
 KINDS = ("process", "docker", "kubernetes")
 
@@ -162,7 +170,7 @@ def test_with_a_bucket_the_pool_is_the_one_that_shares_no_folder(
     assert nightly["parameters"]["store"] == "s3://my-bucket/runs"
 
 
-def every_minute(folder: Path) -> Path:
+def every_minute(folder: Path, pruning: str = "null") -> Path:
     """The project's definitions, with a schedule that fires every minute."""
     shutil.copytree(DEPLOYMENTS, folder)
     file = folder / "prefect.yaml"
@@ -173,6 +181,7 @@ def every_minute(folder: Path) -> Path:
         """[train.num_epochs=1, train.num_threads=1, 'export.formats=["weights", "onnx"]']"""
     )
     shorter = f'overrides: {overrides}\n      run_id: "nightly'
+    changed = changed.replace("pruning: null", f"pruning: {pruning}")
     file.write_text(changed.replace('run_id: "nightly', shorter))
     return folder
 
@@ -200,6 +209,56 @@ def test_the_schedule_fires_and_each_night_is_a_run_of_its_own(
         worker.wait(timeout=90)
     print("\n".join(nights))
     assert len(set(nights)) == len(nights) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_each_night_prunes_the_bucket_of_the_nights_before(
+    prefect_server: PrefectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But of the first, whose bundle is the champion."""
+    pytest.importorskip("obstore", reason="the extra 'bucket' is not installed")
+    pytest.importorskip("moto", reason="moto is not installed")
+    with moto() as cloud:
+        make_bucket(cloud, "runs")
+        told = {**cloud, "HOLDFAST_SCRATCH": str(tmp_path / "worker")}
+        server = replace(prefect_server, environment={**prefect_server.environment, **told})
+        for name, value in {**told, "HOLDFAST_SCRATCH": str(tmp_path / "watcher")}.items():
+            monkeypatch.setenv(name, value)
+        pruning = "{keep_last: 1, older_than_days: 0}"
+        definitions = every_minute(tmp_path / "deployments", pruning)
+        arguments = ["--pool", "pruned", "--store", "s3://runs/team"]
+        deployed = holdfast(server, "deploy", *arguments, "--definitions", str(definitions))
+        assert deployed.returncode == 0, deployed.stderr
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "holdfast", "worker", "--pool", "pruned"],
+            env=server.environment,
+            start_new_session=True,
+        )
+        seen: list[str] = []
+        deadline_s = time.monotonic() + 1300
+        try:
+            while len(seen) < 3 or seen[1] in finished_nights(refresh_view(ADDRESS)):
+                assert time.monotonic() < deadline_s, seen
+                nights = finished_nights(refresh_view(ADDRESS))
+                seen += [night for night in nights if night not in seen]
+                time.sleep(2)
+        finally:
+            pause(server)
+            worker.send_signal(signal.SIGTERM)
+            worker.wait(timeout=90)
+        nights = finished_nights(refresh_view(ADDRESS))
+        assert seen[0] in nights
+        assert seen[1] not in nights
+        assert len(nights) < len(seen)
+        assert champion_version() == 1
+
+
+def champion_version() -> int:
+    """The version that is the champion."""
+    found = open_registry(tier_folder(ADDRESS, "work")).position("digits", "champion")
+    assert found is not None
+    return found.version
 
 
 def finished_nights(store: Path) -> list[str]:
