@@ -262,6 +262,31 @@ SPEED = (
         "both cores busy meanwhile, which engine and child pay for.",
     ),
     Section(
+        "A bucket, beside its client library alone",
+        "upload and download at most 1.1",
+        (("bucket.py", "transfer"),),
+        "Parts of 8 MB, eight at once, in both; a restore digests, writes and flushes, too.",
+    ),
+    Section(
+        "Saving 400 MB while a bucket is kept up to date",
+        "from the loop at most 1.3 of a copy in memory, as without a bucket",
+        (("bucket.py", "stall"),),
+        "Another process reads the state before this one from the disk, digests it and brings it "
+        "up meanwhile, to a server on the same cores.",
+    ),
+    Section(
+        "Requests to a bucket",
+        "what a bucket costs in money",
+        (("bucket.py", "requests"),),
+        "At 0.005 USD for a thousand writes and 0.0004 for a thousand reads. Deletions cost "
+        "nothing, and are counted as writes.",
+    ),
+    Section(
+        "Status of 1,000 runs in a bucket",
+        "below 5 s",
+        (("bucket.py", "status"),),
+    ),
+    Section(
         "What the pipeline adds to training",
         "below 5 s that are ours for the whole pipeline",
         (("pipeline_overhead.py",),),

@@ -56,6 +56,7 @@ from holdfast.training.tiers.restoring import restore_folder
 from holdfast.training.tiers.scratch import run_name, tier_folder
 from holdfast.training.tiers.transfer import download_file, read_tree, upload_file
 from holdfast.training.tiers.tree import Tree, TreeFile
+from holdfast.training.tiers.viewing import Wanted
 from tests.contracts.fault_proxy import FaultProxy, fault_proxy
 from tests.contracts.object_servers import make_bucket, moto, seaweedfs
 
@@ -64,7 +65,6 @@ NUM_FILES = 4
 PARTS_AT_ONCE = 8
 IDLE_S = 20.0
 PATIENCE_S = 300.0
-LIGHT_BYTES = 2**20
 PRICE_OF_A_THOUSAND_WRITES, PRICE_OF_A_THOUSAND_READS = 0.005, 0.0004
 """Of requests to S3's standard class, as Amazon's page of prices has them for most regions."""
 
@@ -325,18 +325,19 @@ def status(folder: Path, num_runs: int) -> None:
 def holdfast(*arguments: str, is_with_store: bool = True) -> None:
     store = ("--store", str(ADDRESS)) if is_with_store else ()
     command = [sys.executable, "-P", "-m", "holdfast", *arguments, *store]
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    quiet = subprocess.DEVNULL
+    subprocess.run(command, stdout=quiet, stderr=quiet, check=True)
 
 
 def multiply(store: ObjectStore, name: str, num_runs: int) -> None:
-    """So many runs as the named one; of its files the light ones, which are all that is read."""
+    """So many runs as the named one; of its files those that a list of runs reads."""
     found = read_head(store, name)
     assert found is not None
     tree, folder = tree_of(store, name), run_folder(name)
     light = {
         path: store.get(file.key)
         for path, file in tree.files.items()
-        if file.key and file.size_bytes < LIGHT_BYTES
+        if file.key and Wanted(is_listed=True).takes(path)
     }
 
     def copy(number: int) -> None:

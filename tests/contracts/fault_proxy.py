@@ -23,6 +23,8 @@ Fault = Literal[
     "AccessDenied",
     "NoSuchBucket",
     "NoSuchKey",
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
     "503 after",
     "reset after",
     "hang after",
@@ -41,6 +43,8 @@ STATUS = {
     "AccessDenied": "403 Forbidden",
     "NoSuchBucket": "404 Not Found",
     "NoSuchKey": "404 Not Found",
+    "PermanentRedirect": "301 Moved Permanently",
+    "AuthorizationHeaderMalformed": "400 Bad Request",
 }
 SLOW_S = 2.0
 HANG_S = 3600.0

@@ -200,16 +200,26 @@ def test_a_key_that_is_listed_and_is_not_found_is_absent(
     assert store.get(key) is not None
 
 
-def test_a_bucket_that_is_gone_is_an_error_of_the_input(
-    way: tuple[ObjectStore, FaultProxy],
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("NoSuchBucket", "there is no bucket 'faults' here"),
+        ("PermanentRedirect", "the bucket is in another region"),
+        ("AuthorizationHeaderMalformed", "the bucket is in another region"),
+    ],
+)
+def test_a_bucket_that_is_not_here_is_an_error_of_the_input(
+    fault: Fault, expected: str, way: tuple[ObjectStore, FaultProxy]
 ) -> None:
     store, proxy = way
-    proxy.hurt(for_ever="NoSuchBucket")
-    for ask in (lambda: store.get("k/x"), lambda: store.put("k/x", b"x", "any")):
-        with pytest.raises(InputError, match="there is no bucket 'faults' here"):
+    proxy.hurt(for_ever=fault)
+    for ask in (
+        lambda: store.get("k/x"),
+        lambda: store.put("k/x", b"x", "any"),
+        lambda: store.list("k"),
+    ):
+        with pytest.raises(InputError, match=expected):
             ask()
-    with pytest.raises(InputError, match="there is no bucket 'faults' here"):
-        store.list("k")
 
 
 def test_credentials_that_end_in_the_middle_of_an_upload_end_it_and_leave_no_object(

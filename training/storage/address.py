@@ -19,6 +19,8 @@ SEGMENT = re.compile(r"[A-Za-z0-9_=+@.-]{1,255}")
 MAX_PREFIX_CHARS = 512
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 FOLDER_SCHEME = "file"
+SLIPS = tuple(f"{scheme}:" for scheme in SCHEMES)
+"""What a store begins with that somebody meant to be in a bucket, whatever follows."""
 EXPECTED = "expected a folder, file:///folder, s3://bucket/prefix, gs://… or az://…"
 
 
@@ -43,7 +45,8 @@ class Address:
 def is_address(store: str) -> bool:
     """Whether a store is named by something else than a path; it may be wrong nevertheless."""
     found = SCHEME.match(store)
-    return found is not None and found[1].lower() != FOLDER_SCHEME
+    is_other = found is not None and found[1].lower() != FOLDER_SCHEME
+    return is_other or store.lower().startswith(SLIPS)
 
 
 def parse_address(store: str) -> Address:
@@ -55,7 +58,8 @@ def parse_address(store: str) -> Address:
     found = SCHEME.match(store)
     scheme = found[1].lower() if found else ""
     if found is None or scheme not in SCHEMES:
-        told = f"{scheme[:40]}://" if found else "no scheme"
+        slip = next((one for one in SLIPS if store.lower().startswith(one)), None)
+        told = f"{scheme[:40]}://" if found else f"{slip} without //" if slip else "no scheme"
         raise InputError(f"the store begins with {told}; {EXPECTED}")
     rest = store[found.end() :]
     place = rest.split("/")[0]

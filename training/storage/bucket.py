@@ -53,6 +53,9 @@ METADATA = re.compile(r"//(169\.254\.|metadata\.google\.internal)|/latest/(api|m
 """In an address that is asked who this machine is."""
 NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 WRONG_REGION = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint")
+NEEDED = {"az": "; AZURE_STORAGE_ACCOUNT_NAME says which account"}
+REDIRECTED = "incorrectly configured region"
+"""In obstore's words of a server that names another place and does not say which."""
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired")
 RENEWED = (*EXPIRED, "InvalidAccessKeyId", "InvalidToken")
 """Others may lie where these were found."""
@@ -80,7 +83,7 @@ class Bucket:
             told = str(error).splitlines()[0][:200] if isinstance(error, BaseError) else "a value"
             raise InputError(
                 f"{address} cannot be opened with what the environment says: "
-                f"{_without_values(told)}"
+                f"{_without_values(told)}{NEEDED.get(address.scheme, '')}"
             ) from None
 
     def _open(self) -> None:
@@ -234,10 +237,10 @@ class Bucket:
                 f"{self._address}: there is no bucket {self._address.bucket!r} here; check its "
                 f"name, {_where()}, or make it"
             ) from None
-        if name in WRONG_REGION:
+        if name in WRONG_REGION or REDIRECTED in told:
             raise InputError(
-                f"{self._address}: the bucket is in another region ({name}); {_where()}: set "
-                "AWS_REGION to the bucket's"
+                f"{self._address}: the bucket is in another region ({name or 'redirected'}); "
+                f"{_where()}: set AWS_REGION to the bucket's"
             ) from None
         status = STATUS.search(told)
         answer = " ".join(filter(None, (status[1] if status else "", name)))

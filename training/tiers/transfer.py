@@ -12,14 +12,22 @@ from holdfast.training.checkpointing.digests import digest_of, file_parts, new_h
 from holdfast.training.errors import DataFormatError, StorageError
 from holdfast.training.runs.durable_json import storage_error
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore
-from holdfast.training.tiers.tree import INLINE_BYTES, Tree, TreeFile, parse_tree
+from holdfast.training.tiers.tree import INLINE_BYTES, Tree, TreeFile, all_paths, parse_tree
 
 RANGES_AT_ONCE = 8
 MAX_ATTEMPTS = 3
 
 
-def read_tree(store: ObjectStore, key: str, digest: str, folder: str) -> Tree | None:
+def read_tree(
+    store: ObjectStore,
+    key: str,
+    digest: str,
+    folder: str,
+    takes: Callable[[str], bool] = all_paths,
+) -> Tree | None:
     """The tree that a head names; None where it is gone, since a newer one counts now.
+
+    ``takes`` is as for ``parse_tree``.
 
     Raises StorageError, or DataFormatError where it is not what the head says.
     """
@@ -28,7 +36,7 @@ def read_tree(store: ObjectStore, key: str, digest: str, folder: str) -> Tree | 
         if found is None:
             return None
         if digest_of([found.content]) == digest:
-            return parse_tree(found.content, key, folder)
+            return parse_tree(found.content, key, folder, takes)
     raise DataFormatError(f"{key} was altered: its digest is not the one that the head names")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,13 +84,21 @@ def has_checkpoints(paths: Iterable[str]) -> bool:
     return any(path.startswith("checkpoints/") for path in paths)
 
 
-def parse_tree(content: bytes, source: str, folder: str) -> Tree:
+def all_paths(_path: str) -> bool:
+    """Whether a file is wanted: each one is."""
+    return True
+
+
+def parse_tree(
+    content: bytes, source: str, folder: str, takes: Callable[[str], bool] = all_paths
+) -> Tree:
     """The tree that bytes hold.
 
     Args:
         content: from the bucket, where a stranger may have put it.
         source: what it is called in messages.
         folder: of keys; none may lie elsewhere.
+        takes: which files are wanted; the others are left out, and not looked at.
 
     Raises DataFormatError that says what is wrong with it.
     """
@@ -104,7 +112,11 @@ def parse_tree(content: bytes, source: str, folder: str) -> Tree:
         )
     if len(value["files"]) > MAX_FILES:
         raise DataFormatError(f"{source} names {len(value['files']):,} files")
-    files = {path: _file(path, entry, source, folder) for path, entry in value["files"].items()}
+    files = {
+        path: _file(path, entry, source, folder)
+        for path, entry in value["files"].items()
+        if takes(path)
+    }
     _require_no_file_in_a_file(files, source)
     return Tree(files)
 

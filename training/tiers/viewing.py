@@ -73,6 +73,10 @@ class Wanted:
         records = LISTED if self.is_listed else RECORDS
         return records.fullmatch(path) is not None or path.startswith(self.also)
 
+    def looks_at(self, path: str) -> bool:
+        """Whether it matters that there is such a file."""
+        return self.takes(path) or path == REPORT or STEP.fullmatch(path) is not None
+
     def covers(self, other: Wanted) -> bool:
         """Whether all that another wants is among them."""
         is_enough = not self.is_listed or other.is_listed
@@ -171,7 +175,7 @@ def _read_run(
         head = parse_head(found.content, name)
         if head.tree is None or head.tree_digest is None:
             return  # it was refused before it began
-        tree = read_tree(store, head.tree, head.tree_digest, run_folder(name))
+        tree = read_tree(store, head.tree, head.tree_digest, run_folder(name), wanted.looks_at)
         if tree is not None and _write_files(store, run, tree, wanted):
             break
     else:

@@ -26,6 +26,8 @@ def test_an_address_is_written_in_one_way(text: str, written: str) -> None:
     [
         ("s3://", "names no bucket"),
         ("s3:///prefix", "names no bucket"),
+        ("s3:/bucket/prefix", "begins with s3: without //"),
+        ("GS:bucket", "begins with gs: without //"),
         ("ftp://host/runs", "begins with ftp://"),
         ("hdfs://host/runs", "begins with hdfs://"),
         ("s3://me:hunter2@bucket/x", "a user or a password"),
