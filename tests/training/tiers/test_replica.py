@@ -18,7 +18,7 @@ from holdfast.training.checkpointing.digests import digest_of
 from holdfast.training.errors import DataFormatError, LeaseLostError, StorageError
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.paths import RunDirectory
-from holdfast.training.storage.protocol import Bytes, Expected, Object
+from holdfast.training.storage.protocol import Bytes, Expected, Listing, Object
 from holdfast.training.tiers.folder_image import look_at, take_image
 from holdfast.training.tiers.head import HeadLease, head_key, read_head, run_folder
 from holdfast.training.tiers.replica import Replica
@@ -49,6 +49,20 @@ class Outage(MemoryObjects):
         if self.is_down:
             raise StorageError("no answer")
         return super().put(key, content, expected)
+
+
+class OldLists(MemoryObjects):
+    """A bucket that lists what was there at one moment."""
+
+    _listed: Listing | None = None
+
+    def stop_listing(self) -> None:
+        self._listed = super().list("")
+
+    def list(self, prefix: str) -> Listing:
+        if self._listed is None:
+            return super().list(prefix)
+        return [entry for entry in self._listed if entry.key.startswith(f"{prefix}/")]
 
 
 def write(run: RunDirectory, path: str, content: bytes) -> None:
@@ -165,6 +179,20 @@ def test_a_holder_that_was_replaced_changes_nothing_and_its_training_learns_it(
         after = read_head(store, NAME)
         assert after is not None
         assert after[0].tree == found[0].tree
+
+
+def test_a_list_that_is_old_takes_nothing_away(tmp_path: Path) -> None:
+    store, run = OldLists(), new_run(tmp_path / "one")
+    with opened(store, run) as replica:
+        replica.bring_up()
+        store.stop_listing()
+        checkpoint(run, 20, LARGE)
+        replica.finish(1.0)
+    for host in ("b", "c"):
+        other = RunDirectory(tmp_path / host / NAME)
+        with opened(store, other, host) as replica:
+            assert contents(other) == contents(run)
+            replica.finish(1.0)
 
 
 def test_an_outage_is_waited_for(tmp_path: Path) -> None:

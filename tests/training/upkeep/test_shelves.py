@@ -12,7 +12,7 @@ import pytest
 
 from holdfast.training.bundles.bucket_registry import BucketRegistry
 from holdfast.training.bundles.registry import Registry
-from holdfast.training.errors import InputError, RunConflictError
+from holdfast.training.errors import BundleError, InputError, RunConflictError, StorageError
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.storage.address import Address
@@ -27,6 +27,7 @@ from holdfast.training.upkeep.shelves import FolderShelf, Shelf
 from tests.contracts.memory_objects import MemoryObjects
 from tests.training.bundles.small_bundle import make_bundle
 from tests.training.tiers.test_head import machine
+from tests.training.tiers.test_replica import OldLists
 
 RULE = Rule(keep_last=1, older_than_s=3600.0)
 ADDRESS = Address("s3", "runs", "team")
@@ -244,6 +245,23 @@ def test_a_version_that_is_pruned_while_an_alias_moves_to_it_is_told(
     monkeypatch.setattr(store, "versions", lambda _: next(seen))
     with pytest.raises(InputError, match="digits@1 was pruned in this moment"):
         store.move_alias("digits", "champion", 1, reason="good", after=None)
+
+
+def test_a_store_that_lists_what_is_over_is_not_pruned(tmp_path: Path) -> None:
+    store = OldLists()
+    bring_up(store, make_run(tmp_path, "old"))
+    bring_up(store, make_run(tmp_path, "new"))
+    registry = BucketRegistry(ADDRESS, store)
+    registry.publish(make_bundle(tmp_path / "bundle-1", 1))
+    store.stop_listing()
+    registry.publish(make_bundle(tmp_path / "bundle-2", 2))
+    before = MemoryObjects.list(store, "")
+    with pytest.raises(StorageError, match="does not list what was just written"):
+        prune(BucketShelf(ADDRESS, store), Rule(1, 0.0))
+    assert MemoryObjects.list(store, "") == before
+    with pytest.raises(BundleError, match="at the same time; try again"):
+        registry.publish(make_bundle(tmp_path / "bundle-3", 3))
+    assert {entry.key for entry in before} <= {e.key for e in MemoryObjects.list(store, "")}
 
 
 def test_a_store_that_is_empty_is_pruned_of_nothing(tmp_path: Path) -> None:
