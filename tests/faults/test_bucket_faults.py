@@ -27,6 +27,8 @@ from holdfast.training.tiers.head import HeadLease
 from holdfast.training.tiers.keeping import kept_up, opened_replica
 from holdfast.training.tiers.scratch import run_name, tier_folder
 from holdfast.training.tiers.viewing import refresh_view
+from tests.contracts.credential_server import SECRET as CLOUDS_SECRET
+from tests.contracts.credential_server import credential_server
 from tests.contracts.fault_proxy import Fault, FaultProxy, fault_proxy
 from tests.contracts.object_servers import SECRET, make_bucket, moto
 from tests.faults.campaign import Training, complete, differences, final_state
@@ -89,7 +91,8 @@ def assert_whole_elsewhere(
     with opened_replica(there.run):
         assert differences(final_state(calm), final_state(there.run)) == []
     for path in folder.rglob("*"):
-        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+        content = path.read_bytes() if path.is_file() else b""
+        assert not any(one.encode() in content for one in (SECRET, CLOUDS_SECRET)), path
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,51 @@ def _lived(training: Training, *, is_killed: bool) -> bool:
     except (StorageError, DataFormatError):
         assert not is_opened
     return is_opened
+
+
+@pytest.mark.parametrize("kind", ["pod", "profile"])
+def test_credentials_that_end_in_the_middle_of_a_run_are_renewed(
+    kind: str,
+    way: FaultProxy,
+    calm: RunDirectory,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pod's by the cloud, those of a file by whoever writes new ones into it."""
+    home, told, training = tmp_path_factory.mktemp("home"), list[str](), here()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    (home / ".aws").mkdir()
+
+    def renew(key: str) -> None:
+        text = f"[default]\naws_access_key_id={key}\naws_secret_access_key={CLOUDS_SECRET}\n"
+        (home / ".aws" / "credentials").write_text(text)
+
+    with credential_server() as server:
+        if kind == "pod":
+            (home / "token").write_text("a-token-of-the-pod")
+            monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{server.url}/pod")
+            token = "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"
+            monkeypatch.setenv(token, str(home / "token"))
+            monkeypatch.setattr(way, "is_valid", server.is_valid)
+        else:
+            renew("FIRST")
+            monkeypatch.setattr(way, "is_valid", lambda key: key == "FIRST")
+        with opened_replica(training.run, tell=told.append) as replica, kept_up(replica):
+            stop_after(training, signal.SIGTERM, 7)
+            wait_for_step(training, 7)
+            if kind == "profile":
+                monkeypatch.setattr(way, "is_valid", lambda key: key == "SECOND")
+            stop_after(training, signal.SIGKILL, 20)
+            time.sleep(1.0)
+            if kind == "profile":
+                renew("SECOND")
+            complete(training)
+        assert_whole_elsewhere(calm, tmp_path, monkeypatch)
+        assert kind == "profile" or len(server.asked) >= 3
+    behind = [line for line in told if "the credentials have expired" in line]
+    assert len(behind) == (1 if kind == "profile" else 0), told
 
 
 def test_without_the_right_to_delete_a_run_ends_well_and_that_is_said_once(
