@@ -31,6 +31,7 @@ Fault = Literal[
     "cut body",
     "slow body",
     "flipped bit",
+    "flipped bit up",
     "range ignored",
 ]
 """``after``: the request has had its effect, and its answer is lost."""
@@ -103,6 +104,8 @@ class FaultProxy:
             return
         if fault == "range ignored":
             head = re.sub(rb"(?i)\r\nrange: [^\r]*", b"", head)
+        if fault == "flipped bit up" and body:
+            body = bytes([body[0] ^ 1]) + body[1:]
         answer = await self._passed_on(head, body)
         await self._spoil(fault, answer, writer)
 

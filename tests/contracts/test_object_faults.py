@@ -15,7 +15,8 @@ from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore, Unchanged
 from holdfast.training.tiers.transfer import download_file, upload_file
 from tests.contracts.fault_proxy import Fault, FaultProxy, fault_proxy
-from tests.contracts.object_servers import SECRET, make_bucket, moto
+from tests.contracts.object_servers import SECRET, make_bucket, moto, seaweedfs
+from tests.contracts.test_object_stores import require_program
 
 bucket = pytest.importorskip("holdfast.training.storage.bucket", reason="no extra 'bucket'")
 pytest.importorskip("moto", reason="moto is not installed")
@@ -234,6 +235,35 @@ def test_credentials_that_end_in_the_middle_of_an_upload_end_it_and_leave_no_obj
     assert store.get(key) is None
     proxy.hurt()
     assert upload_file(store, source, key).size_bytes == 3 * PART_BYTES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size_bytes", [100_000, 2 * PART_BYTES])
+def test_a_bit_that_flips_on_the_way_up_is_refused_by_the_servers_checksum(
+    size_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_program("weed")
+    source = tmp_path / "source"
+    source.write_bytes(secrets.token_bytes(size_bytes))
+    with seaweedfs(tmp_path) as environment:
+        make_bucket(environment, "faults")
+        port = urlsplit(environment["AWS_ENDPOINT_URL"]).port
+        assert port is not None
+        with fault_proxy(port) as proxy:
+            environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"
+            for name, value in environment.items():
+                monkeypatch.setenv(name, value)
+            store = open_store(parse_address("s3://faults/x"))
+            proxy.hurt("flipped bit up", only="^PUT")
+            if size_bytes > PART_BYTES:
+                with pytest.raises(StorageError, match="the server answers 400"):
+                    upload_file(store, source, "k/x")
+                assert store.get("k/x") is None
+            upload_file(store, source, "k/x")  # a small one is sent again by itself
+            assert proxy.num_hurt == 1
+            found = store.get("k/x")
+            assert found is not None
+            assert found.content == source.read_bytes()
 
 
 def test_a_write_that_is_answered_by_not_found_has_not_happened(
