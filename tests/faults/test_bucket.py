@@ -126,9 +126,10 @@ def test_who_keeps_a_bucket_is_killed_at_each_point_and_the_bytes_are_the_same()
 
 KEPT = """
 import sys
+from pathlib import Path
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.tiers.keeping import opened_replica
-with opened_replica(RunDirectory(sys.argv[1])) as replica:
+with opened_replica(RunDirectory(Path(sys.argv[1]))) as replica:
     replica.bring_up()
 """
 
