@@ -98,7 +98,13 @@ def test_a_swap_happens_once_and_is_known_for_ours(
     assert store.put(key, nonce(), Unchanged(first)) is None
 
 
-@pytest.mark.parametrize("fault", ["500", "503", "reset", "hang", "cut body", "slow body"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *("500", "503", "reset", "hang", "cut body"),
+        pytest.param("slow body", marks=pytest.mark.slow),
+    ],
+)
 def test_a_read_is_tried_again(fault: Fault, way: tuple[ObjectStore, FaultProxy]) -> None:
     store, proxy = way
     key, content = new_key(), secrets.token_bytes(300_000)
