@@ -6,7 +6,7 @@ Reads JSON only, and takes a run at any moment of its life: whatever is not ther
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +78,7 @@ class RunSummary:
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 def summarize(run: RunDirectory) -> RunSummary:
@@ -107,7 +107,7 @@ def summarize(run: RunDirectory) -> RunSummary:
         promotion=promotion_line(promotion) if promotion else None,
         ledger_s={
             name.removesuffix("_s"): round(seconds, 3)
-            for name, seconds in asdict(account).items()
+            for name, seconds in vars(account).items()
             if name.endswith("_s")
         },
         goodput=account.goodput if account.paid_s > 0 else None,
