@@ -85,11 +85,11 @@ def test_no_step_is_committed_by_two_that_fall_asleep_between_looking_and_writin
         for variable, value in environment.items():
             monkeypatch.setenv(variable, value)
         if scheme == "s3":
-            make_bucket(environment, "fence")
+            make_bucket(environment, "runs")
         elif scheme == "az":
-            make_container(environment, "fence")
+            make_container(environment, "runs")
         for seed in range(NUM_ROUNDS):
-            address = f"{scheme}://fence/round-{seed}"
+            address = f"{scheme}://runs/round-{seed}"
             lines = [line for told in contend(address, seed) for line in told]
             steps = sorted(int(line.split()[0]) for line in lines if line != "lost")
             print(f"{name}, round {seed}: {len(steps)} commits, {lines.count('lost')} leases lost")

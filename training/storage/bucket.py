@@ -24,7 +24,7 @@ from obstore.store import AzureStore, GCSStore, S3Store
 
 from holdfast.training.errors import InputError, StorageError
 from holdfast.training.storage.address import Address
-from holdfast.training.storage.credentials import endpoint, found_credentials, region
+from holdfast.training.storage.credentials import endpoint, first_named, found_credentials, region
 from holdfast.training.storage.protocol import (
     PART_BYTES,
     Bytes,
@@ -235,12 +235,12 @@ class Bucket:
         if name in NO_BUCKET:
             raise InputError(
                 f"{self._address}: there is no bucket {self._address.bucket!r} here; check its "
-                f"name, {_where()}, or make it"
+                f"name, {_where(self._address.scheme)}, or make it"
             ) from None
         if name in WRONG_REGION or REDIRECTED in told:
             raise InputError(
                 f"{self._address}: the bucket is in another region ({name or 'redirected'}); "
-                f"{_where()}: set AWS_REGION to the bucket's"
+                f"{_where(self._address.scheme)}: set AWS_REGION to the bucket's"
             ) from None
         status = STATUS.search(told)
         answer = " ".join(filter(None, (status[1] if status else "", name)))
@@ -288,9 +288,12 @@ def _is_emulated() -> bool:
     return told.lower() in ("1", "true")
 
 
-def _where() -> str:
-    place = endpoint().rpartition("@")[2].partition("?")[0]
-    return f"the server is {place}" if place else f"the region is {region() or 'not set'}"
+def _where(scheme: str) -> str:
+    named = endpoint() if scheme == "s3" else first_named(OTHER_ENDPOINTS)
+    place = named.rpartition("@")[2].partition("?")[0]
+    if place or scheme != "s3":
+        return f"the server is {place or 'the cloud itself'}"
+    return f"the region is {region() or 'not set'}"
 
 
 def _meaning(error: Exception, name: str, answer: str) -> str:
