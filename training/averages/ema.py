@@ -312,8 +312,7 @@ class _Sources:
 
     def is_as_it_was(self) -> bool:
         """Whether every buffer has the shape and the type that it had."""
-        live = [where[key] for where, key in self._buffers.values()]
-        return self._buffer_kinds == [t if t is None else (t.shape, t.dtype) for t in live]
+        return self._buffer_kinds == [_kind(where[key]) for where, key in self._buffers.values()]
 
     def infinite_buffers(self) -> list[str]:
         """Names of buffers that hold an infinity or a NaN."""

@@ -14,7 +14,7 @@ import atexit
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal
@@ -296,6 +296,16 @@ def evaluation_batches(
     fetcher = Fetcher(dataset, seed)
     for place in sequential_places(seed, len(dataset), batch_size)[first::every]:
         yield fetcher.fetch_isolated(place)
+
+
+def whole_steps(microbatches: Iterable[Microbatch]) -> Iterator[list[Microbatch]]:
+    """This process's microbatches of each step. None of the next one is fetched before it."""
+    step: list[Microbatch] = []
+    for microbatch in microbatches:
+        step.append(microbatch)
+        if microbatch.is_last_in_step:
+            yield step
+            step = []
 
 
 def _microbatch(place: Place, batch: Any) -> Microbatch:

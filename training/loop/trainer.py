@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from holdfast.training.configuration.schema import RunConfig, TrainConfig
 from holdfast.training.data.batch_plan import place_of
-from holdfast.training.data.loader import BatchPlan, Loader, Microbatch
+from holdfast.training.data.loader import BatchPlan, Loader, Microbatch, whole_steps
 from holdfast.training.experiment.protocol import Dataset, Experiment
 from holdfast.training.loop.early_stopping import EarlyStopping
 from holdfast.training.loop.evaluation import evaluate, metrics_of
@@ -176,13 +176,10 @@ class Trainer:
 
     def steps(self) -> Iterator[list[Microbatch]]:
         """The microbatches of each step from where the state stands, without an end."""
-        step: list[Microbatch] = []
-        for microbatch in self.loader.steps(*self._place(), self.state.stream_state):
-            step.append(microbatch)
-            if microbatch.is_last_in_step:
-                self.state.stream_state = microbatch.stream_state
-                yield step
-                step = []
+        microbatches = self.loader.steps(*self._place(), self.state.stream_state)
+        for step in whole_steps(microbatches):
+            self.state.stream_state = step[-1].stream_state
+            yield step
 
     def _place(self) -> tuple[int, int]:
         """The pass over the data and the step in it that comes next."""

@@ -19,7 +19,7 @@ from holdfast.training.champion.batch_norm import recompute_batch_norm, training
 from holdfast.training.champion.bootstrap import units_of
 from holdfast.training.checkpointing.json_state import decode
 from holdfast.training.configuration.schema import RunConfig
-from holdfast.training.data.loader import Loader, Microbatch
+from holdfast.training.data.loader import Loader, Microbatch, whole_steps
 from holdfast.training.errors import CheckpointMismatchError, ExperimentError, InputError
 from holdfast.training.exactness.seeding import seed_generators
 from holdfast.training.experiment.building import build_experiment
@@ -284,12 +284,7 @@ def _is_told_epochs(dataset: object) -> bool:
 
 
 def _first_step(loader: Loader, epoch: int, number: int) -> Step:
-    microbatches: Step = []
-    for microbatch in loader.steps(epoch, number):
-        microbatches.append(microbatch)
-        if microbatch.is_last_in_step:
-            break
-    return microbatches
+    return next(whole_steps(loader.steps(epoch, number)))
 
 
 def _metric_keys(config: RunConfig) -> Sequence[tuple[str, str]]:
