@@ -224,14 +224,14 @@ class Lease:
             self._run.lease.mkdir(parents=True, exist_ok=True)
             self._run.staging.mkdir(exist_ok=True)
             self.staging.mkdir()
-            self._write_content(released_at=None)
         except OSError as error:
-            shutil.rmtree(self.staging, ignore_errors=True)
             raise storage_error("take the lease in", self._run.lease, error) from error
         content = self.staging / CONTENT_NAME
         try:
+            self._write_content(released_at=None)
             os.link(content, self._path)
         except (FileExistsError, FileNotFoundError):
+            # Not found: a faster contender has taken our staging folder away by now.
             # Over a network the answer to a link that succeeded can get lost and be repeated.
             if not _is_same_file(content, self._path):
                 self._give_up_claim()

@@ -126,6 +126,25 @@ def test_a_contender_that_stalls_before_its_claim_does_not_win_later(
     assert names(run.staging) == []
 
 
+def test_a_contender_whose_staging_folder_is_taken_while_it_writes_there_is_refused(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_content = Lease._write_content
+    winners: list[Lease] = []
+
+    def overtaken(lease: Lease, released_at: float | None) -> None:
+        monkeypatch.setattr(Lease, "_write_content", write_content)
+        winners.append(Lease.acquire(run, TTL_S, identity=OTHER_MACHINE))
+        write_content(lease, released_at)
+
+    monkeypatch.setattr(Lease, "_write_content", overtaken)
+    with pytest.raises(LeaseHeldError, match="on other"):
+        Lease.acquire(run, TTL_S)
+    with winners[0] as winner:
+        winner.check()
+        assert names(run.staging) == [winner.staging.name]
+
+
 def test_a_winner_that_stalls_before_it_fences_gives_way_to_the_next(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
