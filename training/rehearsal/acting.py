@@ -97,6 +97,7 @@ def planned(trial: Trial, config: RunConfig, request: RehearsalRequest) -> Seque
         Act(BUILD, trial.build, needs=()),
         Act(STEPS, trial.train, needs=(BUILD,)),
         Act(RESUME, trial.resume),
+        Act("snapshot beside", trial.compare_snapshots, needs=(RESUME,)),
         Act("validation", trial.validate),
         Act("batch norm", trial.recompute_batch_norm),
         Act(WEIGHTS, trial.load_weights, needs=(RESUME,)),

@@ -40,12 +40,7 @@ class Captured:
 
     def digests(self) -> dict[str, str]:
         """One for each tensor and each value, by its path."""
-        tensors = {
-            f"{stem}/{name}": _digest(tensor)
-            for stem, inner in self.tensors.items()
-            for name, tensor in inner.items()
-        }
-        return {**tensors, **dict(_leaves(self.state, STATE_NAME))}
+        return {**digests_of(self.tensors), **dict(_leaves(self.state, STATE_NAME))}
 
 
 def capture(state: TrainState) -> Captured:
@@ -66,6 +61,15 @@ def capture(state: TrainState) -> Captured:
             image.size_bytes for name, image in files.items() if name not in RESUME_FILES
         ),
     )
+
+
+def digests_of(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """One for each tensor on the CPU, by its path."""
+    return {
+        f"{stem}/{name}": _digest(tensor)
+        for stem, inner in tensors.items()
+        for name, tensor in inner.items()
+    }
 
 
 def differing(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:

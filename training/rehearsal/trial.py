@@ -26,9 +26,10 @@ from holdfast.training.experiment.building import build_experiment
 from holdfast.training.experiment.loading import load_experiment
 from holdfast.training.experiment.model_call import call_form
 from holdfast.training.loop.evaluation import evaluate, metrics_of
-from holdfast.training.loop.segment import build_trainer
+from holdfast.training.loop.segment import build_overlap, build_trainer
 from holdfast.training.loop.trainer import Trainer
 from holdfast.training.optimizers.schedule import named_metric
+from holdfast.training.rehearsal.beside import differing_beside
 from holdfast.training.rehearsal.captured import capture, differing, shown
 from holdfast.training.rehearsal.cost import checkpoint_cost, cost_findings
 from holdfast.training.rehearsal.few_rows import FewRows, require_picklable
@@ -138,6 +139,23 @@ class Trial:
         )
         is_exact = self.stage.config.train.mode == "deterministic"
         tell_differences(self.telling, self._repeated, again, is_exact=is_exact)
+
+    def compare_snapshots(self) -> None:
+        """On a GPU: a snapshot beside the computation is the one that is taken at once."""
+        trainer = self.trainer
+        overlap = build_overlap(self.stage.config.checkpoint, trainer.state)
+        if overlap is None:
+            return
+        batches = _step(trainer, 0)
+        wrong = differing_beside(
+            trainer.state, overlap, lambda: trainer.train_step(copy.deepcopy(batches))
+        )
+        if wrong:
+            self.telling.find(
+                "error",
+                f"a checkpoint that is copied beside the computation is not what one copied at "
+                f"once is: {shown(wrong)} differ; write checkpoint.should_overlap=false",
+            )
 
     def validate(self) -> None:
         """The first and the last validation batches; what the end of an epoch does with them."""

@@ -1,49 +1,23 @@
 """Snapshots beside the computation have the bytes of those that are taken at once.
 
-The stand-in for a GPU's stream copies as late as it is allowed to: when the device is told to wait
-for the copies. Whoever changes something without saying so changes what is saved.
+Whoever changes something without saying so changes what is saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.checkpointing.overlap import Overlap
 from holdfast.training.errors import ExperimentError
 from holdfast.training.loop import segment
 from holdfast.training.stage import StageArguments, prepared_stage
+from tests.training.late_stream import LateStream
 
 EXPERIMENTS = Path(__file__).with_name("overlapped_experiments.py")
-
-
-class LateStream:
-    """Copies when somebody has to wait for it, and not before."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.num_copied: list[int] = []
-
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        assert not self.pairs
-        self.pairs = [*pairs]
-
-    def hold_back(self) -> None:
-        for target, source in self.pairs:
-            target.copy_(source)
-        if self.pairs:
-            self.num_copied.append(len(self.pairs))
-        self.pairs = []
-
-    def wait(self) -> None:
-        assert not self.pairs, "written before anybody has waited for the copies"
 
 
 def saved(name: str, store: Path, *overrides: str) -> dict[str, bytes]:

@@ -191,7 +191,7 @@ def test_the_command_says_whether_an_experiment_is_fit(tmp_path: Path) -> None:
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0].startswith("warning: save and restore: a run that is resumed")
-    assert lines[-1].startswith(f"{HERE}:Counter is fit to be trained: 9 acts in ")
+    assert lines[-1].startswith(f"{HERE}:Counter is fit to be trained: 10 acts in ")
     strict = check(f"{HERE}:Counter", "--depth", "step", "--strict", "--json", store=store)
     assert strict.returncode == 2
     told: dict[str, Any] = json.loads(strict.stdout)
