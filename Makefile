@@ -14,8 +14,8 @@ PYTHON ?= python3
 KILLS ?= 50
 PROCESSES ?= 1
 FILES ?= tests
-# Half of the time tests wait: for leases, servers, and processes that start.
-WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 2 )))
+# A third of the time tests wait: for leases, servers, and processes that start.
+WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 )))
 ENVIRONMENT ?= .venv
 BIN := .venv/bin
 READY := .venv/.ready

@@ -56,9 +56,7 @@ def ask(server: PrefectServer, path: str, body: dict[str, Any] | None = None) ->
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(kind, marks=pytest.mark.slow) if kind == "docker" else kind for kind in KINDS
-    ],
+    params=[KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])],
 )
 def deployed(
     request: pytest.FixtureRequest, prefect_server: PrefectServer, tmp_path_factory: Any

@@ -95,8 +95,22 @@ def test_an_optimizer_that_is_not_finite_is_not_saved_either(tmp_path: Path) -> 
     assert steps(tmp_path)[-1] == "step-00000006"
 
 
-@pytest.mark.parametrize("clip", ["train.max_steps=16", "train.clip_norm=0.5"])
-@pytest.mark.parametrize("optimizer", ["AdamW", "Adagrad", "SGD"])
+@pytest.mark.parametrize(
+    ("clip", "optimizer"),
+    [
+        ("train.max_steps=16", "AdamW"),
+        ("train.clip_norm=0.5", "Adagrad"),
+        ("train.clip_norm=0.5", "SGD"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("train.clip_norm=0.5", "AdamW"),
+                ("train.max_steps=16", "Adagrad"),
+                ("train.max_steps=16", "SGD"),
+            ]
+        ),
+    ],
+)
 def test_a_layer_that_is_unfrozen_is_trained_and_resumed(
     clip: str, optimizer: str, tmp_path: Path
 ) -> None:
@@ -229,9 +243,9 @@ def test_changes_of_metrics() -> None:
     "override",
     [
         "selection.should_recompute_batch_norm=false",
-        'selection.candidates=["average"]',
-        "selection.batch_norm_steps=3",
         "ema.posthoc_widths=[0.2]",
+        pytest.param('selection.candidates=["average"]', marks=pytest.mark.slow),
+        pytest.param("selection.batch_norm_steps=3", marks=pytest.mark.slow),
     ],
 )
 def test_what_changes_only_the_choice_may_be_changed_after_training(

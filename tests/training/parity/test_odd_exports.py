@@ -42,12 +42,12 @@ def exported(experiment: Any, folder: Path, names: tuple[str, ...]) -> tuple[Cha
     [
         ("OneDict", ALL),
         ("Keywords", ALL),
-        ("Fields", ALL),
         ("Anchors", ALL),
-        ("Bytes", ALL),
-        ("Shorts", ALL),
-        ("SignedBytes", ALL),
         ("Flags", ALL),
+        *(
+            pytest.param(name, ALL, marks=pytest.mark.slow)
+            for name in ("Fields", "Bytes", "Shorts", "SignedBytes")
+        ),
         ("Bfloat16", WITHOUT_ONNX),
         ("WithoutOnnx", WITHOUT_ONNX[:1]),
     ],
