@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def _read_run(
         if head.tree is None or head.tree_digest is None:
             return  # it was refused before it began
         tree = read_tree(store, head.tree, head.tree_digest, run_folder(name), wanted.looks_at)
-        if tree is not None and _write_files(store, run, tree, wanted):
+        if tree is not None and _write_files(store, run, _as_renewed(tree, head.ttl_s), wanted):
             break
     else:
         raise StorageError(f"{name} changes faster than it can be read; try again")
@@ -189,6 +189,28 @@ def _read_run(
     beside = folder / ".seen.json.new"
     beside.write_text(json.dumps(told))  # not flushed: it is no more than what was read
     beside.replace(folder / "seen.json")
+
+
+def _as_renewed(tree: Tree, ttl_s: float) -> Tree:
+    """The tree with leases that last as long as the head, with which alone they are renewed here.
+
+    On the holder's own disk they are renewed more often, and end sooner.
+    """
+
+    def longer(file: TreeFile) -> TreeFile:
+        try:
+            told = json.loads(file.inline)
+            content = json.dumps({**told, "ttl_s": max(ttl_s, told["ttl_s"])}).encode()
+        except (ValueError, TypeError, KeyError):
+            return file  # not what a holder writes: whoever reads it says so
+        return replace(file, inline=content, size_bytes=len(content))
+
+    return Tree(
+        {
+            path: longer(file) if path.rpartition("/")[0] in LEASES and not file.key else file
+            for path, file in tree.files.items()
+        }
+    )
 
 
 def _write_files(store: ObjectStore, run: RunDirectory, tree: Tree, wanted: Wanted) -> bool:

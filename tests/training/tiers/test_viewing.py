@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.runs.lease import Lease, read_lease
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.storage.address import Address
 from holdfast.training.storage.protocol import Object
@@ -106,6 +107,21 @@ def test_what_was_read_is_not_read_again_and_stays_while_the_run_does_not_change
     refresh_view(ADDRESS)
     assert (run.path / "evaluation.json").read_bytes() == b"{}"
     assert not (run.path / f"{ONE}model.safetensors").exists()
+
+
+def test_from_afar_a_lease_lasts_as_long_as_the_head_with_which_it_is_renewed(
+    bucket: Remembering, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path / NAME)
+    with opened(bucket, run) as replica, Lease.acquire(run, 0.1):
+        replica.bring_up()
+        seen = read_lease(RunDirectory(refresh_view(ADDRESS, NAME) / NAME))
+        assert seen is not None
+        assert seen.ttl_s == replica.head.head.ttl_s > 0.1
+    write(run, "lease/00000002.json", b"[]")  # a stranger's is shown as it is
+    with opened(bucket, run) as replica:
+        replica.bring_up()
+    assert (refresh_view(ADDRESS, NAME) / NAME / "lease" / "00000002.json").read_bytes() == b"[]"
 
 
 def test_a_run_that_is_gone_leaves_nothing_here(bucket: Remembering) -> None:
