@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +48,7 @@ def current_process(environment: Mapping[str, str] | None = None) -> ProcessIden
     state = _state_and_start(os.getpid())
     return ProcessIdentity(
         host=named or socket.gethostname(),
-        boot_id=f"named:{named}" if named else _boot_id(),
+        boot_id=f"named:{named}" if named else _boot_id(PROC),
         pid_namespace=_pid_namespace(),
         pid=os.getpid(),
         pid_start=state[1] if state else 0,
@@ -102,9 +103,10 @@ def _state_and_start(pid: int) -> tuple[str, int] | None:
     return (fields[0], int(fields[19])) if len(fields) > 19 else None
 
 
-def _boot_id() -> str:
+@cache  # a list of a thousand runs asks for it a thousand times
+def _boot_id(proc: Path) -> str:
     try:
-        return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return (proc / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
         return ""
 

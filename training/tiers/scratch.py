@@ -73,9 +73,9 @@ def address_of(store: Path) -> Address | None:
 
     Raises DataFormatError or StorageError where that cannot be read.
     """
-    path = store / MARKER
-    if scratch_folder() not in path.absolute().parents:
+    if store.absolute().parent.parent != scratch_folder():
         return None
+    path = store / MARKER
     try:
         told = required_fields(read_json(path, LIMITS), path, {"address": (str,)})
     except (FileNotFoundError, NotADirectoryError):

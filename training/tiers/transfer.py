@@ -91,8 +91,10 @@ def _upload_small(
     return TreeFile(len(content), digest, key)
 
 
-def download_file(store: ObjectStore, file: TreeFile, path: Path) -> None:
-    """Write a file of a tree to ``path``, flushed and right after return.
+def download_file(
+    store: ObjectStore, file: TreeFile, path: Path, *, is_durable: bool = True
+) -> None:
+    """Write a file of a tree to ``path``, right and, where it ``is_durable``, flushed after return.
 
     Raises StorageError where it cannot be had, or its bytes are other ones each time.
     """
@@ -107,7 +109,8 @@ def download_file(store: ObjectStore, file: TreeFile, path: Path) -> None:
                         raise
                     continue
                 written.flush()
-                os.fsync(written.fileno())
+                if is_durable:
+                    os.fsync(written.fileno())
                 return
     except OSError as error:
         if isinstance(error, StorageError):

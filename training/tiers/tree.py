@@ -23,7 +23,7 @@ from holdfast.training.runs.stored_json import (
 )
 
 FORMAT_VERSION = 1
-INLINE_BYTES = 8 * 1024
+INLINE_BYTES = 16 * 1024
 MAX_FILES = 100_000
 LIMITS = Limits(max_bytes=2**28, max_depth=6)
 DIGEST = re.compile(r"blake3:[0-9a-f]{64}")

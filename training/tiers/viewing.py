@@ -233,7 +233,7 @@ def _write_files(store: ObjectStore, run: RunDirectory, tree: Tree, wanted: Want
         if not _is_probably(target, file, path):
             beside = target.with_name(f".{target.name}.new")
             try:
-                download_file(store, file, beside)
+                download_file(store, file, beside, is_durable=False)
             except StorageError:
                 beside.unlink(missing_ok=True)
                 if store.get(file.key) is None:
