@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["PYTHONPATH"] = sys.path[0]  # of the commands that are started here
@@ -57,7 +56,7 @@ from holdfast.training.tiers.scratch import run_name, tier_folder
 from holdfast.training.tiers.transfer import download_file, read_tree, upload_file
 from holdfast.training.tiers.tree import Tree, TreeFile
 from holdfast.training.tiers.viewing import Wanted
-from tests.contracts.fault_proxy import FaultProxy, fault_proxy
+from tests.contracts.fault_proxy import FaultProxy, hurt_way
 from tests.contracts.object_servers import make_bucket, moto, seaweedfs
 
 ADDRESS = Address("s3", "runs", "bench")
@@ -240,16 +239,10 @@ def tree_of(store: ObjectStore, name: str) -> Tree:
 
 def requests(folder: Path) -> None:
     """How many requests a save takes, and an hour in which nothing is saved."""
-    with moto() as environment:
-        make_bucket(environment, ADDRESS.bucket)
-        port = urlsplit(environment["AWS_ENDPOINT_URL"]).port
-        assert port is not None
-        with fault_proxy(port) as proxy:
-            os.environ |= {
-                **environment,
-                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
-                "HOLDFAST_SCRATCH": str(folder / "scratch"),
-            }
+    with moto() as server:
+        make_bucket(server, ADDRESS.bucket)
+        with hurt_way(server) as (proxy, environment):
+            os.environ |= {**environment, "HOLDFAST_SCRATCH": str(folder / "scratch")}
             rows = [counted_row(proxy, megabytes) for megabytes in (1, 400)]
             rows.append(idle_row(proxy))
     print(markdown_table(["", "writes", "reads", "a thousand such cost, USD"], rows))

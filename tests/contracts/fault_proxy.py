@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 Fault = Literal[
     "none",
@@ -200,3 +201,14 @@ def fault_proxy(upstream: int) -> Iterator[FaultProxy]:
     finally:
         loop.call_soon_threadsafe(tasks[0].cancel)
         thread.join(10)
+
+
+@contextmanager
+def hurt_way(
+    environment: Mapping[str, str], endpoint: str = "AWS_ENDPOINT_URL"
+) -> Iterator[tuple[FaultProxy, dict[str, str]]]:
+    """A proxy before the server that an environment leads to, and what leads to the proxy."""
+    port = urlsplit(environment[endpoint]).port
+    assert port is not None
+    with fault_proxy(port) as proxy:
+        yield proxy, {**environment, endpoint: f"http://127.0.0.1:{proxy.port}"}

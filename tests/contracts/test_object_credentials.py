@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -20,7 +19,7 @@ from tests.contracts.credential_server import (
     credential_server,
     make_certificates,
 )
-from tests.contracts.fault_proxy import FaultProxy, fault_proxy
+from tests.contracts.fault_proxy import FaultProxy, hurt_way
 from tests.contracts.object_servers import google, make_bucket, moto
 
 pytest.importorskip("obstore", reason="the extra 'bucket' is not installed")
@@ -33,9 +32,7 @@ def way() -> Iterator[FaultProxy]:
     """The way to a server, on which credentials are checked."""
     with moto() as environment:
         make_bucket(environment, "runs")
-        port = urlsplit(environment["AWS_ENDPOINT_URL"]).port
-        assert port is not None
-        with fault_proxy(port) as proxy:
+        with hurt_way(environment) as (proxy, _):
             yield proxy
 
 
@@ -118,22 +115,23 @@ def test_a_federated_account_of_google_is_renewed(
     pytest.importorskip("google.auth", reason="the extra 'gcp' is not installed")
     (tmp_path / "token").write_text("a-token-of-the-identity")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
-    with google() as environment, credential_server() as server:
-        port = urlsplit(environment["GOOGLE_BASE_URL"]).port
-        assert port is not None
-        with fault_proxy(port) as proxy:
-            proxy.is_valid = server.is_valid
-            monkeypatch.setenv("GOOGLE_BASE_URL", f"http://127.0.0.1:{proxy.port}")
-            account = {
-                "type": "external_account",
-                "audience": "//iam.googleapis.com/projects/1/locations/global/x/y",
-                "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
-                "token_url": f"{server.url}/google",
-                "credential_source": {"file": str(tmp_path / "token")},
-            }
-            (tmp_path / "account.json").write_text(json.dumps(account))
-            use("gs://runs/x", for_s=3.0 * server.lifetime_s)
-            assert len(server.asked) >= 3
+    with (
+        google() as environment,
+        credential_server() as server,
+        hurt_way(environment, "GOOGLE_BASE_URL") as (proxy, leading),
+    ):
+        proxy.is_valid = server.is_valid
+        monkeypatch.setenv("GOOGLE_BASE_URL", leading["GOOGLE_BASE_URL"])
+        account = {
+            "type": "external_account",
+            "audience": "//iam.googleapis.com/projects/1/locations/global/x/y",
+            "subject_token_type": "urn:ietf:params:oauth:token-type:jwt",
+            "token_url": f"{server.url}/google",
+            "credential_source": {"file": str(tmp_path / "token")},
+        }
+        (tmp_path / "account.json").write_text(json.dumps(account))
+        use("gs://runs/x", for_s=3.0 * server.lifetime_s)
+        assert len(server.asked) >= 3
 
 
 def test_a_renewed_profile_helps_at_once(

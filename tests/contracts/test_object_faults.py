@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -14,7 +13,7 @@ from holdfast.training.storage.address import parse_address
 from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore, Unchanged
 from holdfast.training.tiers.transfer import download_file, upload_file
-from tests.contracts.fault_proxy import Fault, FaultProxy, fault_proxy
+from tests.contracts.fault_proxy import Fault, FaultProxy, hurt_way
 from tests.contracts.object_servers import SECRET, make_bucket, moto, seaweedfs
 from tests.contracts.test_object_stores import require_program
 
@@ -35,12 +34,9 @@ PASSING: tuple[Fault, ...] = (
 @pytest.fixture(scope="module")
 def ways() -> Iterator[tuple[ObjectStore, FaultProxy]]:
     """A store, and the proxy on the way to it; one request takes a second at most."""
-    with moto() as environment, pytest.MonkeyPatch.context() as patch:
-        make_bucket(environment, "faults")
-        port = urlsplit(environment["AWS_ENDPOINT_URL"]).port
-        assert port is not None
-        with fault_proxy(port) as proxy:
-            environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"
+    with moto() as server, pytest.MonkeyPatch.context() as patch:
+        make_bucket(server, "faults")
+        with hurt_way(server) as (proxy, environment):
             for name, value in environment.items():
                 patch.setenv(name, value)
             for name, seconds in (("SMALL_TIMEOUT_S", 1.5), ("BULK_TIMEOUT_S", 3.0)):
@@ -251,12 +247,9 @@ def test_a_bit_that_flips_on_the_way_up_is_refused_by_the_servers_checksum(
     require_program("weed")
     source = tmp_path / "source"
     source.write_bytes(secrets.token_bytes(size_bytes))
-    with seaweedfs(tmp_path) as environment:
-        make_bucket(environment, "faults")
-        port = urlsplit(environment["AWS_ENDPOINT_URL"]).port
-        assert port is not None
-        with fault_proxy(port) as proxy:
-            environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{proxy.port}"
+    with seaweedfs(tmp_path) as server:
+        make_bucket(server, "faults")
+        with hurt_way(server) as (proxy, environment):
             for name, value in environment.items():
                 monkeypatch.setenv(name, value)
             store = open_store(parse_address("s3://faults/x"))

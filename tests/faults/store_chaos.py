@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from holdfast.training.exactness.reproducibility import python_command
 from holdfast.training.runs.faultpoints import POINT_VARIABLE, STORE_POINTS
@@ -31,7 +30,7 @@ from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.probe import require_fit
 from holdfast.training.tiers.companion import COMMAND
 from holdfast.training.tiers.scratch import run_name, tier_folder
-from tests.contracts.fault_proxy import Fault, FaultProxy, fault_proxy
+from tests.contracts.fault_proxy import Fault, FaultProxy, hurt_way
 from tests.contracts.object_servers import KEY, SECRET, make_bucket, moto
 from tests.faults.campaign import (
     Segment,
@@ -135,10 +134,8 @@ def way() -> Iterator[FaultProxy]:
     """A server with a bucket, and the way to it, which the environment names."""
     with moto() as server:
         make_bucket(server, ADDRESS.bucket)
-        port = urlsplit(server["AWS_ENDPOINT_URL"]).port
-        assert port is not None
-        with fault_proxy(port) as proxy:
-            os.environ |= {**server, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
+        with hurt_way(server) as (proxy, environment):
+            os.environ |= environment
             require_fit(open_store(ADDRESS), str(ADDRESS))
             yield proxy
 
