@@ -223,7 +223,7 @@ def test_each_night_prunes_the_bucket_of_the_nights_before(
         server = replace(prefect_server, environment={**prefect_server.environment, **told})
         for name, value in {**told, "HOLDFAST_SCRATCH": str(tmp_path / "watcher")}.items():
             monkeypatch.setenv(name, value)
-        pruning = "{keep_last: 1, older_than_days: 0}"
+        pruning = "{keep_last: 1, older_than_days: 0.00001}"
         definitions = every_minute(tmp_path / "deployments", pruning)
         arguments = ["--pool", "pruned", "--store", "s3://runs/team"]
         deployed = holdfast(server, "deploy", *arguments, "--definitions", str(definitions))
