@@ -6,6 +6,7 @@ import logging
 import os
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 from holdfast.tasks.preflight import store_path
 from holdfast.training.configuration.loading import nearest
@@ -83,10 +84,16 @@ def find_run(store: Path, reference: str) -> RunDirectory:
         raise InputError(f"run {reference!r} is ambiguous: {names}; name one of them in full")
     told = told_store(store)
     if not runs:
-        raise InputError(f"store {told} has no runs; start one with: holdfast run digits")
+        raise InputError(f"store {told} has no runs; start one with: {first_command(store)}")
     raise InputError(
         f"store {told} has no run {reference!r}; {nearest(reference, map(full_name, runs[:20]))}"
     )
+
+
+def first_command(store: Path) -> str:
+    """What starts a first run in a store."""
+    is_default = store.absolute() == Path(DEFAULT_STORE).absolute()
+    return "holdfast run digits" + ("" if is_default else f" --store {quote(told_store(store))}")
 
 
 def reading_store(

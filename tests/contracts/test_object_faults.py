@@ -14,7 +14,14 @@ from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore, Unchanged
 from holdfast.training.tiers.transfer import download_file, upload_file
 from tests.contracts.fault_proxy import Fault, FaultProxy, hurt_way
-from tests.contracts.object_servers import SECRET, make_bucket, moto, seaweedfs
+from tests.contracts.object_servers import (
+    SECRET,
+    free_port,
+    make_bucket,
+    moto,
+    s3_environment,
+    seaweedfs,
+)
 from tests.contracts.test_object_stores import require_program
 
 bucket = pytest.importorskip("holdfast.training.storage.bucket", reason="no extra 'bucket'")
@@ -237,6 +244,14 @@ def test_credentials_that_end_in_the_middle_of_an_upload_end_it_and_leave_no_obj
     assert store.get(key) is None
     proxy.hurt()
     assert upload_file(store, source, key).size_bytes == 3 * PART_BYTES
+
+
+def test_where_nobody_listens_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "RETRY_S", 0.5)
+    for name, value in s3_environment(free_port()).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StorageError, match="the server does not answer in time"):
+        open_store(parse_address("s3://faults/x")).get("k/x")
 
 
 @pytest.mark.slow

@@ -49,7 +49,8 @@ MAX_BACKOFF_S = 4.0
 MAX_UNANSWERED = 3
 PARTS_AT_ONCE = 8
 OTHER_ENDPOINTS = ("AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL")
-STATUS = re.compile(r"(?:status|code)\D{0,12}\b([1-5][0-9]{2})\b", re.IGNORECASE)
+STATUS = re.compile(r"(?:status|code)\D{0,12}\b([2-5][0-9]{2})\b", re.IGNORECASE)
+"""Of a final answer; the codes of a network that does not get there are below 200."""
 CODE = re.compile(r"<Code>([A-Za-z]{3,60})</Code>")
 METADATA = re.compile(r"//(169\.254\.|metadata\.google\.internal)|/latest/(api|meta-data)/")
 """In an address that is asked who this machine is."""

@@ -10,7 +10,13 @@ from typing import Any
 import click
 
 from holdfast.flows.command_line.options import EXIT_CODES, JSON_OPTION, STORE_OPTION
-from holdfast.flows.command_line.stores import find_run, find_runs, full_name, reading_store
+from holdfast.flows.command_line.stores import (
+    find_run,
+    find_runs,
+    first_command,
+    full_name,
+    reading_store,
+)
 from holdfast.tasks.engine_lease import engine_directory
 from holdfast.tasks.run_summary import RunSummary, script_command_line, summarize
 from holdfast.training.certificate.kept import KeptCertificate, read_certificate
@@ -63,7 +69,9 @@ def command(run: str | None, store: str, is_json: bool) -> None:
         _print_table(rows)
     else:
         state = "has no runs" if folder.is_dir() else "does not exist"
-        click.echo(f"store {told_store(folder)} {state} yet; start one with: holdfast run digits")
+        click.echo(
+            f"store {told_store(folder)} {state} yet; start one with: {first_command(folder)}"
+        )
 
 
 def _row(run: RunDirectory) -> dict[str, Any]:
