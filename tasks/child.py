@@ -24,9 +24,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any, Literal
 
-from holdfast.tasks.deathwatch import EXIT_PREEMPTED, watched
 from holdfast.tasks.job import Job
 from holdfast.training.exactness.reproducibility import python_command
+from holdfast.training.preemption.deathwatch import EXIT_PREEMPTED, watched
 
 Stage = Literal["segment", "candidates", "evaluate", "export", "promote", "report"]
 Event = dict[str, Any]

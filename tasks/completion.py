@@ -14,12 +14,12 @@ from typing import Protocol
 
 from holdfast.tasks.attempts import AttemptLog, crashes_in_a_row, idle_preemptions_in_a_row
 from holdfast.tasks.child import Event, Stage, StageCommand, StageOutcome, run_stage
-from holdfast.tasks.deathwatch import EXIT_PREEMPTED
 from holdfast.tasks.engine_lease import read_engine, require_engine_is_here
 from holdfast.tasks.job import Job
 from holdfast.tasks.limits import Limits
 from holdfast.tasks.stage_errors import stage_error
 from holdfast.training.errors import HoldfastError, LeaseHeldError, StorageError
+from holdfast.training.preemption.deathwatch import EXIT_PREEMPTED
 from holdfast.training.runs.directory import RunDirectory
 from holdfast.training.runs.lease import read_lease
 

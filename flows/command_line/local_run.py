@@ -16,9 +16,9 @@ from types import FrameType
 from typing import IO, Any
 
 from holdfast.flows.command_line.progress_view import Event, ProgressView
-from holdfast.tasks.deathwatch import EXIT_PREEMPTED, watched
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import SAFE_PATH, python_command
+from holdfast.training.preemption.deathwatch import EXIT_PREEMPTED, watched
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NUM_TAIL_LINES = 15

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from holdfast.tasks.deathwatch import EXIT_PREEMPTED
+from holdfast.training.preemption.deathwatch import EXIT_PREEMPTED
 
 
 def main() -> int:

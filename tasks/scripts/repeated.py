@@ -21,10 +21,10 @@ from typing import Any
 
 from holdfast.tasks.attempts import newest_step
 from holdfast.tasks.child import EXIT_BAD_INPUT, FINAL_ERRORS
-from holdfast.tasks.deathwatch import EXIT_PREEMPTED, watched
 from holdfast.tasks.limits import Limits
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.own_loop.environment import OUTCOME
+from holdfast.training.preemption.deathwatch import EXIT_PREEMPTED, watched
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.stored_json import read_json
 from holdfast.training.told_errors import error_line

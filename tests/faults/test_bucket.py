@@ -6,28 +6,32 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from holdfast.tasks.attempts import newest_step
+from holdfast.tasks.run_summary import summarize
 from holdfast.training.errors import InputError
 from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.exactness.trial import Trial
 from holdfast.training.runs.directory import RunDirectory, read_segments
+from holdfast.training.runs.lease import read_lease
 from holdfast.training.storage.address import Address
 from holdfast.training.storage.protocol import PART_BYTES
 from holdfast.training.storage.unfinished import UnfinishedUploads
 from holdfast.training.tiers.keeping import kept_up, opened_replica
 from holdfast.training.tiers.scratch import tier_folder
-from holdfast.training.tiers.viewing import refresh_view
+from holdfast.training.tiers.viewing import ALL, refresh_view
 from holdfast.training.upkeep import bucket_shelf
 from holdfast.training.upkeep.bucket_shelf import BucketShelf
 from holdfast.training.upkeep.copying import copy_run
 from tests.contracts.object_servers import KEY, SECRET, make_bucket, moto, seaweedfs
 from tests.contracts.test_object_stores import require_program
 from tests.faults.campaign import Training, complete, differences, final_state
+from tests.flows.prefect_server import wait_until
 from tests.generality.harness import OFTEN, stop_after
 
 pytest.importorskip("obstore", reason="the extra 'bucket' is not installed")
@@ -112,6 +116,58 @@ def test_a_copied_run_ends_with_the_same_bytes(machine: pytest.MonkeyPatch, tmp_
     complete(last)
     assert differences(final_state(calm.run), final_state(last.run)) == []
     assert len(read_segments(last.run)) == 3
+
+
+CLOCK = """
+import os, time
+right_s = time.time
+time.time = lambda: right_s() + float(os.environ["CLOCK_OFF_S"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_machines_whose_clocks_are_two_hours_apart_share_a_run(
+    machine: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Who lives keeps it, who is dead loses it within a lease, and the bytes are the same."""
+    calm = Training(tmp_path / "calm", "clocks", "digits", overrides=OFTEN)
+    complete(calm)
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(CLOCK)
+    command = python_command("holdfast.training", "segment", "--experiment", "digits")
+    command += ["--store", str(ADDRESS), "--run-id", "clocks", "--progress", "none"]
+    command += [word for override in OFTEN for word in ("--set", override)]
+
+    def of_machine(name: str, off_s: float) -> dict[str, str]:
+        path = os.pathsep.join([str(tmp_path / "clock"), os.environ["PYTHONPATH"]])
+        own = {"HOLDFAST_HOST": name, "HOLDFAST_SCRATCH": str(tmp_path / name)}
+        return {**child_environment(1), **own, "PYTHONPATH": path, "CLOCK_OFF_S": str(off_s)}
+
+    sleeping = Trial(stop_at=20, stop_signal="SIGSTOP").environment()
+    fast, slow = of_machine("fast", 3600.0), of_machine("slow", -3600.0)
+    first = subprocess.Popen(command, env={**fast, **sleeping}, start_new_session=True)
+    try:
+        wait_until(lambda: newest_step(seen("clocks")) >= 18, 120.0, "steps in the bucket")
+        assert summarize(seen("clocks")).state == "training"
+        refused = subprocess.run(command, env=slow, capture_output=True, text=True, check=False)
+        assert "which renews its lease" in refused.stderr
+    finally:
+        first.kill()
+    assert first.wait() == -signal.SIGKILL
+    # What it had started does not outlive it.
+    [left] = (tmp_path / "fast").glob("*/work/digits/clocks")
+    wait_until(lambda: read_segments(RunDirectory(left))[-1].outcome == "preempted", 60.0, "an end")
+    assert subprocess.run(command, env=slow, check=False, timeout=120).returncode == 0
+    last = RunDirectory(refresh_view(ADDRESS, "clocks", also=(ALL,)) / "digits" / "clocks")
+    assert differences(final_state(calm.run), final_state(last)) == []
+    lease = read_lease(last)
+    assert lease is not None
+    assert time.time() - lease.acquired_at > 3600.0, "its clock was right"
+
+
+def seen(run_id: str) -> RunDirectory:
+    return RunDirectory(refresh_view(ADDRESS, run_id) / "digits" / run_id)
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def test_a_child_saves_when_its_parent_is_killed(tmp_path: Path) -> None:
         "print('up', flush=True); time.sleep(60)"
     )
     parent = (
-        "import subprocess, sys\nfrom holdfast.tasks.deathwatch import watched\n"
+        "import subprocess, sys\nfrom holdfast.training.preemption.deathwatch import watched\n"
         f"subprocess.run(watched([sys.executable, '-c', {child!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Sequence
 
 from holdfast.training.exactness.reproducibility import python_command
+from holdfast.training.preemption.deathwatch import EXIT_PREEMPTED, watched
 from holdfast.training.preemption.signals import NOTICE_SIGNALS
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.storage.address import parse_address
 from holdfast.training.tiers.keeping import END_PATIENCE_S, GRACE_S, opened_replica
 from holdfast.training.tiers.scratch import tier_folder
 
-EXIT_PREEMPTED = 75
 LOOK_EVERY_S = 0.2
 
 
@@ -46,7 +46,7 @@ def run_supervised(arguments: Sequence[str], store: str, name: str) -> int:
 
 
 def _run_child(command: list[str]) -> int:
-    child = subprocess.Popen(command, process_group=0)
+    child = subprocess.Popen(watched(command), process_group=0)
     while child.poll() is None:
         came = signal.sigtimedwait(NOTICE_SIGNALS, LOOK_EVERY_S)
         if came is not None and child.poll() is None:

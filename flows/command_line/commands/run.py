@@ -24,13 +24,13 @@ from holdfast.flows.command_line.options import (
 )
 from holdfast.flows.command_line.progress_view import open_view
 from holdfast.flows.command_line.stores import DEFAULT_STORE
-from holdfast.tasks.deathwatch import EXIT_PREEMPTED
 from holdfast.tasks.job import Job
 from holdfast.tasks.preflight import check_job, store_path
 from holdfast.training.code.naming import named_run
 from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
 from holdfast.training.errors import InputError
 from holdfast.training.experiment.loading import experiment_name, is_script, script_path
+from holdfast.training.preemption.deathwatch import EXIT_PREEMPTED
 from holdfast.training.runs.run_ids import DEFAULT_TEMPLATE, fill_run_id
 from holdfast.training.runs.shown_text import shown
 from holdfast.training.tiers.scratch import told_path, told_store

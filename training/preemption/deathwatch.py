@@ -1,6 +1,6 @@
 """Become another command that ends with its parent.
 
-``python -m holdfast.tasks.deathwatch PARENT_PID COMMAND...``
+``python -m holdfast.training.preemption.deathwatch PARENT_PID COMMAND...``
 
 The kernel is asked to send SIGTERM when the thread that started this process ends
 (``PR_SET_PDEATHSIG``); that survives ``exec``. It is asked here, in the new process, and not in a
@@ -34,7 +34,7 @@ def die_with_parent(parent_pid: int) -> None:
 
 def watched(argv: list[str]) -> list[str]:
     """The command line that runs ``argv`` as a child that does not outlive this process."""
-    return python_command("holdfast.tasks.deathwatch", str(os.getpid()), *argv)
+    return python_command("holdfast.training.preemption.deathwatch", str(os.getpid()), *argv)
 
 
 if __name__ == "__main__":
