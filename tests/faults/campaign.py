@@ -14,9 +14,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from holdfast.training.checkpointing.manifest import read_manifest, verify
+import torch
+from torch import Tensor
+
+from holdfast.training.checkpointing.digests import digest_of
+from holdfast.training.checkpointing.loading import load_checkpoint, load_weights
+from holdfast.training.checkpointing.manifest import (
+    Manifest,
+    local_folder,
+    read_manifest,
+    verify,
+)
 from holdfast.training.checkpointing.policy import KeepTopK
 from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.experiment.loading import experiment_name
@@ -199,25 +209,44 @@ def check_latest_is_good(run: RunDirectory) -> None:
         verify(run.checkpoint(committed[-1]))
 
 
-def final_state(run: RunDirectory) -> dict[str, bytes]:
+def final_state(
+    run: RunDirectory, ranking: tuple[str, Literal["min", "max"]] = ("accuracy", "max")
+) -> dict[str, bytes]:
     """Every byte that must not depend on interruptions.
 
-    All files of the final checkpoint but the manifest, which says when it was written; and the
-    weights and metrics of each checkpoint that selection can choose.
+    All files of the final checkpoint but the manifest, which says when it was written; of slices
+    the tensors that they are of. And the weights and metrics of each checkpoint that selection can
+    choose by ``ranking``.
     """
     committed = sorted(_committed(run))
-    folder = run.checkpoint(committed[-1])
-    state = {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"
-    }
     manifests = {step: read_manifest(run.checkpoint(step)) for step in committed}
+    state = _content(run.checkpoint(committed[-1]), manifests[committed[-1]])
     # How many others are still on disk depends on when they were written; what can be among the
     # best three does not.
-    best = KeepTopK(3, "accuracy", "max").keep([manifest.info for manifest in manifests.values()])
+    best = KeepTopK(3, *ranking).keep([manifest.info for manifest in manifests.values()])
     for step in best:
-        told = [manifests[step].metrics, manifests[step].files["model.safetensors"].digest]
+        weights = {name: _bytes(t) for name, t in load_weights(run.checkpoint(step)).items()}
+        told = [manifests[step].metrics, {name: digest_of([w]) for name, w in weights.items()}]
         state[f"selectable {step}"] = json.dumps(told, sort_keys=True).encode()
     return state
+
+
+def _content(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    if "fsdp" not in str(manifest.config.get("distributed")):
+        files = (path for path in folder.iterdir() if path.name != "manifest.json")
+        return {path.name: path.read_bytes() for path in files}
+    restored = load_checkpoint(local_folder(folder), manifest)
+    tensors = (
+        (f"{stem}.{name}", _bytes(tensor))
+        for stem, inner in restored.tensors.items()
+        for name, tensor in inner.items()
+    )
+    return {**dict(tensors), "state.json": (folder / "state.json").read_bytes()}
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    told = f"{tensor.dtype} {list(tensor.shape)} ".encode()
+    return told + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def differences(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> list[str]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,9 +24,10 @@ import torch
 from torch import Tensor
 
 from holdfast.training.checkpointing.digests import Bytes
-from holdfast.training.checkpointing.tensor_file import Layout, Slot, parse_layout, plan_layout
+from holdfast.training.checkpointing.slices import MappedSlices, open_part
+from holdfast.training.checkpointing.tensor_file import Layout, MappedFile, Slot, plan_layout
 from holdfast.training.configuration.schema import Json
-from holdfast.training.errors import CheckpointCorruptError, SelectionError
+from holdfast.training.errors import SelectionError
 from holdfast.training.runs.durable_json import storage_error
 
 CHUNK_ITEMS = 2**17  # 1 MiB of fp64: two of them stay in a core's cache
@@ -40,7 +40,7 @@ class Term:
     """What one file contributes.
 
     Attributes:
-        path: a safetensors file.
+        path: a safetensors file, or what stands for the slices of a checkpoint, see ``open_part``.
         weight: what it counts; the sum is divided by the sum of all weights.
         prefix: what its tensors' names begin with, e.g. ``decay-0.999/`` in a file of averages.
     """
@@ -48,46 +48,6 @@ class Term:
     path: Path
     weight: float = 1.0
     prefix: str = ""
-
-
-class MappedFile:
-    """A safetensors file, of which only the pages that are looked at are in memory.
-
-    Raises CheckpointCorruptError where it is none, or StorageError.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb", buffering=0) as file:
-                # A private mapping: torch warns of memory that cannot be written.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except ValueError as error:
-            raise CheckpointCorruptError(f"{path} is empty") from error
-        except FileNotFoundError as error:
-            raise CheckpointCorruptError(f"{path} is missing") from error
-        except OSError as error:
-            raise storage_error("read", path, error) from error
-        self.layout, self._data = parse_layout(memoryview(self._map), str(path))
-        self._first = len(self._map) - len(self._data)
-
-    def chunk(self, slot: Slot, start: int, num_items: int) -> Tensor:
-        """Some items of a tensor, flat."""
-        size = slot.dtype.itemsize
-        return Slot(slot.dtype, (num_items,), slot.start + start * size).view(self._data)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors, within the mapping; a tied one is the same tensor under each name."""
-        stored = {name: slot.view(self._data) for name, slot in self.layout.slots.items()}
-        aliases = self.layout.aliases.items()
-        return {**stored, **{name: stored[first] for name, first in aliases}}
-
-    def release(self, slot: Slot, start: int, num_items: int) -> None:
-        """Let go of the pages of a chunk; they are read again if they are looked at again."""
-        size = slot.dtype.itemsize
-        begin = self._first + slot.start + start * size
-        aligned = begin - begin % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, aligned, begin - aligned + num_items * size)
 
 
 class WeightsWriter:
@@ -125,9 +85,15 @@ class _Source:
     """A term whose file is open; names are those of the model."""
 
     term: Term
-    file: MappedFile
+    file: MappedFile | MappedSlices
     slots: Mapping[str, Slot]
     aliases: Mapping[str, str]
+
+    def chunk(self, name: str, start: int, num_items: int) -> Tensor:
+        return self.file.chunk(self.term.prefix + name, start, num_items)
+
+    def release(self, name: str, start: int, num_items: int) -> None:
+        self.file.release(self.term.prefix + name, start, num_items)
 
 
 def write_average(target: Path, terms: Sequence[Term], template: Path | None = None) -> str:
@@ -162,7 +128,7 @@ def _plan(terms: Sequence[Term], template: Path | None) -> tuple[Layout, Iterato
         raise SelectionError("an average needs at least one weight file, found none")
     ordered = sorted(terms, key=lambda term: (len(str(term.path)), str(term.path), term.prefix))
     paths = {term.path for term in ordered} | ({template} if template else set())
-    files = {path: MappedFile(path) for path in paths}
+    files = {path: open_part(path) for path in paths}
     sources = [_source(term, files[term.path]) for term in ordered]
     model = files[template or ordered[-1].path]
     _require_one_model(sources, model)
@@ -187,20 +153,12 @@ def write_weights(
 
 def _averaged(name: str, dtype: torch.dtype, sources: Sequence[_Source]) -> Iterator[Tensor]:
     """The average of one tensor, chunk by chunk."""
-    slots = [source.slots[name] for source in sources]
     weights = [source.term.weight for source in sources]
-    num_items = math.prod(slots[-1].shape)
+    num_items = math.prod(sources[-1].slots[name].shape)
     for start, end in pairwise([*range(0, num_items, CHUNK_ITEMS), num_items]):
-        yield _mean(
-            [
-                s.file.chunk(slot, start, end - start)
-                for s, slot in zip(sources, slots, strict=True)
-            ],
-            weights,
-            dtype,
-        )
-        for source, slot in zip(sources, slots, strict=True):
-            source.file.release(slot, start, end - start)
+        yield _mean([s.chunk(name, start, end - start) for s in sources], weights, dtype)
+        for source in sources:
+            source.release(name, start, end - start)
 
 
 def _mean(parts: Sequence[Tensor], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -223,7 +181,7 @@ def _has_same_bytes(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one[:HEAD_BYTES], other[:HEAD_BYTES]) and torch.equal(one, other)
 
 
-def _source(term: Term, file: MappedFile) -> _Source:
+def _source(term: Term, file: MappedFile | MappedSlices) -> _Source:
     start = len(term.prefix)
     slots = {
         name[start:]: slot
@@ -238,7 +196,7 @@ def _source(term: Term, file: MappedFile) -> _Source:
     return _Source(term, file, slots, aliases)
 
 
-def _require_one_model(sources: Sequence[_Source], model: MappedFile) -> None:
+def _require_one_model(sources: Sequence[_Source], model: MappedFile | MappedSlices) -> None:
     newest = sources[-1]
     for source in sources:
         found, expected = _kinds(source.slots), _kinds(newest.slots)

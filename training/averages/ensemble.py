@@ -7,15 +7,18 @@ those of one. Nothing of its members is changed, so statistics of batch norm are
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from holdfast.training.averages.averaging import MappedFile, write_weights
+from holdfast.training.averages.averaging import WeightsWriter
+from holdfast.training.checkpointing.slices import MappedSlices, open_part
+from holdfast.training.checkpointing.tensor_file import Layout, MappedFile, placed
 from holdfast.training.errors import ConfigError
 from holdfast.training.experiment.nests import leaves, mapped
 from holdfast.training.experiment.protocol import Experiment
@@ -102,14 +105,31 @@ def require_one_graph(experiment: Experiment, frozen: str = "kept") -> None:
 def write_ensemble(target: Path, members: Sequence[Path]) -> str:
     """Write the weights of several files as those of an ensemble, and return the file's digest.
 
-    The files are mapped, and in memory as far as the system has room. Raises
-    CheckpointCorruptError or StorageError.
+    In memory is one tensor at a time. Raises CheckpointCorruptError or StorageError.
     """
-    tensors: dict[str, Tensor] = {}
-    for number, path in enumerate(members):
-        own = MappedFile(path).tensors()
-        tensors |= {f"{MEMBERS}.{number}.{name}": tensor for name, tensor in own.items()}
-    return write_weights(target, tensors)
+    files = {f"{MEMBERS}.{number}.": open_part(path) for number, path in enumerate(members)}
+    places = {
+        f"{prefix}{name}": (file, name)
+        for prefix, file in files.items()
+        for name in file.layout.slots
+    }
+    aliases = {
+        f"{prefix}{name}": f"{prefix}{stored}"
+        for prefix, file in files.items()
+        for name, stored in file.layout.aliases.items()
+    }
+    slots = {name: file.layout.slots[own] for name, (file, own) in places.items()}
+    layout = Layout(placed({n: (slot.dtype, slot.shape) for n, slot in slots.items()}), aliases)
+    tensors = (_released(*places[name]) for name in layout.slots)
+    return WeightsWriter(target, layout).write(chain.from_iterable(tensors))
+
+
+def _released(file: MappedFile | MappedSlices, name: str) -> Iterator[Tensor]:
+    """A tensor, which is let go of when the next one is asked for."""
+    tensor = file.tensor(name)
+    yield tensor
+    if tensor.numel():
+        file.release(name, 0, tensor.numel())
 
 
 def _mean(column: Sequence[Any]) -> Any:

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from holdfast.training.averages.averaging import MappedFile
 from holdfast.training.averages.ensemble import experiment_of
 from holdfast.training.bundles import consumer
 from holdfast.training.bundles.bundle import (
@@ -24,6 +23,7 @@ from holdfast.training.bundles.bundle import (
     verified,
 )
 from holdfast.training.certificate.kept import read_certificate
+from holdfast.training.checkpointing.tensor_file import MappedFile
 from holdfast.training.errors import (
     BundleError,
     ExportError,
@@ -382,7 +382,7 @@ def require_own_proof(bundle: Path, timeout_s: float) -> None:
 
 def full_checkpoint_bytes(checkpoints: Path) -> int | None:
     """Size of the newest checkpoint with an optimizer in it; None where there is none."""
-    full = sorted(checkpoints.glob("step-*/optimizer.safetensors"))
+    full = sorted(checkpoints.glob("step-*/optimizer*.safetensors"))
     if not full:
         return None
     return sum(path.stat().st_size for path in full[-1].parent.iterdir() if path.is_file())

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from holdfast.training.averages.averaging import MappedFile
 from holdfast.training.averages.ema import Track
 from holdfast.training.averages.posthoc_ema import Profile, gamma_of, reconstruct
 from holdfast.training.checkpointing.loading import MODEL_NAME
 from holdfast.training.checkpointing.manifest import Manifest, read_manifest
 from holdfast.training.checkpointing.policy import KeepSnapshots, KeepTopK, newest_full
+from holdfast.training.checkpointing.slices import open_part
 from holdfast.training.checkpointing.storage import LocalReader
 from holdfast.training.configuration.schema import Ranking, RunConfig
 from holdfast.training.errors import SelectionError
@@ -190,7 +190,7 @@ def _reconstructed(training: _Training) -> list[Candidate]:
         Profile(step, gamma)
         for step in sorted(steps)
         for gamma in ema.posthoc_gammas
-        if EMA_NAME in training.manifests[step].files
+        if training.manifests[step].files_of(EMA_NAME)
     ]
     candidates = []
     for width in ema.posthoc_widths:
@@ -250,16 +250,16 @@ def _of_models(
     name: str, kind: Kind, manifests: list[Manifest], weights: Sequence[float | None] = (1.0,)
 ) -> Candidate:
     sources = (
-        Source(manifest.step, MODEL_NAME, manifest.files[MODEL_NAME].digest, weight)
+        Source(manifest.step, MODEL_NAME, manifest.digest_of(MODEL_NAME), weight)
         for manifest, weight in zip(manifests, weights, strict=True)
     )
     return Candidate(name, kind, tuple(sources))
 
 
 def _of_track(manifest: Manifest, track: str, weight: float) -> Source:
-    if EMA_NAME not in manifest.files:
+    if not manifest.files_of(EMA_NAME):
         raise SelectionError(f"the checkpoint of step {manifest.step} holds no moving averages")
-    return Source(manifest.step, EMA_NAME, manifest.files[EMA_NAME].digest, weight, track)
+    return Source(manifest.step, EMA_NAME, manifest.digest_of(EMA_NAME), weight, track)
 
 
 def _manifests(run: RunDirectory) -> dict[int, Manifest]:
@@ -269,7 +269,7 @@ def _manifests(run: RunDirectory) -> dict[int, Manifest]:
 
 
 def _has_batch_norm(run: RunDirectory, last: Manifest) -> bool:
-    names = MappedFile(run.checkpoint(last.step) / MODEL_NAME).layout.slots.keys()
+    names = open_part(run.checkpoint(last.step) / MODEL_NAME).layout.slots.keys()
     tracked = {name.removesuffix("num_batches_tracked") for name in names}
     return any(f"{prefix}running_var" in names for prefix in tracked - names)
 

@@ -29,6 +29,7 @@ from holdfast.training.champion.candidate_plan import (
 from holdfast.training.checkpointing.loading import MODEL_NAME
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.manifest import read_manifest
+from holdfast.training.checkpointing.slices import digest_of_part
 from holdfast.training.checkpointing.tensor_file import parse_tensors
 from holdfast.training.errors import CheckpointCorruptError, DataFormatError, StorageError
 from holdfast.training.exactness.seeding import seed_generators
@@ -245,7 +246,7 @@ class _Maker:
     def _verify(self, path: Path, digest: str) -> None:
         if path in self.verified:
             return
-        _, found = read_file(path, digest.partition(":")[0], on_bytes=lambda _: None)
+        found = digest_of_part(path, digest.partition(":")[0])
         if found != digest:
             raise CheckpointCorruptError(
                 f"{path} was changed: the manifest says its digest is {digest}, found {found}; "

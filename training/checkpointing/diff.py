@@ -11,13 +11,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from holdfast.training.checkpointing.digests import ALGORITHM
@@ -28,9 +26,11 @@ from holdfast.training.checkpointing.manifest import (
     STATE_NAME,
     TENSOR_SUFFIX,
     Manifest,
+    part_name,
     read_manifest,
 )
-from holdfast.training.checkpointing.tensor_file import ALIASES
+from holdfast.training.checkpointing.slices import MappedSlices, open_part
+from holdfast.training.checkpointing.tensor_file import DTYPE_NAMES, MappedFile
 from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError, DataFormatError
 from holdfast.training.runs.stored_json import STATE, parse_json, required_fields
@@ -89,7 +89,8 @@ class Comparison:
         manifests: of A and of B.
         num_tensors: how many tensors were compared, by section.
         values: names of the sections of other values that were compared.
-        not_compared: files that one or both lack because they were slimmed to weights.
+        not_compared: files that one or both lack because they were slimmed to weights; the name
+            of one stands for its slices, too.
         differences: all there are, section by section.
     """
 
@@ -125,7 +126,8 @@ def compare(a: Path, b: Path) -> Comparison:
         StorageError: it cannot be read for another reason.
     """
     left, right = read_manifest(a), read_manifest(b)
-    shared = left.files.keys() & right.files.keys()
+    parts_a, parts_b = ({part_name(file) for file in side.files} for side in (left, right))
+    shared = parts_a & parts_b
     is_slim = "weights" in (left.kind, right.kind)
     not_compared = sorted(RESUME_FILES - shared) if is_slim else []
     values_a, values_b = _about(left), _about(right)
@@ -134,15 +136,15 @@ def compare(a: Path, b: Path) -> Comparison:
         values_b.update(_state(b, right))
     num_tensors: Counter[str] = Counter()
     differences: list[Difference] = []
-    for name in sorted({*left.files, *right.files} - {STATE_NAME, *not_compared}, key=_file_order):
+    for name in sorted((parts_a | parts_b) - {STATE_NAME, *not_compared}, key=_file_order):
         if name not in shared:
-            side = _side(name in left.files)
+            side = _side(name in parts_a)
             differences.append(Difference(name.removesuffix(TENSOR_SUFFIX), name, only_in=side))
             continue
-        with _opened(a, left, name) as first, _opened(b, right, name) as second:
-            for section, difference in _compare_tensors(first, second, frozenset(values_a)):
-                num_tensors[section] += 1
-                differences += difference
+        first, second = _opened(a, left, name), _opened(b, right, name)
+        for section, difference in _compare_tensors(first, second, frozenset(values_a)):
+            num_tensors[section] += 1
+            differences += difference
     for section in sorted({*values_a, *values_b}):
         sides = values_a.get(section, ABSENT), values_b.get(section, ABSENT)
         differences += _compare_values(section, "", *sides)
@@ -197,40 +199,33 @@ def _groups_by_name(optimizer: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class _TensorFile:
-    """A mapped file. ``stored`` leads from each name to the one that the tensor is stored under."""
+class _Tensors:
+    """The tensors of a stem. ``stored`` leads from each name to the one that it is stored under."""
 
     stem: str
-    file: Any
+    mapped: MappedFile | MappedSlices
     stored: dict[str, str]
 
     def kind(self, name: str) -> str:
         """Type and shape, without reading the tensor."""
-        piece = self.file.get_slice(self.stored[name])
-        return f"{piece.get_dtype()} {piece.get_shape()}"
+        slot = self.mapped.layout.slots[self.stored[name]]
+        return f"{DTYPE_NAMES[slot.dtype]} {list(slot.shape)}"
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor; its memory is the file's."""
-        tensor: Tensor = self.file.get_tensor(self.stored[name])
-        return tensor
+        """The tensor, within the mapping where it lies in one file."""
+        return self.mapped.tensor(self.stored[name])
 
 
-@contextmanager
-def _opened(folder: Path, manifest: Manifest, name: str) -> Iterator[_TensorFile]:
-    path, expected_bytes = folder / name, manifest.files[name].size_bytes
-    require_plain_file(path, expected_bytes)
-    try:
-        with safe_open(path, framework="pt") as file:
-            known = parse_json((file.metadata() or {}).get(ALIASES, "{}").encode(), ALIASES)
-            aliases = required_fields(known, ALIASES, {})
-            stored = {**{key: key for key in file.keys()}, **aliases}  # noqa: SIM118
-            yield _TensorFile(name.removesuffix(TENSOR_SUFFIX), file, stored)
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointCorruptError(f"{path} is not a safetensors file: {error}") from error
+def _opened(folder: Path, manifest: Manifest, part: str) -> _Tensors:
+    for file in manifest.files_of(part):
+        require_plain_file(folder / file, manifest.files[file].size_bytes)
+    mapped = open_part(folder / part)
+    stored = {**{name: name for name in mapped.layout.slots}, **mapped.layout.aliases}
+    return _Tensors(part.removesuffix(TENSOR_SUFFIX), mapped, stored)
 
 
 def _compare_tensors(
-    a: _TensorFile, b: _TensorFile, sections: frozenset[str]
+    a: _Tensors, b: _Tensors, sections: frozenset[str]
 ) -> Iterator[tuple[str, list[Difference]]]:
     """The section of each tensor of two files of one name, and its difference if there is one."""
     for name in sorted({*a.stored, *b.stored}):

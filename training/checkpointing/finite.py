@@ -17,7 +17,7 @@ def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """
     extremes = {
         name: torch.stack(torch.aminmax(_comparable(tensor)))
-        for name, tensor in ((name, _local(tensor)) for name, tensor in tensors.items())
+        for name, tensor in ((name, local_part(tensor)) for name, tensor in tensors.items())
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel()
     }
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
@@ -35,9 +35,9 @@ def is_slice(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def _local(tensor: Any) -> Tensor:
-    """What this process has of a tensor."""
-    local: Tensor = tensor.to_local() if is_slice(tensor) else tensor
+def local_part(tensor: Any) -> Tensor:
+    """What this process has of a tensor; its memory."""
+    local: Tensor = tensor.detach().to_local() if is_slice(tensor) else tensor
     return local
 
 

@@ -10,21 +10,24 @@ from typing import Any
 from torch import Tensor
 
 from holdfast.training.checkpointing.json_state import decode
-from holdfast.training.checkpointing.layouts import all_laid_out
 from holdfast.training.checkpointing.manifest import (
     MIGRATIONS,
     STATE_NAME,
     TENSOR_SUFFIX,
+    FileEntry,
     Folder,
     Manifest,
     Migration,
     local_folder,
     manifest_of,
+    part_name,
     verified_files,
     versions_to_migrate,
 )
+from holdfast.training.checkpointing.model_weights import all_laid_out
 from holdfast.training.checkpointing.policy import Kind
-from holdfast.training.checkpointing.tensor_file import parse_tensors
+from holdfast.training.checkpointing.slices import WHOLE, Assembly, Slicing
+from holdfast.training.checkpointing.tensor_file import parse_layout, parse_tensors
 from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError, DataFormatError
 from holdfast.training.runs.stored_json import STATE, parse_json
@@ -51,35 +54,54 @@ class RestoredCheckpoint:
 
 
 def load_checkpoint(
-    folder: Folder, manifest: Manifest, migrations: Mapping[int, Migration] = MIGRATIONS
+    folder: Folder,
+    manifest: Manifest,
+    migrations: Mapping[int, Migration] = MIGRATIONS,
+    slicing: Slicing = WHOLE,
 ) -> RestoredCheckpoint:
     """Read a checkpoint whose manifest is known.
+
+    Of tensors that lie in slices those are taken that ``slicing`` asks for, out of one file after
+    the other.
 
     Raises CheckpointCorruptError that names the file, what was expected and what was found.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     state: Json = None
-    for name, parsed in parsed_files(folder, manifest):
+    slices = Assembly(manifest.shapes, slicing)
+    for name, parsed in parsed_files(folder, manifest, slices):
         if name == STATE_NAME:
             state = parsed
         else:
             tensors[name.removesuffix(TENSOR_SUFFIX)] = parsed
+    tensors |= slices.tensors()
     for version in versions_to_migrate(manifest.format_version, str(folder.path), migrations):
         tensors, state = migrations[version].state((tensors, state))
     return RestoredCheckpoint(manifest, tensors, state, folder.path)
 
 
-def parsed_files(folder: Folder, manifest: Manifest) -> Iterator[tuple[str, Any]]:
+def parsed_files(
+    folder: Folder, manifest: Manifest, slices: Assembly | None = None
+) -> Iterator[tuple[str, Any]]:
     """The name and the content of each listed file, once verified: tensors by name, or JSON.
+
+    Files of slices go to ``slices``, and must hold each tensor once.
 
     Raises CheckpointCorruptError that names the file, what was expected and what was found.
     """
+    slices = slices or Assembly(manifest.shapes, None)
     if manifest.kind == "full" and STATE_NAME not in manifest.files:
         raise CheckpointCorruptError(f"{folder.path} is full and lists no {STATE_NAME}")
     for name, content in verified_files(folder, manifest):
         path = str(folder.path / name)
-        is_state = name == STATE_NAME
-        yield name, _parse_state(content, path) if is_state else parse_tensors(content, path)
+        if name == STATE_NAME:
+            yield name, _parse_state(content, path)
+        elif (part := part_name(name)) == name:
+            yield name, parse_tensors(content, path)
+        else:
+            stem = part.removesuffix(TENSOR_SUFFIX)
+            slices.take(stem, *parse_layout(content.numpy().data, path), path)
+    slices.require_whole(folder.path)
 
 
 def load_weights(folder: Path) -> dict[str, Tensor]:
@@ -93,15 +115,20 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
 def load_parts(folder: Path, names: Sequence[str], kind: Kind = "full") -> RestoredCheckpoint:
     """Some files of a checkpoint, verified; the others are not looked at.
 
+    The name of a file stands for those of slices that there are in its place.
+
     Raises CheckpointCorruptError that names what is wrong, or StorageError.
     """
     found = local_folder(folder)
     manifest = manifest_of(found)
+    wanted: dict[str, FileEntry] = {}
     for name in names:
-        if name not in manifest.files:
+        files = manifest.files_of(name)
+        if not files:
             raise CheckpointCorruptError(f"{folder} holds no {name}, only {sorted(manifest.files)}")
-    wanted = {name: manifest.files[name] for name in names}
-    part = manifest.model_copy(update={"kind": kind, "files": wanted})
+        wanted |= {file: manifest.files[file] for file in files}
+    shapes = {stem: s for stem, s in manifest.shapes.items() if f"{stem}{TENSOR_SUFFIX}" in names}
+    part = manifest.model_copy(update={"kind": kind, "files": wanted, "shapes": shapes})
     return load_checkpoint(found, part)
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -24,7 +24,9 @@ from holdfast.training.checkpointing.loading import (
     load_weights,
 )
 from holdfast.training.checkpointing.manifest import (
+    FORMAT_VERSION,
     MIGRATIONS,
+    SLICED_VERSION,
     STATE_NAME,
     TENSOR_SUFFIX,
     FileEntry,
@@ -32,6 +34,7 @@ from holdfast.training.checkpointing.manifest import (
     Manifest,
     Migration,
     manifest_of,
+    part_name,
 )
 from holdfast.training.checkpointing.overlap import Changed, Names, Overlap, weights_among
 from holdfast.training.checkpointing.policy import (
@@ -42,7 +45,7 @@ from holdfast.training.checkpointing.policy import (
     plan_retention,
 )
 from holdfast.training.checkpointing.snapshot import FileImage, SnapshotBuffers, json_image
-from holdfast.training.checkpointing.storage import LocalStorage, Storage
+from holdfast.training.checkpointing.storage import NOBODY, LocalStorage, OtherWriters, Storage
 from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import (
     CheckpointCorruptError,
@@ -68,6 +71,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+Stem = TypeVar("Stem")
 DAMAGED = ".damaged-"
 RESUME_FILES = frozenset({STATE_NAME, "state.safetensors", "optimizer.safetensors"})
 """What slimming takes away, and a light checkpoint never has; weights and averages stay."""
@@ -166,7 +170,7 @@ class CheckpointManager:
         differences: in which machine and libraries the restored checkpoint was another's, in words.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the parts that a run's only writer needs
         self,
         run: RunDirectory,
         lease: Lease,
@@ -176,7 +180,9 @@ class CheckpointManager:
         storage: Storage | None = None,
         migrations: Mapping[int, Migration] = MIGRATIONS,
         overlap: Overlap | None = None,
+        others: OtherWriters = NOBODY,
     ) -> None:
+        """``others`` write slices of the same tensors."""
         self.snapshot_s: float | None = None
         self.durable_s: float | None = None
         self.restored: CheckpointInfo | None = None
@@ -184,9 +190,10 @@ class CheckpointManager:
         self._run = run
         self._identity = identity
         self._policies = tuple(policies)
-        self._storage = storage or LocalStorage(run.checkpoints, lease.staging, lease.check)
+        self._storage = storage or LocalStorage(run.checkpoints, lease.staging, lease.check, others)
         self._migrations = migrations
-        self._buffers = SnapshotBuffers()
+        self._others = others
+        self._buffers = SnapshotBuffers(others.slicing)
         self._thread = ThreadPoolExecutor(1, "holdfast-save")
         self._overlap = overlap
         self._is_beside = False
@@ -206,6 +213,11 @@ class CheckpointManager:
     def has_overlap(self) -> bool:
         """Whether nothing of a save should wait for the device, as copies may be put off."""
         return self._overlap is not None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other process writes files of the same checkpoints."""
+        return self._others is NOBODY
 
     def reserve(
         self, tensors: Mapping[str, Mapping[str, Tensor]], late: Names = MappingProxyType({})
@@ -241,6 +253,7 @@ class CheckpointManager:
         late: Names = {}
         if self._overlap is not None:
             late = self._overlap.late(contents.tensors, contents.late)
+        self._others.ask(contents.kind)
         self._snapshot = self._taken(contents, late)
         reach("save.after-snapshot")
         if self._overlap is not None and self._buffers.put_off:
@@ -296,6 +309,7 @@ class CheckpointManager:
         """Write the last snapshot again, after its save failed. To be called before ``save``."""
         assert self._snapshot is not None, "there was no save"
         assert self._in_flight is None, "the last save has not failed"
+        self._others.ask(None)
         self._in_flight = self._thread.submit(self._write, self._snapshot, time.monotonic())
 
     def save_s(self) -> dict[str, float]:
@@ -347,7 +361,8 @@ class CheckpointManager:
                 manifest = manifest_of(folder, self._migrations)
                 if manifest.kind == "full":
                     self._check_match(folder, manifest, should_allow_mismatch)
-                    restored = load_checkpoint(folder, manifest, self._migrations)
+                    slicing = self._others.slicing
+                    restored = load_checkpoint(folder, manifest, self._migrations, slicing)
                     validate(restored)
                     self._warn_of_differences(manifest)
                     self._finish_slimming()
@@ -360,12 +375,7 @@ class CheckpointManager:
 
     def _taken(self, contents: CheckpointContents, late: Names) -> _Snapshot:
         images, copies = self._images(contents, late), self._buffers.copies
-        finite = {
-            f"{stem}.{name}": copies[stem][name]
-            for stem, names in contents.must_be_finite.items()
-            for name in names
-            if name in copies.get(stem, {})  # tied tensors are there once
-        }
+        finite = self._buffers.copied(contents.must_be_finite)
         buffers = {
             f"ema.{average}": copies["model"][name]
             for average, name in contents.finite_as.items()
@@ -391,12 +401,7 @@ class CheckpointManager:
         if contents.kind == "full":
             state = json_image(contents.state, "state")
             return {**self._buffers.take(contents.tensors, late), STATE_NAME: state}
-        kept = {
-            stem: tensors
-            for stem, tensors in contents.tensors.items()
-            if f"{stem}{TENSOR_SUFFIX}" not in RESUME_FILES
-        }
-        return self._buffers.take(kept, late)
+        return self._buffers.take(of_weights(contents.tensors), late)
 
     def _write(self, snapshot: _Snapshot, start_s: float) -> Published | None:
         """Runs in the background thread. None for a snapshot that is none, and is not needed."""
@@ -409,7 +414,7 @@ class CheckpointManager:
                 return None
         for check in snapshot.checks:
             check()
-        _require_finite(snapshot)
+        require_finite(snapshot.must_be_finite, manifest.step, snapshot.finite_as)
 
         def manifest_bytes(files: dict[str, FileEntry]) -> bytes:
             return manifest.model_copy(update={"files": files}).to_bytes()
@@ -436,14 +441,15 @@ class CheckpointManager:
             self._slim(*manifests[step])
 
     def _slim(self, folder: Folder, manifest: Manifest) -> None:
-        kept = {name: file for name, file in manifest.files.items() if name not in RESUME_FILES}
-        slim = manifest.model_copy(update={"kind": "weights", "files": kept})
+        kept = {n: file for n, file in manifest.files.items() if part_name(n) not in RESUME_FILES}
+        shapes = of_weights(manifest.shapes)
+        slim = manifest.model_copy(update={"kind": "weights", "files": kept, "shapes": shapes})
         self._storage.amend(folder.path.name, slim.to_bytes(), frozenset(kept))
 
     def _finish_slimming(self) -> None:
         """Take away what a crash left between a manifest of kind weights and the files it drops."""
         for _, folder, manifest in self._readable():
-            if manifest.kind == "weights" and folder.files & RESUME_FILES:
+            if manifest.kind == "weights" and RESUME_FILES & {*map(part_name, folder.files)}:
                 self._slim(folder, manifest)
 
     def _readable(self) -> Iterator[tuple[str, Folder, Manifest]]:
@@ -459,7 +465,9 @@ class CheckpointManager:
         return [steps[step] for step in sorted(step for step in steps if step is not None)]
 
     def _manifest(self, contents: CheckpointContents) -> Manifest:
+        shapes = self._buffers.shapes
         return Manifest(
+            format_version=SLICED_VERSION if shapes else FORMAT_VERSION,
             step=contents.step,
             epoch=contents.epoch,
             kind=contents.kind,
@@ -473,6 +481,7 @@ class CheckpointManager:
             device=self._identity.device,
             created_at=utc_now(),
             segment=self._identity.segment,
+            shapes=shapes,
         )
 
     def _check_match(self, folder: Folder, manifest: Manifest, is_mismatch_allowed: bool) -> None:
@@ -524,9 +533,24 @@ class CheckpointManager:
             )
 
 
-def _require_finite(snapshot: _Snapshot) -> None:
-    bad, step = non_finite(snapshot.must_be_finite), snapshot.manifest.step
-    followed = {name: snapshot.finite_as[name] for name in bad if name in snapshot.finite_as}
+def of_weights(stems: Mapping[str, Stem]) -> dict[str, Stem]:
+    """What a checkpoint of kind weights holds, of something by file stem."""
+    return {
+        stem: one for stem, one in stems.items() if f"{stem}{TENSOR_SUFFIX}" not in RESUME_FILES
+    }
+
+
+def require_finite(
+    tensors: Mapping[str, Tensor],
+    step: int,
+    finite_as: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Raise NonFiniteStateError where one holds a NaN or an infinity.
+
+    Those that are in ``finite_as`` may, where the tensor there does.
+    """
+    bad = non_finite(tensors)
+    followed = {name: finite_as[name] for name in bad if name in finite_as}
     infinite = set(non_finite(followed))
     bad = [name for name in bad if name not in infinite]
     if bad:

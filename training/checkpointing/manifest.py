@@ -6,11 +6,12 @@ digest, and ends with a digest of its own fields, so that a changed digit is fou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import Tensor
@@ -25,13 +26,17 @@ from holdfast.training.runs.paths import parse_step
 from holdfast.training.runs.stored_json import parse_json
 
 FORMAT_VERSION = 1
+SLICED_VERSION = 2
+"""Of checkpoints that hold slices; there is nothing else in which they differ."""
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_STEP = 10**15
 MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
 TENSOR_SUFFIX = ".safetensors"
 DIGEST_KEY = "manifest_digest"
+SLICED_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
 
+Size = Annotated[int, Field(ge=0)]
 StateParts = tuple[dict[str, dict[str, Tensor]], Json]
 
 
@@ -83,6 +88,8 @@ class Manifest(BaseModel):
     device: str
     created_at: str
     segment: int
+    shapes: dict[str, dict[str, tuple[Size, ...]]] = Field(default_factory=dict)
+    """By file stem and name, of all tensors whose slices lie in several files."""
 
     @field_validator("files")
     @classmethod
@@ -97,10 +104,34 @@ class Manifest(BaseModel):
         """What retention needs to know."""
         return CheckpointInfo(self.step, self.epoch, self.kind, self.trigger, self.metrics)
 
+    def files_of(self, part: str) -> list[str]:
+        """What there is of a part: one file of this name, or those of its slices, or nothing."""
+        return [name for name in sorted(self.files) if part_name(name) == part]
+
+    def digest_of(self, part: str) -> str:
+        """Says which bytes a part has: its file's digest, or one of those of its slices' files."""
+        return joint_digest({name: self.files[name].digest for name in self.files_of(part)})
+
     def to_bytes(self) -> bytes:
         """The content of ``manifest.json``."""
-        fields = without_nan(self.model_dump(mode="python"))
+        absent = None if self.shapes else {"shapes"}
+        fields = without_nan(self.model_dump(mode="python", exclude=absent))
         return json_bytes({**fields, DIGEST_KEY: digest_of([json_bytes(fields)])})
+
+
+def part_name(file: str) -> str:
+    """``model.safetensors``, of which ``model-00001-of-00003.safetensors`` holds slices."""
+    sliced = SLICED_NAME.fullmatch(file)
+    return file if sliced is None else f"{sliced['stem']}{TENSOR_SUFFIX}"
+
+
+def joint_digest(digests: Mapping[str, str]) -> str:
+    """The digest of one file, or one of the names and digests of several."""
+    first = next(iter(digests.values()))
+    if len(digests) == 1:
+        return first
+    lines = [f"{name} {digest}\n".encode() for name, digest in sorted(digests.items())]
+    return digest_of(lines, first.partition(":")[0])
 
 
 def is_known_file(name: str) -> bool:
@@ -260,9 +291,10 @@ def versions_to_migrate(
     Raises CheckpointCorruptError if one is missing.
     """
     wanted = range(version, FORMAT_VERSION)
-    if version > FORMAT_VERSION or any(number not in migrations for number in wanted):
+    if version > SLICED_VERSION or any(number not in migrations for number in wanted):
+        known = sorted({*migrations, FORMAT_VERSION, SLICED_VERSION})
         raise CheckpointCorruptError(
-            f"{path} has format version {version}, this Holdfast reads "
-            f"{sorted({*migrations, FORMAT_VERSION})}: use the Holdfast that wrote it, or a newer"
+            f"{path} has format version {version}, this Holdfast reads {known}: use the Holdfast "
+            f"that wrote it, or a newer"
         )
     return wanted

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from holdfast.training.checkpointing.digests import Bytes
+from holdfast.training.checkpointing.slices import WHOLE, Part, Slicing
 from holdfast.training.checkpointing.tensor_file import Layout, plan_layout
 from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import UnsupportedStateError, kind_of
@@ -47,14 +48,20 @@ def json_image(value: Json, path: str) -> FileImage:
 class SnapshotBuffers:
     """One buffer per file, kept from one snapshot to the next.
 
-    ``copies`` are the tensors of the last snapshot by file stem and name, within the buffers;
-    ``put_off`` are those of them that are still to be made, each with what it is made of.
+    Of tensors that lie in slices, ``slicing`` says what this process has to write.
+
+    Attributes:
+        copies: the tensors of the last snapshot by file stem and name, within the buffers.
+        put_off: those of them that are still to be made, each with what it is made of.
+        shapes: of the whole tensors of which there are slices, by file stem and name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, slicing: Slicing = WHOLE) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self._slicing = slicing
         self.copies: dict[str, dict[str, Tensor]] = {}
         self.put_off: list[tuple[Tensor, Tensor]] = []
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
 
     def sizes(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[int, bool]]:
         """What a snapshot of these tensors needs: bytes by file stem, and whether they are pinned.
@@ -62,8 +69,8 @@ class SnapshotBuffers:
         Raises as ``take``.
         """
         return {
-            stem: (plan_layout(inner, stem).data_bytes, _is_on_gpu(inner))
-            for stem, inner in tensors.items()
+            stem: (plan_layout(part.tensors, stem).data_bytes, _is_on_gpu(part.tensors))
+            for stem, part in self._parts(tensors).items()
         }
 
     def reserve(self, sizes: Mapping[str, tuple[int, bool]]) -> None:
@@ -92,21 +99,40 @@ class SnapshotBuffers:
         Raises:
             UnsupportedStateError: a tensor has no place in the format; nothing was copied.
         """
-        layouts = {stem: plan_layout(inner, stem) for stem, inner in tensors.items()}
-        images, self.copies, self.put_off = {}, {}, []
+        parts = self._parts(tensors)
+        layouts = {
+            stem: plan_layout(part.tensors, stem, part.offsets) for stem, part in parts.items()
+        }
+        images, self.copies, self.shapes, self.put_off = {}, {}, {}, []
         for stem, layout in layouts.items():
-            data = self._buffer(stem, layout.data_bytes, _is_on_gpu(tensors[stem]))
+            part = parts[stem]
+            data = self._buffer(stem, layout.data_bytes, _is_on_gpu(part.tensors))
             self.copies[stem] = _copies(layout, data)
-            images[f"{stem}.safetensors"] = FileImage(_parts(layout, data))
+            images[f"{part.file}.safetensors"] = FileImage(_parts(layout, data))
+            if part.shapes:
+                self.shapes[stem] = {name: part.shapes[name] for name in layout.slots}
             for name, copy in self.copies[stem].items():
-                source = tensors[stem][name].detach()
+                source = part.tensors[name].detach()
                 if name in late.get(stem, ()):
                     self.put_off.append((copy, source))
                 else:
                     copy.copy_(source, non_blocking=True)
         if not self.put_off:
-            _wait_for_copies(tensors)
+            _wait_for_copies({stem: part.tensors for stem, part in parts.items()})
         return images
+
+    def copied(self, names: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        """Copies of these names, by file stem, as far as they are there: tied ones are once."""
+        return {
+            f"{stem}.{name}": self.copies[stem][name]
+            for stem, inner in names.items()
+            for name in inner
+            if name in self.copies.get(stem, {})
+        }
+
+    def _parts(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Part]:
+        found = {stem: self._slicing.part(stem, inner) for stem, inner in tensors.items()}
+        return {stem: part for stem, part in found.items() if part is not None}
 
     def _buffer(self, stem: str, num_bytes: int, is_pinned: bool) -> Tensor:
         known = self._buffers.get(stem)

@@ -18,6 +18,8 @@ from typing import Protocol
 
 from holdfast.training.checkpointing.local_files import NUM_WRITER_THREADS, FileWriter
 from holdfast.training.checkpointing.manifest import MANIFEST_NAME, FileEntry, Folder, local_folder
+from holdfast.training.checkpointing.policy import Kind
+from holdfast.training.checkpointing.slices import WHOLE, Slicing
 from holdfast.training.checkpointing.snapshot import FileImage
 from holdfast.training.errors import LeaseError, StorageError, StorageFullError
 from holdfast.training.runs.durable_json import storage_error, sync_folder
@@ -79,6 +81,56 @@ class Storage(Reader, Protocol):
         ...
 
 
+class OtherWriters(Protocol):
+    """Processes that write files of the same checkpoints, each its own.
+
+    ``slicing`` is what this process keeps itself.
+    """
+
+    @property
+    def slicing(self) -> Slicing:
+        """Of tensors that lie in slices."""
+        ...
+
+    def ask(self, kind: Kind | None) -> None:
+        """Have them copy what they keep, as of now; None: write again what they have copied."""
+        ...
+
+    def begin(self, folder: Path) -> None:
+        """The folder that they write to is there."""
+        ...
+
+    def entries(self) -> dict[str, FileEntry]:
+        """What they have written, durable and read back. Raises what has ended one of them."""
+        ...
+
+    def end(self) -> None:
+        """After return none of them writes to the folder any more, whatever came of it."""
+        ...
+
+
+class Nobody:
+    """There is no other process."""
+
+    slicing: Slicing = WHOLE
+
+    def ask(self, kind: Kind | None) -> None:
+        """As ``OtherWriters.ask``."""
+
+    def begin(self, folder: Path) -> None:
+        """As ``OtherWriters.begin``."""
+
+    def entries(self) -> dict[str, FileEntry]:
+        """As ``OtherWriters.entries``."""
+        return {}
+
+    def end(self) -> None:
+        """As ``OtherWriters.end``."""
+
+
+NOBODY: OtherWriters = Nobody()
+
+
 class LocalReader:
     """Folders on a local disk, or on one that is mounted."""
 
@@ -107,9 +159,19 @@ class LocalStorage(LocalReader):
     damaged folder that is being set aside: that goes through the one folder which is not.
     """
 
-    def __init__(self, root: Path, staging: Path, check_lease: Callable[[], None]) -> None:
-        """Commit into ``root``, on the same file system as ``staging``, which must exist."""
+    def __init__(
+        self,
+        root: Path,
+        staging: Path,
+        check_lease: Callable[[], None],
+        others: OtherWriters = NOBODY,
+    ) -> None:
+        """Commit into ``root``, on the same file system as ``staging``, which must exist.
+
+        ``others`` write to the staging folder of a checkpoint, too.
+        """
         super().__init__(root)
+        self._others = others
         self._staging = staging
         self._check_lease = check_lease
 
@@ -120,11 +182,12 @@ class LocalStorage(LocalReader):
         staged = self._staging / name
         needed_bytes = sum(image.size_bytes for image in files.values())
         with self._typed_errors("write", self._root / name, needed_bytes):
-            self._require_space(needed_bytes)
             try:
+                self._require_space(needed_bytes)
                 self._stage(staged, files, make_manifest)
                 self._publish(staged, self._root / name)
             finally:
+                self._others.end()
                 shutil.rmtree(staged, ignore_errors=True)
 
     def amend(self, name: str, manifest: bytes, keep: frozenset[str]) -> None:
@@ -177,13 +240,8 @@ class LocalStorage(LocalReader):
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
         reach("commit.after-stage-folder")
-        with ThreadPoolExecutor(NUM_WRITER_THREADS, "holdfast-write") as pool:
-            writer = FileWriter(pool)
-            written = [writer.write(staged / name, image.parts) for name, image in files.items()]
-            entries = {
-                file.path.name: FileEntry(size_bytes=file.size_bytes, digest=file.digest())
-                for file in written
-            }
+        self._others.begin(staged)
+        entries = {**write_files(staged, files), **self._others.entries()}
         reach("commit.before-manifest")
         _write_one(staged / MANIFEST_NAME, make_manifest(entries))
         reach("commit.after-manifest")
@@ -228,6 +286,20 @@ class LocalStorage(LocalReader):
             if error.errno == errno.ENOENT:
                 self._check_lease()
             raise storage_error(action, path, error, needed_bytes) from error
+
+
+def write_files(folder: Path, files: Mapping[str, FileImage]) -> dict[str, FileEntry]:
+    """Write files that are not there yet; they are durable and verified after return.
+
+    Raises OSError or StorageError.
+    """
+    with ThreadPoolExecutor(NUM_WRITER_THREADS, "holdfast-write") as pool:
+        writer = FileWriter(pool)
+        written = [writer.write(folder / name, image.parts) for name, image in files.items()]
+        return {
+            file.path.name: FileEntry(size_bytes=file.size_bytes, digest=file.digest())
+            for file in written
+        }
 
 
 def _write_one(path: Path, content: bytes) -> None:

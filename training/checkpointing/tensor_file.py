@@ -6,7 +6,8 @@ multiples of 64 bytes. So the header is padded to that, tensors of a multiple of
 first, then those with the largest items; within that by name. A tensor that has several names
 (tied weights) is stored once, under the first of them; the header's metadata has a key
 ``aliases``, with a JSON object from name to stored name. A champion's file also has
-``extra_state`` there, a JSON object of what its modules keep that is no tensor, where they do.
+``extra_state`` there, a JSON object of what its modules keep that is no tensor, where they do. A
+file of slices says there where each begins in its whole tensor.
 
 The official writer is not used: it takes all tensors as bytes at once, and we write a snapshot
 that already has the layout of the file.
@@ -16,8 +17,10 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from torch import Tensor
 
 from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError, kind_of
+from holdfast.training.runs.durable_json import storage_error
 from holdfast.training.runs.stored_json import parse_json
 
 LENGTH_BYTES = 8
@@ -33,6 +37,8 @@ MAX_HEADER_BYTES = 100_000_000  # what the official reader accepts
 METADATA = "__metadata__"
 ALIASES = "aliases"
 EXTRA_STATE = "extra_state"
+SLICES, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+"""As torch.distributed.checkpoint's readers of safetensors want it."""
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -88,11 +94,13 @@ class Layout:
         slots: the stored tensors by name, in the order of the file.
         aliases: further names of stored tensors.
         extra_state: JSON by name, of what modules keep beside tensors.
+        offsets: of slices, where each begins in the whole tensor; none in a file of whole tensors.
     """
 
     slots: dict[str, Slot]
     aliases: dict[str, str]
     extra_state: Mapping[str, Json] = field(default_factory=dict)
+    offsets: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def data_bytes(self) -> int:
@@ -102,7 +110,8 @@ class Layout:
     def header(self) -> bytes:
         """The file's bytes before the first tensor; a multiple of 64."""
         entries: dict[str, Any] = {}
-        metadata = {ALIASES: self.aliases, EXTRA_STATE: self.extra_state}
+        slices = {name: {OFFSETS: list(offsets)} for name, offsets in self.offsets.items()}
+        metadata = {ALIASES: self.aliases, EXTRA_STATE: self.extra_state, SLICES: slices}
         if any(metadata.values()):
             entries[METADATA] = {
                 key: json.dumps(value, sort_keys=True) for key, value in metadata.items() if value
@@ -118,12 +127,57 @@ class Layout:
         return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def plan_layout(tensors: Mapping[str, Tensor], path: str) -> Layout:
+class MappedFile:
+    """A safetensors file, of which only the pages that are looked at are in memory.
+
+    Raises CheckpointCorruptError where it is none, or StorageError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb", buffering=0) as file:
+                # A private mapping: torch warns of memory that cannot be written.
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except ValueError as error:
+            raise CheckpointCorruptError(f"{path} is empty") from error
+        except FileNotFoundError as error:
+            raise CheckpointCorruptError(f"{path} is missing") from error
+        except OSError as error:
+            raise storage_error("read", path, error) from error
+        self.layout, self._data = parse_layout(memoryview(self._map), str(path))
+        self._first = len(self._map) - len(self._data)
+
+    def tensor(self, name: str) -> Tensor:
+        """A stored tensor, within the mapping."""
+        return self.layout.slots[name].view(self._data)
+
+    def chunk(self, name: str, start: int, num_items: int) -> Tensor:
+        """Some items of a tensor, flat."""
+        slot = self.layout.slots[name]
+        begin = slot.start + start * slot.dtype.itemsize
+        return Slot(slot.dtype, (num_items,), begin).view(self._data)
+
+    def release(self, name: str, start: int, num_items: int) -> None:
+        """Let go of the pages of a chunk; they are read again if they are looked at again."""
+        slot = self.layout.slots[name]
+        begin = self._first + slot.start + start * slot.dtype.itemsize
+        aligned = begin - begin % mmap.PAGESIZE
+        num_bytes = begin - aligned + num_items * slot.dtype.itemsize
+        self._map.madvise(mmap.MADV_DONTNEED, aligned, num_bytes)
+
+
+def plan_layout(
+    tensors: Mapping[str, Tensor],
+    path: str,
+    offsets: Mapping[str, tuple[int, ...]] | None = None,
+) -> Layout:
     """The layout of a file for these tensors.
 
     Args:
         tensors: by name; not looked at beyond type, shape and place in memory.
         path: what leads to them, for messages.
+        offsets: where slices begin in their whole tensors.
 
     Raises:
         UnsupportedStateError: something is not a tensor that the format has; names its path.
@@ -139,12 +193,18 @@ def plan_layout(tensors: Mapping[str, Tensor], path: str) -> Layout:
             stored[name] = tensors[name]
         else:
             aliases[name] = first
+    slots = placed({n: (tensor.dtype, tuple(tensor.shape)) for n, tensor in stored.items()})
+    return Layout(slots, aliases, offsets={n: offsets[n] for n in slots} if offsets else {})
+
+
+def placed(kinds: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Slot]:
+    """Where tensors of these types and shapes lie in a file, in their order there."""
     slots: dict[str, Slot] = {}
     start = 0
-    for name in sorted(stored, key=lambda name: _place(stored[name], name)):
-        slots[name] = Slot(stored[name].dtype, tuple(stored[name].shape), start)
+    for name in sorted(kinds, key=lambda name: _place(*kinds[name], name)):
+        slots[name] = Slot(*kinds[name], start)
         start += slots[name].num_bytes
-    return Layout(slots, aliases)
+    return slots
 
 
 def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
@@ -182,6 +242,7 @@ def parse_layout(memory: memoryview, file: str) -> tuple[Layout, memoryview]:
         metadata = header.pop(METADATA, {})
         aliases: Any = parse_json(metadata.get(ALIASES, "{}").encode(), ALIASES)
         extra: Any = parse_json(metadata.get(EXTRA_STATE, "{}").encode(), EXTRA_STATE)
+        slices: Any = parse_json(metadata.get(SLICES, "{}").encode(), SLICES)
         slots: dict[str, Slot] = {}
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -199,9 +260,17 @@ def parse_layout(memory: memoryview, file: str) -> tuple[Layout, memoryview]:
             raise ValueError(f"{len(data) - end} bytes follow the last tensor")
         if missing := sorted({str(stored) for stored in aliases.values()} - slots.keys()):
             raise ValueError(f"there is no {missing[0]}, which other names lead to")
-        return Layout(slots, aliases, dict(extra)), data
+        offsets = {name: _offsets(name, slots[name], told) for name, told in slices.items()}
+        return Layout(slots, aliases, dict(extra), offsets), data
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _not_safetensors(file, error) from error
+
+
+def _offsets(name: str, slot: Slot, told: Any) -> tuple[int, ...]:
+    offsets = told[OFFSETS]
+    if len(offsets) != len(slot.shape) or any(type(o) is not int or o < 0 for o in offsets):
+        raise ValueError(f"the slice {name} of shape {list(slot.shape)} begins at {offsets}")
+    return tuple(offsets)
 
 
 def _not_safetensors(file: str, error: Exception) -> CheckpointCorruptError:
@@ -237,10 +306,10 @@ def _require_supported(tensor: object, name: str, path: str) -> None:
         )
 
 
-def _place(tensor: Tensor, name: str) -> tuple[bool, int, str]:
+def _place(dtype: torch.dtype, shape: tuple[int, ...], name: str) -> tuple[bool, int, str]:
     """What tensors are ordered by within a file."""
-    is_odd = tensor.numel() * tensor.dtype.itemsize % ALIGNMENT_BYTES != 0
-    return is_odd, -tensor.dtype.itemsize, name
+    is_odd = math.prod(shape) * dtype.itemsize % ALIGNMENT_BYTES != 0
+    return is_odd, -dtype.itemsize, name
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Weights, gradients, optimizer and averages in slices on the ranks: torch's ``fully_shard``.
 
-A checkpoint is the one that a process alone would write: rank 0 is given whole tensors for it, one
-after the other, and each rank takes its slices of what is restored.
+For a checkpoint each rank writes its own slices, and rank 0 what all have whole; each takes its
+slices of what is restored, whoever has written it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from holdfast.training.checkpointing.finite import local_part
+from holdfast.training.checkpointing.slices import Part, Region
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import ExperimentError, UnsupportedStateError
 
@@ -26,7 +29,6 @@ class Spread:
     """The slices of a model on the ranks of a training.
 
     Attributes:
-        before_gathering: called before tensors are gathered; all ranks must gather then.
         first_digest: of the whole weights that this rank began with.
     """
 
@@ -44,11 +46,8 @@ class Spread:
         Raises ExperimentError for a parameter that cannot be cut.
         """
         _require_whole(model)
-        names = model.named_parameters(remove_duplicate=False)
-        first: dict[int, str] = {}
-        self._first = {name: first.setdefault(id(p), name) for name, p in names}
+        self._rank, self._size = world.rank, world.size
         self.first_digest = _digest(model)
-        self.before_gathering: Callable[[], None] = lambda: None
         mesh = init_device_mesh("cpu", (world.size,))
         if parallelize is None:
             for part in parts_of(model):
@@ -72,21 +71,44 @@ class Spread:
         for module in self._modules:
             module.set_requires_gradient_sync(is_last, recurse=False)
 
-    @torch.no_grad()
-    def gathered(self, tensors: Tensors) -> dict[str, dict[str, Tensor]]:
-        """Collective. The same tensors, by file stem and name, whole; tied ones are the same."""
-        self.before_gathering()
-        whole: dict[str, dict[str, Tensor]] = {}
-        for stem, inner in tensors.items():
-            known: dict[str, Tensor] = {}
-            whole[stem] = {}
-            for name, tensor in inner.items():
-                self._require_shape(stem, name, tensor)
-                first = self._first_name(stem, name)
-                if isinstance(tensor, DTensor) and first not in known:
-                    known[first] = tensor.full_tensor()
-                whole[stem][name] = known.get(first, tensor)
-        return whole
+    def part(self, stem: str, tensors: Mapping[str, Tensor]) -> Part | None:
+        """What this rank writes of a stem: its slices, and as rank 0 all that is whole.
+
+        None where there is nothing. Raises UnsupportedStateError for a slice that a resume could
+        not put back.
+        """
+        for name, tensor in tensors.items():
+            self._require_shape(stem, name, tensor)
+        is_first = self._rank == 0
+        if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+            return Part(stem, tensors) if is_first else None
+        regions = {name: self._region_of(tensor) for name, tensor in tensors.items()}
+        own = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if is_first or (isinstance(tensor, DTensor) and 0 not in regions[name].shape)
+        }
+        return Part(
+            f"{stem}-{self._rank + 1:05d}-of-{self._size:05d}",
+            {name: local_part(tensor) for name, tensor in own.items()},
+            {name: regions[name].offsets for name in own},
+            {name: tuple(tensor.shape) for name, tensor in own.items()},
+        )
+
+    def region(self, stem: str, name: str, shape: tuple[int, ...]) -> Region:
+        """What this rank keeps of a tensor of this shape."""
+        own = self._own(stem, name, shape)
+        return Region.whole(shape) if own is None else self._region_of(own)
+
+    def put(self, stem: str, name: str, shape: tuple[int, ...], own: Tensor) -> Tensor:
+        """The tensor of which ``own`` is this rank's slice, or all."""
+        like = self._own(stem, name, shape)
+        if like is None:
+            return own
+        mesh, placements = like.device_mesh, like.placements
+        return DTensor.from_local(
+            own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
 
     def sliced(self, tensors: Tensors) -> dict[str, dict[str, Tensor]]:
         """This rank's slices of whole tensors; what lies in no slices stays as it is."""
@@ -96,26 +118,33 @@ class Spread:
         }
 
     def _require_shape(self, stem: str, name: str, tensor: Tensor) -> None:
-        own = self._slices.get(_parameter_of(stem, name))
-        if isinstance(tensor, DTensor) and (own is None or own.shape != tensor.shape):
+        if isinstance(tensor, DTensor) and self._own(stem, name, tuple(tensor.shape)) is None:
             raise UnsupportedStateError(
                 f"{stem}.{name} lies in slices and has not the shape of a parameter, so a resume "
                 f"could not put it back: with distributed.strategy=fsdp use an optimizer whose "
                 f"state has its parameters' shapes, such as AdamW or SGD"
             )
 
-    def _first_name(self, stem: str, name: str) -> str:
-        if stem != "ema":
-            return self._first.get(name, name)
-        track, _, own = name.partition("/")
-        return f"{track}/{self._first.get(own, own)}"
-
     def _slice(self, stem: str, name: str, tensor: Tensor) -> Tensor:
-        own = self._slices.get(_parameter_of(stem, name))
-        if own is None or own.shape != tensor.shape:
+        own = self._own(stem, name, tuple(tensor.shape))
+        if own is None or isinstance(tensor, DTensor):
             return tensor
         mesh, placements = own.device_mesh, own.placements
         return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+    def _own(self, stem: str, name: str, shape: tuple[int, ...]) -> DTensor | None:
+        """The parameter whose slices are laid out as those of a tensor of a file."""
+        own = self._slices.get(_parameter_of(stem, name))
+        return own if own is not None and tuple(own.shape) == shape else None
+
+    @staticmethod
+    def _region_of(tensor: Tensor) -> Region:
+        if not isinstance(tensor, DTensor):
+            return Region.whole(tensor.shape)
+        shape, offsets = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+        return Region(tuple(offsets), tuple(shape))
 
 
 def parts_of(model: nn.Module) -> Iterator[nn.Module]:

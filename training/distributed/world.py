@@ -85,6 +85,23 @@ class World:
         if self._beats is not None:
             self._beats.beat(self.rank)
 
+    def for_thread(self) -> Self:
+        """The same world over a connection of its own, for another thread's ``tell``."""
+        return type(self)(self.rank, self.size, self._store.clone())
+
+    def awaited(self, key: str) -> Any:
+        """The JSON that another rank writes, however long that takes.
+
+        Raises RankLostError once any rank has ended before.
+        """
+        with self._lost_ranks_told():
+            while not self._store.check([key]):
+                told = self._errors_so_far()
+                if told and not self._store.check([key]):
+                    raise self._lost(told)
+                time.sleep(POLL_S)
+            return json.loads(self._store.get(key))
+
     def tell(self, key: str, value: Any) -> None:
         """Write JSON for the others."""
         if self._store is not None:
@@ -184,11 +201,9 @@ class World:
         except RuntimeError as error:
             told = str(error).lower()
             is_of_others = "gloo" in told or "connection" in told
-            found = self._errors_of_others() if is_of_others else []
             if not is_of_others:
                 raise
-            said = "; ".join(found) or f"a process has ended or hangs: {_short(error)}"
-            raise RankLostError(f"rank {self.rank} of {self.size} cannot go on: {said}") from error
+            raise self._lost(self._errors_of_others(), error) from error
 
     def _waiting(self, work: Any) -> Wait:
         def wait() -> None:
@@ -203,22 +218,26 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            found = self._errors_of_others()
-            told = "; ".join(found) or f"a process has ended or hangs: {_short(error)}"
-            raise RankLostError(f"rank {self.rank} of {self.size} cannot go on: {told}") from error
+            raise self._lost(self._errors_of_others(), error) from error
+
+    def _lost(self, told: Sequence[str], error: Exception | None = None) -> RankLostError:
+        said = "; ".join(told) or f"a process has ended or hangs: {error and _short(error)}"
+        return RankLostError(f"rank {self.rank} of {self.size} cannot go on: {said}")
 
     def _errors_of_others(self) -> list[str]:
         """What other ranks say that ended them; they may need a moment to say it."""
         deadline_s = time.monotonic() + ERROR_WAIT_S
-        keys = {rank: ERROR.format(rank) for rank in range(self.size) if rank != self.rank}
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < deadline_s:
-                found = [rank for rank, key in keys.items() if self._store.check([key])]
-                if found:
-                    said = {rank: json.loads(self._store.get(keys[rank])) for rank in found}
-                    return [f"rank {rank}: {text}" for rank, text in said.items()]
+                if said := self._errors_so_far():
+                    return said
                 time.sleep(POLL_S)
         return []
+
+    def _errors_so_far(self) -> list[str]:
+        keys = {rank: ERROR.format(rank) for rank in range(self.size) if rank != self.rank}
+        found = {rank: key for rank, key in keys.items() if self._store.check([key])}
+        return [f"rank {rank}: {json.loads(self._store.get(key))}" for rank, key in found.items()]
 
 
 def _short(error: Exception) -> str:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.training.checkpointing.json_state import decode
-from holdfast.training.checkpointing.layouts import all_laid_out
 from holdfast.training.checkpointing.loading import load_parts
 from holdfast.training.checkpointing.manifest import STATE_NAME, TENSOR_SUFFIX
+from holdfast.training.checkpointing.model_weights import all_laid_out
 from holdfast.training.checkpointing.storage import LocalReader
 from holdfast.training.errors import CheckpointCorruptError
 from holdfast.training.runs.paths import RunDirectory, parse_step

@@ -186,9 +186,12 @@ class Saver:
             raise
 
     def settle(self) -> None:
-        """Let the save in flight end; one that failed is tried again, once. Raises nothing."""
+        """Let the save in flight end; one that failed is tried again, once. Raises nothing.
+
+        Of several processes that write, the others are not asked any more.
+        """
         try:
-            if self._has_failed and not self._manager.is_in_flight:
+            if self._has_failed and not self._manager.is_in_flight and self._manager.is_alone:
                 self._manager.retry()
             self._manager.wait()
         except HoldfastError as error:

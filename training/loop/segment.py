@@ -22,6 +22,7 @@ from holdfast.training.checkpointing.policy import (
     build_schedule,
     mean_time_between_preemptions_s,
 )
+from holdfast.training.checkpointing.storage import NOBODY, OtherWriters
 from holdfast.training.code.archive import keep_code
 from holdfast.training.configuration.loading import (
     config_digest,
@@ -99,6 +100,10 @@ def _saving_alone(_: Trainer, saver: Saver) -> Saving:
     return saver
 
 
+def _nobody(_: Trainer) -> OtherWriters:
+    return NOBODY
+
+
 @dataclass(frozen=True)
 class Together:
     """What a segment does for the other processes of its training, where there are any.
@@ -109,6 +114,7 @@ class Together:
         before_fit: is called when all is ready.
         num_processes: what the segment's record says; None where it says nothing.
         saving: what the trainer is given in the place of the saver.
+        others: which of them write files of checkpoints.
     """
 
     prepare: Callable[[Trainer], None] = _nothing
@@ -116,6 +122,7 @@ class Together:
     before_fit: Callable[[], None] = _nothing
     num_processes: int | None = None
     saving: Callable[[Trainer, Saver], Saving] = _saving_alone
+    others: Callable[[Trainer], OtherWriters] = _nobody
 
 
 ALONE = Together()
@@ -157,7 +164,7 @@ def run_segment(stage: Stage, together: Together = ALONE) -> StageOutcome:
 def _train(
     stage: Stage, trainer: Trainer, lease: Lease, keeper: RecordKeeper, together: Together
 ) -> StageOutcome:
-    manager = build_manager(stage, trainer, lease, keeper.number)
+    manager = build_manager(stage, trainer, lease, keeper.number, together.others(trainer))
     with trainer.costs.measured("restore"):
         for rollback in read_rollbacks(stage.run):
             manager.forget(rollback.first, rollback.segment)
@@ -377,7 +384,9 @@ def require_shapes(model: nn.Module) -> None:
         )
 
 
-def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) -> CheckpointManager:
+def build_manager(
+    stage: Stage, trainer: Trainer, lease: Lease, segment: int, others: OtherWriters = NOBODY
+) -> CheckpointManager:
     """What saves and restores this run, as its only writer."""
     config = stage.config
     identity = CheckpointIdentity(
@@ -390,7 +399,7 @@ def build_manager(stage: Stage, trainer: Trainer, lease: Lease, segment: int) ->
     )
     retention = build_retention(config.checkpoint, config.selection, config.ema, config.spikes)
     overlap = build_overlap(config.checkpoint, trainer.state)
-    return CheckpointManager(stage.run, lease, identity, retention, overlap=overlap)
+    return CheckpointManager(stage.run, lease, identity, retention, overlap=overlap, others=others)
 
 
 def build_overlap(config: CheckpointConfig, state: TrainState) -> Overlap | None:

@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 
 from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.checkpointing.json_state import Tensors, decode, encode
-from holdfast.training.checkpointing.layouts import (
+from holdfast.training.checkpointing.model_weights import (
     Strides,
     all_laid_out,
+    lay_out_model,
+    load_model,
+    split_state,
     strides_of,
     unusual_strides,
 )
-from holdfast.training.checkpointing.model_weights import lay_out_model, load_model, split_state
 from holdfast.training.configuration.schema import Json
 from holdfast.training.exactness.seeding import capture_generators, restore_generators
 from holdfast.training.loop.early_stopping import EarlyStopping
@@ -78,7 +80,7 @@ class TrainState:
     ``frozen`` are the parameters that checkpoints leave out, where any are; ``stream_state`` is
     that of the training data after the last step, where they are a stream. ``watch`` is there
     where spikes are watched; ``left_out`` are the steps that do nothing because of one. ``spread``
-    is there where weights lie in slices on several ranks; they capture and restore together.
+    is there where weights lie in slices on several ranks; each captures and restores its own.
     """
 
     model: nn.Module
@@ -140,8 +142,6 @@ class TrainState:
             "ema": self.averages.tensors(),
             "state": state_tensors,
         }
-        if self.spread is not None:
-            tensors = self.spread.gathered(tensors)
         usual = {"model": self._first_strides, "optimizer": optimizer.usual_strides, "state": {}}
         seldom: dict[str, Any] = {
             "layouts": {

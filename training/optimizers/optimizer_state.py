@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.training.checkpointing.json_state import Tensors, decode, encode
-from holdfast.training.checkpointing.layouts import Strides, laid_out, strides_of
+from holdfast.training.checkpointing.model_weights import Strides, laid_out, strides_of
 from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointMismatchError, UnsupportedStateError
 from holdfast.training.optimizers.building import CONFIGURED

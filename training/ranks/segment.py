@@ -21,6 +21,7 @@ from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
     build_schedule,
 )
+from holdfast.training.checkpointing.slices import WHOLE
 from holdfast.training.distributed.stopping import AgreedMonitor
 from holdfast.training.distributed.watchdog import answer_for_stacks
 from holdfast.training.distributed.world import World
@@ -33,7 +34,11 @@ from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.trainer import Trainer
 from holdfast.training.preemption.notices import Notice
 from holdfast.training.ranks.evaluation import measured_together
-from holdfast.training.ranks.gathering import saving_of_first, saving_of_other
+from holdfast.training.ranks.slice_files import (
+    others_of_first,
+    saving_of_first,
+    saving_of_other,
+)
 from holdfast.training.runs.costs import Costs
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
 
@@ -64,6 +69,7 @@ def run_rank(stage: Stage) -> StageOutcome:
         before_fit=lambda: _vote(stage),
         num_processes=world.size,
         saving=lambda trainer, saver: saving_of_first(trainer.state, saver, world),
+        others=lambda trainer: others_of_first(trainer.state, world),
     )
     return run_segment(stage, together)
 
@@ -162,7 +168,7 @@ def _restore(stage: Stage, trainer: Trainer, begin: Any) -> RestoredCheckpoint |
         )
     folder = local_folder(path)
     manifest = manifest_of(folder)
-    restored = load_checkpoint(folder, manifest)
+    restored = load_checkpoint(folder, manifest, slicing=trainer.state.spread or WHOLE)
     lineage = stage.record.lineage
     is_its_begin = lineage is not None and manifest.step == lineage.step
     trainer.state.restore(restored.tensors, restored.state, lineage if is_its_begin else None)

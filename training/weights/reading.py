@@ -19,6 +19,7 @@ from torch import Tensor
 from holdfast.training.checkpointing.loading import MODEL_NAME, load_weights
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.manifest import DIGEST_KEY, MANIFEST_NAME
+from holdfast.training.checkpointing.slices import digest_of_part, is_part
 from holdfast.training.checkpointing.tensor_file import (
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
@@ -54,9 +55,12 @@ class TorchFile:
 
 
 def weights_file(place: Path) -> Path:
-    """The file that holds the weights of a place. Raises DataNotFoundError for none."""
+    """The file that holds the weights of a place, or stands for the slices of a checkpoint.
+
+    Raises DataNotFoundError for none.
+    """
     file = place / MODEL_NAME if place.is_dir() else place
-    if file.is_file():
+    if is_part(file):
         return file
     found = f"it is a folder without {MODEL_NAME}" if place.is_dir() else "there is no such file"
     raise DataNotFoundError(f"{place} gives no weights, {found}; expected {EXPECTED}")
@@ -64,8 +68,7 @@ def weights_file(place: Path) -> Path:
 
 def file_digest(file: Path) -> str:
     """``sha256:...`` of a file. Raises CheckpointCorruptError or StorageError."""
-    _, digest = read_file(file, ALGORITHM, on_bytes=lambda _: None)
-    return digest
+    return digest_of_part(file, ALGORITHM)
 
 
 def read_weights(place: Path) -> dict[str, Tensor]:

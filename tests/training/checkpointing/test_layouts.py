@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from holdfast.training.checkpointing.layouts import laid_out, strides_of, unusual_strides
+from holdfast.training.checkpointing.model_weights import laid_out, strides_of, unusual_strides
 
 TENSORS = {
     "contiguous": torch.randn(2, 3),

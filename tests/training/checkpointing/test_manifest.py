@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from holdfast.training.checkpointing.digests import digest_of
 from holdfast.training.checkpointing.manifest import (
     DIGEST_KEY,
-    FORMAT_VERSION,
+    SLICED_VERSION,
     FileEntry,
     Manifest,
     Migration,
@@ -102,7 +102,7 @@ def test_no_flipped_bit_changes_what_a_manifest_says(position: int) -> None:
         (signed(files={"../x.safetensors": {"size_bytes": 1, "digest": "blake3:00"}}), "does not"),
         (signed(files={"evil.pkl": {"size_bytes": 1, "digest": "blake3:00"}}), "hold a file 'evil"),
         (signed(files={"manifest.json": {"size_bytes": 1, "digest": "blake3:00"}}), "does not"),
-        (signed(format_version=FORMAT_VERSION + 1), "has format version 2, this Holdfast reads"),
+        (signed(format_version=SLICED_VERSION + 1), "has format version 3, this Holdfast reads"),
         (signed(format_version=0), "has format version 0"),
         (signed(format_version="new"), "is not a manifest"),
     ],

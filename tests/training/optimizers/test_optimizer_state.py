@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from holdfast.training.checkpointing.json_state import Tensors
-from holdfast.training.checkpointing.layouts import unusual_strides
+from holdfast.training.checkpointing.model_weights import unusual_strides
 from holdfast.training.configuration.schema import OptimizerConfig
 from holdfast.training.errors import CheckpointMismatchError, UnsupportedStateError
 from holdfast.training.optimizers.building import CONFIGURED, build_optimizer

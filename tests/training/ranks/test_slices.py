@@ -6,8 +6,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
+from holdfast.training.checkpointing.loading import load_weights
 from holdfast.training.runs.directory import read_segments
 from holdfast.training.runs.losses import compare_losses
 from tests.faults.campaign import Training, differences, final_state
@@ -51,8 +51,11 @@ def test_the_same_number_of_processes_ends_with_the_same_bytes(
     assert [record.num_processes for record in read_segments(killed.run)] == [3, 3, 3]
     if experiment == TIED:
         [newest] = sorted(killed.run.checkpoints.iterdir())[-1:]
-        weights = load_file(newest / "model.safetensors")
-        Model().load_state_dict({**weights, "head.weight": weights["embedding.weight"]})
+        names = {path.name for path in newest.glob("model*")}
+        assert names == {f"model-0000{rank}-of-00003.safetensors" for rank in (1, 2, 3)}
+        weights = load_weights(newest)
+        assert weights["head.weight"] is weights["embedding.weight"]
+        Model().load_state_dict(weights)
 
 
 @pytest.mark.parametrize(

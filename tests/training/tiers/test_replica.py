@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.training.checkpointing.diff import compare
 from holdfast.training.checkpointing.digests import digest_of
+from holdfast.training.checkpointing.manifest import verify
 from holdfast.training.errors import DataFormatError, LeaseLostError, StorageError
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.paths import RunDirectory
@@ -25,6 +27,8 @@ from holdfast.training.tiers.replica import Replica
 from holdfast.training.tiers.transfer import read_tree
 from holdfast.training.tiers.tree import Tree, TreeFile, parse_tree
 from tests.contracts.memory_objects import MemoryObjects
+from tests.training.checkpointing.checkpoints import contents_at
+from tests.training.checkpointing.slices_in_rows import save_slices
 from tests.training.tiers.test_head import machine
 
 NAME = "digits/first"
@@ -104,6 +108,17 @@ def test_another_machine_gets_the_same_folder(tmp_path: Path) -> None:
     other = RunDirectory(tmp_path / "two" / NAME)
     with opened(store, other, "b"):
         assert contents(other) == contents(run)
+
+
+def test_a_checkpoint_of_slices_goes_along_whole(tmp_path: Path) -> None:
+    store, run = MemoryObjects(), new_run(tmp_path / "one")
+    save_slices(run, 3, contents_at(20))
+    with opened(store, run) as replica:
+        replica.finish(1.0)
+    other = RunDirectory(tmp_path / "two" / NAME)
+    with opened(store, other, "b"):
+        assert len(verify(other.checkpoint(20)).files_of("model.safetensors")) == 3
+        assert compare(run.checkpoint(20), other.checkpoint(20)).differences == []
 
 
 def test_only_what_is_new_is_sent_and_what_is_old_is_deleted(tmp_path: Path) -> None:
