@@ -34,6 +34,7 @@ from holdfast.training.runs.paths import RunDirectory, parse_step
 from tests.warm_start import WarmProcess
 
 HARD = f"{Path(__file__).with_name('hard_experiment.py')}:Hard"
+Ranking = tuple[str, Literal["min", "max"]]
 HARD_IN_SHARDS = f"{HARD}InShards"  # the class Hard, in shards
 MAX_SEGMENTS = 60
 # Each training is a run of its own, and is killed where it trains.
@@ -209,9 +210,7 @@ def check_latest_is_good(run: RunDirectory) -> None:
         verify(run.checkpoint(committed[-1]))
 
 
-def final_state(
-    run: RunDirectory, ranking: tuple[str, Literal["min", "max"]] = ("accuracy", "max")
-) -> dict[str, bytes]:
+def final_state(run: RunDirectory, ranking: Ranking = ("accuracy", "max")) -> dict[str, bytes]:
     """Every byte that must not depend on interruptions.
 
     All files of the final checkpoint but the manifest, which says when it was written; of slices

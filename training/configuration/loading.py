@@ -103,7 +103,8 @@ def digested_values(section: BaseModel) -> Table:
         value, rule = getattr(section, name), digest_rule(info)
         if rule == "no" or (rule == "unless default" and value == info.get_default()):
             continue
-        if (other := void_with(info)) is not None and getattr(section, other) is not None:
+        other, always = void_with(info), always_digested(info)
+        if other is not None and getattr(section, other) is not None and value != always:
             continue
         values[name] = digested_values(value) if isinstance(value, BaseModel) else dumped[name]
     return {name: value for name, value in values.items() if value != {} or name == "experiment"}
@@ -136,6 +137,13 @@ def void_with(info: FieldInfo) -> str | None:
     """The field of the same section that, where it is set, takes this one out of the digest."""
     extra = info.json_schema_extra
     found = extra.get("unless_set") if isinstance(extra, dict) else None
+    return None if found is None else str(found)
+
+
+def always_digested(info: FieldInfo) -> str | None:
+    """The value with which ``void_with`` does not count."""
+    extra = info.json_schema_extra
+    found = extra.get("unless_value") if isinstance(extra, dict) else None
     return None if found is None else str(found)
 
 

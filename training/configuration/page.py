@@ -11,7 +11,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 from pydantic.fields import FieldInfo
 
-from holdfast.training.configuration.loading import digest_rule, is_choice_only, void_with
+from holdfast.training.configuration.loading import (
+    always_digested,
+    digest_rule,
+    is_choice_only,
+    void_with,
+)
 from holdfast.training.configuration.schema import RunConfig, Section
 
 HEAD = """\
@@ -87,6 +92,7 @@ def _table(fields: Mapping[str, FieldInfo], prefix: str) -> str:
         digest = "choice" if is_choice_only(f"{prefix}{name}") else digest_rule(info)
         if (other := void_with(info)) is not None:
             digest += f", without `{other}`"
+            digest += f" or with `{always}`" if (always := always_digested(info)) else ""
         described = f"{kind} | {_default(info)} | {meaning} | {digest}"
         lines.append(f"| `{prefix}{name}` | {described} |")
     return "\n".join(lines) + "\n"

@@ -9,8 +9,9 @@ The digest of a configuration covers what changes the result. Fields marked with
 segments of one run. A field that was added after the first release and changes the result is marked
 with ``UNLESS_DEFAULT``: at its default it is no part of the digest, so that the runs of before keep
 theirs. One marked with ``UNLESS_SHARDED`` is left out, too, where ``num_shards`` is set, and it
-changes nothing any more. Those marked with ``CHOICE_ONLY`` are covered, and yet may be changed in a
-run that was begun: they change which weights win among those that training left, not the training.
+changes nothing any more; with ``UNLESS_SHARDED_ALIKE``, unless it has the value that does. Those
+marked with ``CHOICE_ONLY`` are covered, and yet may be changed in a run that was begun: they change
+which weights win among those that training left, not the training.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 OUTSIDE_DIGEST: dict[str, Any] = {"digest": "no"}
 UNLESS_DEFAULT: dict[str, Any] = {"digest": "unless default"}
 UNLESS_SHARDED: dict[str, Any] = {"digest": "unless default", "unless_set": "num_shards"}
+UNLESS_SHARDED_ALIKE: dict[str, Any] = {**UNLESS_SHARDED, "unless_value": "fsdp"}
 CHOICE_ONLY: dict[str, Any] = {"choice": True}
 
 MAX_TIME_S = 366 * 24 * 3600
@@ -121,14 +123,15 @@ class TrainConfig(Section):
 class DistributedConfig(Section):
     """Several processes of one training, on one machine."""
 
-    strategy: Literal["none", "ddp", "fsdp"] = Field("none", json_schema_extra=UNLESS_SHARDED)
+    strategy: Literal["none", "ddp", "fsdp"] = Field("none", json_schema_extra=UNLESS_SHARDED_ALIKE)
     """`ddp`: each process has all weights, and computes the gradient of its part of each step.
     `fsdp`: weights, gradients, optimizer and averages lie in slices on the processes."""
     num_processes: int = Field(1, ge=1, le=1024, json_schema_extra=UNLESS_SHARDED)
     """How many. May differ from segment to segment where `num_shards` is set."""
     num_shards: int | None = Field(None, ge=1, le=2**16, json_schema_extra=UNLESS_DEFAULT)
     """Equal parts of a step's batch whose gradients are computed by themselves, and added up in one
-    fixed order: the bytes are the same for any number of processes up to it."""
+    fixed order: the bytes are the same for any number of processes up to it; with `fsdp`, for
+    powers of two that divide it."""
     should_allow_other_num_processes: bool = Field(False, json_schema_extra=OUTSIDE_DIGEST)
     """Without `num_shards`: go on with another number of processes than the run was begun with. The
     result is not that of a run without interruptions."""
@@ -149,17 +152,23 @@ class DistributedConfig(Section):
             raise ValueError(
                 f"{key}={getattr(self, key)} needs a strategy: write distributed.strategy=ddp"
             )
-        if self.strategy == "fsdp" and self.num_shards is not None:
-            raise ValueError(
-                "num_shards is not there with strategy=fsdp yet: leave it out, or write "
-                "distributed.strategy=ddp"
-            )
         if self.num_processes > self.num_parts:
             raise ValueError(
                 f"num_processes={self.num_processes} is more than num_shards={self.num_shards}: a "
                 f"process needs at least one shard; use at most {self.num_shards} processes"
             )
+        if self.strategy == "fsdp" and self.num_shards is not None:
+            self._require_equal_shards(self.num_shards)
         return self
+
+    def _require_equal_shards(self, num_shards: int) -> None:
+        """With slices all processes go through the shards together."""
+        if self.num_processes & (self.num_processes - 1) or num_shards % self.num_processes:
+            most = num_shards & -num_shards
+            raise ValueError(
+                f"num_processes={self.num_processes} does not go with num_shards={num_shards} and "
+                f"strategy=fsdp: use a power of two that divides num_shards, up to {most} processes"
+            )
 
 
 class OptimizerConfig(Section):

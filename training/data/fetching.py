@@ -262,11 +262,15 @@ def cut(indices: Int64Array, num_parts: int) -> list[tuple[int, Int64Array]]:
 
 @dataclass(frozen=True)
 class Shares:
-    """How steps are cut into shards, and which of them are this process's."""
+    """How steps are cut into shards, and which of them are this process's.
+
+    See ``shards_of_rank``.
+    """
 
     num_shards: int = 1
     rank: int = 0
     num_ranks: int = 1
+    are_dealt: bool = False
 
     def places(
         self, seed: int, epoch: int, step: int, indices: Int64Array, num_microbatches: int
@@ -281,7 +285,7 @@ class Shares:
             for first, part in cut(samples, num_microbatches)
         ]
         num_shards = parts[-1][0] + 1
-        own = shards_of_rank(num_shards, self.rank, self.num_ranks)
+        own = shards_of_rank(num_shards, self.rank, self.num_ranks, are_dealt=self.are_dealt)
         if not own:
             told = (0, len(parts), len(indices), 0, indices[:0], -1, num_shards)
             return [Place(epoch, step, *told)]

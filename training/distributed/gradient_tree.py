@@ -18,13 +18,24 @@ Add = Callable[[Value, Value], Value]
 """The sum of a left and a right part."""
 
 
-def shards_of_rank(num_shards: int, rank: int, num_ranks: int) -> range:
-    """The shards that a rank computes: consecutive ones, nearly as many for each."""
+def shards_of_rank(num_shards: int, rank: int, num_ranks: int, *, are_dealt: bool = False) -> range:
+    """The shards that a rank computes: consecutive ones, nearly as many for each.
+
+    Where they ``are_dealt``, in turn: then a rank has no two that are added to each other first.
+    """
+    if are_dealt:
+        return range(rank, num_shards, num_ranks)
     return range(num_shards * rank // num_ranks, num_shards * (rank + 1) // num_ranks)
 
 
 def nodes_of(shards: range, num_shards: int) -> list[Node]:
-    """The fewest nodes of the tree that hold exactly these shards, in their order."""
+    """The fewest nodes of the tree that hold exactly these shards, in their order.
+
+    Shards that are dealt must be an even number of ranks' parts of all.
+    """
+    if shards.step > 1:
+        each = (nodes_of(range(shard, shard + 1), num_shards) for shard in shards)
+        return [node for nodes in each for node in nodes]
     nodes = []
     first = shards.start
     while first < shards.stop:

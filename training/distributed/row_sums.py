@@ -30,12 +30,14 @@ class RowSums:
     """Sums over the shards of a step, of all ranks.
 
     With ``is_in_tree`` the sums are those of one tree over the shards, whatever the number of
-    ranks; without, there is one shard a rank, and gloo's own sum.
+    ranks; without, there is one shard a rank, and gloo's own sum. Shards that ``are_dealt`` are
+    the ranks' in turn.
     """
 
-    def __init__(self, world: World, *, is_in_tree: bool) -> None:
+    def __init__(self, world: World, *, is_in_tree: bool, are_dealt: bool = False) -> None:
         self._world = world
         self._is_in_tree = is_in_tree
+        self._are_dealt = are_dealt
 
     def can_be_cut(self) -> bool:
         """Whether it is all one to the bits which tensors lie in a row together.
@@ -69,8 +71,9 @@ class RowSums:
         return [len(own) for own in nodes] == [1, 1] and row.dtype in PAIRED_TYPES
 
     def _nodes(self, num_shards: int) -> list[list[tuple[int, int]]]:
-        size = self._world.size
-        return [nodes_of(shards_of_rank(num_shards, k, size), num_shards) for k in range(size)]
+        size, are_dealt = self._world.size, self._are_dealt
+        shards = [shards_of_rank(num_shards, k, size, are_dealt=are_dealt) for k in range(size)]
+        return [nodes_of(of_rank, num_shards) for of_rank in shards]
 
     def _all_reduced(self, memory: Memory) -> Sum:
         wait = self._world.begin_sum(memory.flat)

@@ -27,6 +27,7 @@ from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.exactness.seeding import seed_shard
 
 if TYPE_CHECKING:  # it takes a moment to import, and few need it
+    from holdfast.training.distributed.slice_sums import PassSums
     from holdfast.training.distributed.spreading import Spread
 
 
@@ -62,7 +63,7 @@ class ShardedStep(Generic[P]):
     where that changes no bit.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the parts of a step, and of those that do it together
         self,
         model: nn.Module,
         world: World,
@@ -70,15 +71,20 @@ class ShardedStep(Generic[P]):
         *,
         num_shards: int,
         is_in_tree: bool,
+        are_alike: bool = False,
         monitor: AgreedMonitor | None = None,
         spread: Spread | None = None,
     ) -> None:
-        """``spread`` sums gradients itself, slice by slice, where weights lie in slices."""
+        """``spread`` sums gradients itself, slice by slice, where weights lie in slices.
+
+        With ``are_alike`` all shards must go through the same parameters, as they must in slices.
+        """
         self._model = model
         self._world = world
         self._seed = seed
         self._num_shards = num_shards
-        self._row_sums = RowSums(world, is_in_tree=is_in_tree)
+        self._row_sums = RowSums(world, is_in_tree=is_in_tree, are_dealt=are_alike)
+        self._are_alike = are_alike
         self._monitor = monitor
         self._spread = spread
         self._buffers = Buffers(model)
@@ -111,6 +117,10 @@ class ShardedStep(Generic[P]):
         with torch.no_grad():
             values = self._summary.packed(done, self._has_notice(), self._buffers.changed)
             values = self._sum_all(done, values)
+        if self._spread is not None and (
+            some := self._summary.used_by_some(values, self._world.size)
+        ):
+            raise _used_by_some(some)
         seed_shard(self._seed, "after step", step)
         self._world.beat()
         if self._monitor is not None and self._summary.has_notice(values):
@@ -125,9 +135,10 @@ class ShardedStep(Generic[P]):
         for row, lent in self._lent:
             row.give_back(lent)
         self._lent = []
-        named = () if self._spread is not None else self._model.named_parameters()
+        is_told = self._spread is None or self._are_alike
+        named = self._model.named_parameters() if is_told else ()
         trained = {n: p for n, p in named if p.requires_grad}
-        if self._rows and trained.keys() == self._parameters.keys():
+        if (self._rows or trained) and trained.keys() == self._parameters.keys():
             return
         complex_ = [name for name, p in trained.items() if p.is_complex()]
         if complex_:
@@ -136,7 +147,8 @@ class ShardedStep(Generic[P]):
                 f"shards: train with distributed.strategy=none"
             )
         self._parameters = trained
-        gradients: dict[str, Tensor] = {f"{GRADIENT}{name}": p for name, p in trained.items()}
+        summed = trained if self._spread is None else {}
+        gradients: dict[str, Tensor] = {f"{GRADIENT}{name}": p for name, p in summed.items()}
         can_overlap = self._world.size > 1 and self._row_sums.can_be_cut()
         early = [*early_groups(gradients)] if can_overlap else []
         for group in early:
@@ -158,20 +170,46 @@ class ShardedStep(Generic[P]):
         counters = [TreeCounter(num_shards, row.add) for row in self._rows]
         done = self._done = Done(num_shards, {}, set(), counters, {})
         own = [piece for piece in pieces if piece.num_samples]
+        slices = None if self._spread is None else self._pass_sums(num_shards)
         for shard, group in groupby(own, key=lambda piece: piece.shard):
             if done.losses:
                 with torch.no_grad():
                     self._buffers.put_back()
             seed_shard(self._seed, "shard", step, shard)
-            losses = [self._backward(microbatch, own, backward) for microbatch in group]
+            parts = [*group]
+            losses = [
+                self._backward(part, backward, is_last_of_shard=part is parts[-1], own=own)
+                for part in parts
+            ]
             loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
             done.losses[shard] = loss
+            if self._are_alike:
+                self._require_alike(done)
             self._take(shard, done)
+            if slices is not None:
+                slices.take(shard // self._world.size)
+        if slices is not None:
+            slices.put()
         return done
 
-    def _backward(self, piece: P, own: list[P], backward: Callable[[P], Tensor]) -> Tensor:
+    def _require_alike(self, done: Done) -> None:
+        """Ranks sum what lies in one place of their slices, whatever parameter that is of."""
+        used = {name for name, p in self._parameters.items() if p.grad is not None}
+        if len(done.losses) == 1:
+            done.used.update(used)
+        elif used != done.used:
+            raise _used_by_some(used ^ done.used)
+
+    def _pass_sums(self, num_shards: int) -> PassSums:
+        from holdfast.training.distributed.slice_sums import PassSums
+
+        return PassSums(self._model.parameters(), num_shards // self._world.size)
+
+    def _backward(
+        self, piece: P, backward: Callable[[P], Tensor], *, is_last_of_shard: bool, own: list[P]
+    ) -> Tensor:
         if self._spread is not None:
-            self._spread.begin_pass(is_last=piece is own[-1])
+            self._spread.begin_pass(is_last=is_last_of_shard)
             with self._world.lost_ranks_found():
                 return backward(piece)
         if piece is not own[-1]:
@@ -265,3 +303,10 @@ class ShardedStep(Generic[P]):
         for name, integers in self._summary.integers(values).items():
             if name in changed:
                 now[name].copy_(integers.view(now[name].shape))
+
+
+def _used_by_some(names: set[str]) -> ExperimentError:
+    return ExperimentError(
+        f"{min(names)} has a gradient in some shards of a step alone: with "
+        f"distributed.strategy=fsdp all shards go through the same parameters; use strategy=ddp"
+    )

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from holdfast.training.checkpointing.finite import local_part
 from holdfast.training.checkpointing.slices import Part, Region
+from holdfast.training.distributed.slice_sums import TreeScatter
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import ExperimentError, UnsupportedStateError
 
@@ -37,15 +38,18 @@ class Spread:
         model: nn.Module,
         world: World,
         parallelize: Callable[[nn.Module, DeviceMesh], object] | None = None,
+        *,
+        is_in_tree: bool = False,
     ) -> None:
         """Collective. Put each rank's slices in the place of the model's parameters.
 
         ``parallelize`` wraps parts of the model with the given mesh; without it, each element of a
-        ModuleList is a part. What is in no part is one together.
+        ModuleList is a part. What is in no part is one together. With ``is_in_tree`` gradients
+        are summed in one order for any number of ranks that is a power of two.
 
         Raises ExperimentError for a parameter that cannot be cut.
         """
-        _require_whole(model)
+        require_sliceable(model)
         self._rank, self._size = world.rank, world.size
         self.first_digest = _digest(model)
         mesh = init_device_mesh("cpu", (world.size,))
@@ -60,11 +64,15 @@ class Spread:
         for module in self._modules:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if is_in_tree:
+                module.set_custom_reduce_scatter(TreeScatter(world))
         self._slices = {
             name: parameter
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if isinstance(parameter, DTensor)
         }
+        if is_in_tree:
+            self._require_plain(mesh)
 
     def begin_pass(self, *, is_last: bool) -> None:
         """Before each forward and backward pass of a step: gradients are summed in the last one."""
@@ -82,7 +90,7 @@ class Spread:
         is_first = self._rank == 0
         if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
             return Part(stem, tensors) if is_first else None
-        regions = {name: self._region_of(tensor) for name, tensor in tensors.items()}
+        regions = {name: self.region_of(tensor) for name, tensor in tensors.items()}
         own = {
             name: tensor
             for name, tensor in tensors.items()
@@ -98,7 +106,7 @@ class Spread:
     def region(self, stem: str, name: str, shape: tuple[int, ...]) -> Region:
         """What this rank keeps of a tensor of this shape."""
         own = self._own(stem, name, shape)
-        return Region.whole(shape) if own is None else self._region_of(own)
+        return Region.whole(shape) if own is None else self.region_of(own)
 
     def put(self, stem: str, name: str, shape: tuple[int, ...], own: Tensor) -> Tensor:
         """The tensor of which ``own`` is this rank's slice, or all."""
@@ -110,12 +118,38 @@ class Spread:
             own, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
         )
 
+    @staticmethod
+    def region_of(tensor: Tensor) -> Region:
+        """Which part of a tensor this rank has."""
+        if not isinstance(tensor, DTensor):
+            return Region.whole(tensor.shape)
+        shape, offsets = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+        return Region(tuple(offsets), tuple(shape))
+
     def sliced(self, tensors: Tensors) -> dict[str, dict[str, Tensor]]:
         """This rank's slices of whole tensors; what lies in no slices stays as it is."""
         return {
             stem: {name: self._slice(stem, name, tensor) for name, tensor in inner.items()}
             for stem, inner in tensors.items()
         }
+
+    def _require_plain(self, mesh: DeviceMesh) -> None:
+        """With ``num_shards`` one process alone, which has no slices, computes the same."""
+        modules: list[Any] = self._modules
+        policies = [module._get_fsdp_state()._mp_policy for module in modules]
+        own = {(tensor.device_mesh, tensor.placements) for tensor in self._slices.values()}
+        if any(policy != MixedPrecisionPolicy() for policy in policies):
+            what = "casts by a MixedPrecisionPolicy"
+        elif own - {(mesh, (Shard(0),))}:
+            what = "cuts otherwise than into rows on the mesh that it was given"
+        else:
+            return
+        raise ExperimentError(
+            f"parallelize() {what}, and with distributed.num_shards one process alone must compute "
+            f"the same: leave that out, or num_shards"
+        )
 
     def _require_shape(self, stem: str, name: str, tensor: Tensor) -> None:
         if isinstance(tensor, DTensor) and self._own(stem, name, tuple(tensor.shape)) is None:
@@ -136,15 +170,6 @@ class Spread:
         """The parameter whose slices are laid out as those of a tensor of a file."""
         own = self._slices.get(_parameter_of(stem, name))
         return own if own is not None and tuple(own.shape) == shape else None
-
-    @staticmethod
-    def _region_of(tensor: Tensor) -> Region:
-        if not isinstance(tensor, DTensor):
-            return Region.whole(tensor.shape)
-        shape, offsets = compute_local_shape_and_global_offset(
-            tensor.shape, tensor.device_mesh, tensor.placements
-        )
-        return Region(tuple(offsets), tuple(shape))
 
 
 def parts_of(model: nn.Module) -> Iterator[nn.Module]:
@@ -177,7 +202,8 @@ def _parameter_of(stem: str, name: str) -> str:
     return name if stem == "model" else name.rpartition("/")[0]
 
 
-def _require_whole(model: nn.Module) -> None:
+def require_sliceable(model: nn.Module) -> None:
+    """Raise ExperimentError for a parameter that cannot be cut."""
     for name, parameter in model.named_parameters():
         what = None
         if parameter.dim() == 0:

@@ -83,6 +83,11 @@ class Summary:
         """Names of parameters that have a gradient in any shard."""
         return self._named(self._parameters, self._split(values)[2])
 
+    def used_by_some(self, values: Tensor, num_ranks: int) -> set[str]:
+        """Names of parameters that have a gradient on some ranks alone."""
+        flags = self._split(values)[2]
+        return self._named(self._parameters, flags * (flags < num_ranks))
+
     def changed(self, values: Tensor) -> set[str]:
         """Names of buffers that any shard has changed."""
         return self._named(self._buffers, self._split(values)[3])

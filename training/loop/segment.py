@@ -41,6 +41,7 @@ from holdfast.training.data.loader import (
 )
 from holdfast.training.data.own_order import own_order, own_permutation
 from holdfast.training.distributed.refusals import refuse_wrappers
+from holdfast.training.distributed.row_norm import RowNorm
 from holdfast.training.distributed.sharded_step import ShardedStep
 from holdfast.training.distributed.stopping import AgreedMonitor
 from holdfast.training.distributed.watchdog import watched
@@ -68,6 +69,7 @@ from holdfast.training.loop.state_validation import validate_state
 from holdfast.training.loop.train_step import TrainStep, gradient_scaler, resolve_device
 from holdfast.training.loop.trainer import Saving, Trainer, steps_of_epoch
 from holdfast.training.optimizers.building import build_optimizers
+from holdfast.training.optimizers.elementwise import require_elementwise
 from holdfast.training.optimizers.schedule import Schedule
 from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.directory import read_segments, run_identity
@@ -257,7 +259,8 @@ def build_trainer(stage: Stage, costs: Costs) -> Trainer:
     plan = batch_plan(dataset, config, stage.seed("order"))
     state = build_state(stage, plan, device)
     shards = sharded_step(stage, state, device)
-    train_step = TrainStep(experiment, config.train, state, device, config.seed, shards)
+    norm = row_norm(stage, state)
+    train_step = TrainStep(experiment, config.train, state, device, config.seed, shards, norm)
     loader = Loader(
         dataset,
         plan,
@@ -312,9 +315,22 @@ def sharded_step(
         stage.seed("training"),
         num_shards=config.num_parts,
         is_in_tree=config.num_shards is not None,
+        are_alike=has_shards_in_slices(stage.config),
         monitor=monitor,
         spread=state.spread,
     )
+
+
+def has_shards_in_slices(config: RunConfig) -> bool:
+    """Whether weights may lie in slices on any number of ranks, one included, with equal bits."""
+    return config.distributed.strategy == "fsdp" and config.distributed.num_shards is not None
+
+
+def row_norm(stage: Stage, state: TrainState) -> RowNorm | None:
+    """What clips gradients with the same bits on any number of ranks; None for torch's own."""
+    if not has_shards_in_slices(stage.config):
+        return None
+    return RowNorm(stage.world or World.alone(), state.spread)
 
 
 def shares_of(config: RunConfig, world: World | None) -> Shares | None:
@@ -322,7 +338,9 @@ def shares_of(config: RunConfig, world: World | None) -> Shares | None:
     if config.distributed.strategy == "none":
         return None
     num_parts = config.distributed.num_parts
-    return Shares(num_parts) if world is None else Shares(num_parts, world.rank, world.size)
+    if world is None:
+        return Shares(num_parts)
+    return Shares(num_parts, world.rank, world.size, has_shards_in_slices(config))
 
 
 def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainState:
@@ -339,6 +357,8 @@ def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainSta
     spread = _spread(stage, model)
     optimizers = build_optimizers(stage.experiment, config.optimizer, model)
     refuse_wrappers(nn.Identity(), optimizers.values())
+    if has_shards_in_slices(config):
+        require_elementwise(optimizers.values())
     frozen = frozen_of(model, config.checkpoint)
     state = TrainState(
         model=model,
@@ -365,12 +385,16 @@ def build_state(stage: Stage, plan: BatchPlan, device: torch.device) -> TrainSta
 
 def _spread(stage: Stage, model: nn.Module) -> Spread | None:
     """The model's slices on the ranks; None where each has all of it."""
-    world = stage.world
-    if stage.config.distributed.strategy != "fsdp" or world is None or world.size == 1:
+    world, is_in_tree = stage.world or World.alone(), has_shards_in_slices(stage.config)
+    is_alone = stage.config.distributed.strategy != "fsdp" or world.size == 1
+    if is_alone and not is_in_tree:
         return None
-    from holdfast.training.distributed.spreading import Spread
+    from holdfast.training.distributed.spreading import Spread, require_sliceable
 
-    return Spread(model, world, hook(stage.experiment, "parallelize"))
+    require_sliceable(model)
+    if is_alone:
+        return None
+    return Spread(model, world, hook(stage.experiment, "parallelize"), is_in_tree=is_in_tree)
 
 
 def require_shapes(model: nn.Module) -> None:

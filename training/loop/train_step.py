@@ -13,6 +13,7 @@ from torch import Tensor
 from holdfast.training.checkpointing.finite import non_finite
 from holdfast.training.configuration.schema import TrainConfig
 from holdfast.training.data.loader import Microbatch
+from holdfast.training.distributed.row_norm import RowNorm
 from holdfast.training.distributed.sharded_step import ShardedStep
 from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.experiment.error_places import error_place
@@ -57,10 +58,12 @@ class TrainStep:
         device: torch.device,
         seed: int = 0,
         shards: ShardedStep[Microbatch] | None = None,
+        norm: RowNorm | None = None,
     ) -> None:
         """``seed`` is what the seeds of steps are derived from.
 
-        ``shards`` does the shards of a step and sums them up, where the steps have shards.
+        ``shards`` does the shards of a step and sums them up, where the steps have shards, and
+        ``norm`` clips gradients, where torch's own function does not.
         """
         self.guard = LossGuard(device, self._cause, state.watch)
         self.last_loss = torch.zeros((), device=device)
@@ -69,7 +72,7 @@ class TrainStep:
         self._state = state
         self._device = device
         self._seed = seed
-        self._updates = Updates(config, state, device)
+        self._updates = Updates(config, state, device, norm)
         self._shards = shards
         self._training_step = hook(experiment, "training_step")
         if shards is not None and self._training_step is not None:

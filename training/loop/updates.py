@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from holdfast.training.configuration.schema import TrainConfig
+from holdfast.training.distributed.row_norm import RowNorm
 from holdfast.training.errors import ConfigError, ExperimentError
 from holdfast.training.loop.state import TrainState
 from holdfast.training.optimizers.building import CONFIGURED, parameters_of
@@ -26,7 +27,15 @@ Closure = Callable[[], Any]
 class Updates:
     """What steps do to the weights of a TrainState."""
 
-    def __init__(self, config: TrainConfig, state: TrainState, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        device: torch.device,
+        norm: RowNorm | None = None,
+    ) -> None:
+        """``norm`` clips gradients, where torch's own function does not."""
+        self._norm = norm
         self._config = config
         self._state = state
         self._device = device
@@ -104,6 +113,9 @@ class Updates:
         if name != CONFIGURED:
             own = {id(parameter) for parameter in parameters_of(self._state.optimizers[name])}
             parameters = [parameter for parameter in parameters if id(parameter) in own]
+        if self._norm is not None:
+            self._norm.clip(parameters, max_norm)
+            return
         try:
             torch.nn.utils.clip_grad_norm_(parameters, max_norm)
         except RuntimeError as error:

@@ -31,6 +31,7 @@ from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.trainer import Saving
 from holdfast.training.preemption.notices import Notice
 from holdfast.training.runs.durable_json import storage_error
+from holdfast.training.runs.faultpoints import reach
 
 AGAIN, DONE = "again", "done"
 
@@ -125,6 +126,7 @@ class OwnSlices:
         while (asked := self._world.from_first(None)) != DONE:
             if self._in_flight is not None:
                 self._in_flight.result()
+            reach("slices.before-copy")
             if asked != AGAIN:
                 self._copy(asked)
             self._number += 1
@@ -141,12 +143,15 @@ class OwnSlices:
         folder = self._beside.awaited(_folder_key(number))
         if folder is None:
             return
+        reach("slices.before-write")
         try:
             report = self._report(Path(folder))
         except BaseException as error:
             self._beside.tell_error(error)  # rank 0 waits for the report
             raise
+        reach("slices.before-report")
         self._beside.tell(_report_key(number, self._world.rank), report)
+        reach("slices.after-report")
 
     def _report(self, folder: Path) -> dict[str, Any]:
         try:

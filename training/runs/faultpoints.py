@@ -70,6 +70,15 @@ STREAM_POINTS = {
 }
 """Of whatever process reads stream files from a bucket: the one that trains, or a loader's."""
 
+SLICE_POINTS = {
+    "slices.before-copy": "asked for its slices, and has copied nothing",
+    "slices.before-write": "the folder is there, and nothing of this process in it",
+    "slices.before-report": "its files are durable and verified, which nobody knows",
+    "slices.after-report": "it is known; whether the checkpoint is published is not",
+}
+"""Of a process that writes its slices of a checkpoint, which another one publishes."""
+
+TABLES = (FAULT_POINTS, STORE_POINTS, SPIKE_POINTS, STREAM_POINTS, SLICE_POINTS)
 _num_reached: Counter[str] = Counter()
 
 
@@ -78,8 +87,7 @@ def reach(name: str) -> None:
     wanted = os.environ.get(POINT_VARIABLE)
     if not wanted:
         return
-    known = (FAULT_POINTS, STORE_POINTS, SPIKE_POINTS, STREAM_POINTS)
-    assert any(name in points for points in known), name
+    assert any(name in points for points in TABLES), name
     point, _, count = wanted.partition(":")
     if name != point:
         return
