@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from holdfast.tasks.attempts import newest_step
@@ -155,15 +157,32 @@ def test_machines_whose_clocks_are_two_hours_apart_share_a_run(
     finally:
         first.kill()
     assert first.wait() == -signal.SIGKILL
-    # What it had started does not outlive it.
-    [left] = (tmp_path / "fast").glob("*/work/digits/clocks")
-    wait_until(lambda: read_segments(RunDirectory(left))[-1].outcome == "preempted", 60.0, "an end")
     assert subprocess.run(command, env=slow, check=False, timeout=120).returncode == 0
     last = RunDirectory(refresh_view(ADDRESS, "clocks", also=(ALL,)) / "digits" / "clocks")
     assert differences(final_state(calm.run), final_state(last)) == []
     lease = read_lease(last)
     assert lease is not None
     assert time.time() - lease.acquired_at > 3600.0, "its clock was right"
+
+
+@pytest.mark.slow
+def test_what_trains_does_not_outlive_who_keeps_the_bucket(machine: pytest.MonkeyPatch) -> None:
+    command = python_command("holdfast.training", "segment", "--experiment", "digits")
+    command += ["--store", str(ADDRESS), "--run-id", "long", "--progress", "none"]
+    command += ["--set", "train.num_epochs=1000000"]
+    keeper = subprocess.Popen(command, env=child_environment(1), start_new_session=True)
+    try:
+        wait_until(lambda: newest_step(seen("long")) >= 17, 60.0, "steps in the bucket")
+        [training] = psutil.Process(keeper.pid).children()
+    finally:
+        keeper.kill()
+        keeper.wait()
+    try:
+        run = RunDirectory(tier_folder(ADDRESS, "work") / "digits" / "long")
+        wait_until(lambda: read_segments(run)[-1].outcome == "preempted", 30.0, "its end")
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            training.kill()
 
 
 def seen(run_id: str) -> RunDirectory:
