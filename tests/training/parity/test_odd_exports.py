@@ -43,10 +43,11 @@ def exported(experiment: Any, folder: Path, names: tuple[str, ...]) -> tuple[Cha
         ("OneDict", ALL),
         ("Keywords", ALL),
         ("Anchors", ALL),
+        ("Bytes", ALL),
         ("Flags", ALL),
         *(
             pytest.param(name, ALL, marks=pytest.mark.slow)
-            for name in ("Fields", "Bytes", "Shorts", "SignedBytes")
+            for name in ("Fields", "Shorts", "SignedBytes")
         ),
         ("Bfloat16", WITHOUT_ONNX),
         ("WithoutOnnx", WITHOUT_ONNX[:1]),

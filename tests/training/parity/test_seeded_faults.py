@@ -25,14 +25,13 @@ seeded_faults = importlib.util.module_from_spec(spec)
 sys.modules["seeded_faults"] = seeded_faults
 spec.loader.exec_module(seeded_faults)
 
-# An ONNX export takes seconds; these faults are caught in TorchScript by the same checks.
+# An ONNX export takes seconds; these faults are looked for in TorchScript as well.
 SLOW_IN_ONNX = (
     "stale weights",
     "one perturbed weight",
     "swapped classes",
     "swapped outputs",
     "missing scaler",
-    "missing guard",
 )
 CASES = [
     pytest.param(fault, form, marks=[pytest.mark.slow] if is_slow else [])

@@ -160,10 +160,7 @@ def has_any(run: RunDirectory, name: str) -> bool:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name == "tensorboard" else pytest.param(name, marks=pytest.mark.slow)
-        for name in TRACKERS
-    ],
+    [pytest.param(name, marks=pytest.mark.slow) if name == "wandb" else name for name in TRACKERS],
 )
 def test_a_tracker_has_each_step_once_after_its_process_was_killed(
     tmp_path: Path, name: str
