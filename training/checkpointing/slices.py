@@ -44,6 +44,12 @@ class Region(NamedTuple):
         """All of a tensor."""
         return cls((0,) * len(shape), tuple(shape))
 
+    @classmethod
+    def stored(cls, layout: Layout, name: str) -> Region:
+        """What a file holds of a tensor: a slice, or all of it."""
+        shape = layout.slots[name].shape
+        return cls(layout.offsets.get(name, (0,) * len(shape)), shape)
+
     def overlap(self, other: Region) -> Region | None:
         """What two boxes have in common; None where that is nothing."""
         begins = tuple(map(max, self.offsets, other.offsets))
@@ -130,7 +136,7 @@ class Assembly:
         """The next file. Raises CheckpointCorruptError for a slice that is not of these tensors."""
         for name, slot in layout.slots.items():
             shape = self._shapes.get(stem, {}).get(name)
-            region = Region(layout.offsets.get(name, (0,) * len(slot.shape)), slot.shape)
+            region = Region.stored(layout, name)
             inside = None if shape is None else Region.whole(shape)
             is_empty = math.prod(slot.shape) == 0
             if inside is None or not (is_empty or inside.overlap(region) == region):
@@ -249,7 +255,7 @@ class MappedSlices:
         for file in self._files:
             slot = file.layout.slots.get(name)
             if slot is not None:
-                region = Region(file.layout.offsets.get(name, (0,) * len(slot.shape)), slot.shape)
+                region = Region.stored(file.layout, name)
                 region.of(tensor, Region.whole(whole.shape)).copy_(file.tensor(name))
                 file.release(name, 0, math.prod(slot.shape))
         return tensor
