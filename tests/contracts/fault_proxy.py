@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
+import pytest
+
+from tests.contracts.object_servers import make_bucket
+
 Fault = Literal[
     "none",
     "500",
@@ -212,3 +216,15 @@ def hurt_way(
     assert port is not None
     with fault_proxy(port) as proxy:
         yield proxy, {**environment, endpoint: f"http://127.0.0.1:{proxy.port}"}
+
+
+@contextmanager
+def hurt_bucket(
+    server: Mapping[str, str], name: str, patch: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
+    """A new bucket, and the way to it, which the patched environment names."""
+    make_bucket(server, name)
+    with hurt_way(server) as (proxy, environment):
+        for variable, value in environment.items():
+            patch.setenv(variable, value)
+        yield proxy

@@ -13,11 +13,10 @@ from holdfast.training.storage.address import parse_address
 from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore, Unchanged
 from holdfast.training.tiers.transfer import download_file, upload_file
-from tests.contracts.fault_proxy import Fault, FaultProxy, hurt_way
+from tests.contracts.fault_proxy import Fault, FaultProxy, hurt_bucket
 from tests.contracts.object_servers import (
     SECRET,
     free_port,
-    make_bucket,
     moto,
     s3_environment,
     seaweedfs,
@@ -41,16 +40,16 @@ PASSING: tuple[Fault, ...] = (
 @pytest.fixture(scope="module")
 def ways() -> Iterator[tuple[ObjectStore, FaultProxy]]:
     """A store, and the proxy on the way to it; one request takes a second at most."""
-    with moto() as server, pytest.MonkeyPatch.context() as patch:
-        make_bucket(server, "faults")
-        with hurt_way(server) as (proxy, environment):
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            for name, seconds in (("SMALL_TIMEOUT_S", 1.5), ("BULK_TIMEOUT_S", 3.0)):
-                patch.setattr(bucket, name, seconds)
-            for name in ("RETRY_S", "RETRY_BULK_S"):
-                patch.setattr(bucket, name, 8.0)
-            yield open_store(parse_address("s3://faults/x")), proxy
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        moto() as server,
+        hurt_bucket(server, "faults", patch) as proxy,
+    ):
+        for name, seconds in (("SMALL_TIMEOUT_S", 1.5), ("BULK_TIMEOUT_S", 3.0)):
+            patch.setattr(bucket, name, seconds)
+        for name in ("RETRY_S", "RETRY_BULK_S"):
+            patch.setattr(bucket, name, 8.0)
+        yield open_store(parse_address("s3://faults/x")), proxy
 
 
 @pytest.fixture
@@ -262,22 +261,18 @@ def test_a_bit_that_flips_on_the_way_up_is_refused_by_the_servers_checksum(
     require_program("weed")
     source = tmp_path / "source"
     source.write_bytes(secrets.token_bytes(size_bytes))
-    with seaweedfs(tmp_path) as server:
-        make_bucket(server, "faults")
-        with hurt_way(server) as (proxy, environment):
-            for name, value in environment.items():
-                monkeypatch.setenv(name, value)
-            store = open_store(parse_address("s3://faults/x"))
-            proxy.hurt("flipped bit up", only="^PUT")
-            if size_bytes > PART_BYTES:
-                with pytest.raises(StorageError, match="the server answers 400"):
-                    upload_file(store, source, "k/x")
-                assert store.get("k/x") is None
-            upload_file(store, source, "k/x")  # a small one is sent again by itself
-            assert proxy.num_hurt == 1
-            found = store.get("k/x")
-            assert found is not None
-            assert found.content == source.read_bytes()
+    with seaweedfs(tmp_path) as server, hurt_bucket(server, "faults", monkeypatch) as proxy:
+        store = open_store(parse_address("s3://faults/x"))
+        proxy.hurt("flipped bit up", only="^PUT")
+        if size_bytes > PART_BYTES:
+            with pytest.raises(StorageError, match="the server answers 400"):
+                upload_file(store, source, "k/x")
+            assert store.get("k/x") is None
+        upload_file(store, source, "k/x")  # a small one is sent again by itself
+        assert proxy.num_hurt == 1
+        found = store.get("k/x")
+        assert found is not None
+        assert found.content == source.read_bytes()
 
 
 def test_a_write_that_is_answered_by_not_found_has_not_happened(

@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import pytest
+
 from holdfast.training.exactness.reproducibility import python_command
 from holdfast.training.runs.faultpoints import POINT_VARIABLE, STORE_POINTS
 from holdfast.training.storage.address import Address
@@ -30,8 +32,8 @@ from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.probe import require_fit
 from holdfast.training.tiers.companion import COMMAND
 from holdfast.training.tiers.scratch import run_name, tier_folder
-from tests.contracts.fault_proxy import Fault, FaultProxy, hurt_way
-from tests.contracts.object_servers import KEY, SECRET, make_bucket, moto
+from tests.contracts.fault_proxy import Fault, FaultProxy, hurt_bucket
+from tests.contracts.object_servers import KEY, SECRET, moto
 from tests.faults.campaign import (
     Segment,
     Training,
@@ -132,12 +134,13 @@ def search_for_secrets(folder: Path) -> list[Path]:
 @contextmanager
 def way() -> Iterator[FaultProxy]:
     """A server with a bucket, and the way to it, which the environment names."""
-    with moto() as server:
-        make_bucket(server, ADDRESS.bucket)
-        with hurt_way(server) as (proxy, environment):
-            os.environ |= environment
-            require_fit(open_store(ADDRESS), str(ADDRESS))
-            yield proxy
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        moto() as server,
+        hurt_bucket(server, ADDRESS.bucket, patch) as proxy,
+    ):
+        require_fit(open_store(ADDRESS), str(ADDRESS))
+        yield proxy
 
 
 def _hurt(proxy: FaultProxy, rng: random.Random, share: float) -> None:

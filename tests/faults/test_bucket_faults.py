@@ -28,8 +28,8 @@ from holdfast.training.tiers.scratch import run_name, tier_folder
 from holdfast.training.tiers.viewing import refresh_view
 from tests.contracts.credential_server import SECRET as CLOUDS_SECRET
 from tests.contracts.credential_server import credential_server
-from tests.contracts.fault_proxy import Fault, FaultProxy, hurt_way
-from tests.contracts.object_servers import SECRET, make_bucket, moto
+from tests.contracts.fault_proxy import Fault, FaultProxy, hurt_bucket
+from tests.contracts.object_servers import SECRET, moto
 from tests.faults.campaign import Training, complete, differences, final_state
 from tests.generality.harness import OFTEN, stop_after
 
@@ -50,20 +50,16 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 @pytest.fixture
 def way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """The way to a bucket; what never passes is given up soon, and dead holders are, too."""
-    with moto() as server:
-        make_bucket(server, ADDRESS.bucket)
-        with hurt_way(server) as (proxy, environment):
-            for name, value in environment.items():
-                monkeypatch.setenv(name, value)
-            for name, seconds in (("SMALL_TIMEOUT_S", 1.5), ("BULK_TIMEOUT_S", 3.0)):
-                monkeypatch.setattr(bucket, name, seconds)
-            for name in ("RETRY_S", "RETRY_BULK_S"):
-                monkeypatch.setattr(bucket, name, 2.0)
-            monkeypatch.setattr(bucket, "MAX_RETRIES", 3)
-            acquired = partial(HeadLease.acquire, ttl_s=1.0)
-            monkeypatch.setattr(HeadLease, "acquire", staticmethod(acquired))
-            monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "first"))
-            yield proxy
+    with moto() as server, hurt_bucket(server, ADDRESS.bucket, monkeypatch) as proxy:
+        for name, seconds in (("SMALL_TIMEOUT_S", 1.5), ("BULK_TIMEOUT_S", 3.0)):
+            monkeypatch.setattr(bucket, name, seconds)
+        for name in ("RETRY_S", "RETRY_BULK_S"):
+            monkeypatch.setattr(bucket, name, 2.0)
+        monkeypatch.setattr(bucket, "MAX_RETRIES", 3)
+        acquired = partial(HeadLease.acquire, ttl_s=1.0)
+        monkeypatch.setattr(HeadLease, "acquire", staticmethod(acquired))
+        monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "first"))
+        yield proxy
 
 
 def here() -> Training:

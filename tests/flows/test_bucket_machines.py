@@ -12,8 +12,8 @@ from holdfast.tasks.attempts import newest_step
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.storage.address import Address
 from holdfast.training.tiers.viewing import ALL, refresh_view
-from tests.contracts.fault_proxy import FaultProxy, hurt_way
-from tests.contracts.object_servers import make_bucket, moto
+from tests.contracts.fault_proxy import FaultProxy, hurt_bucket
+from tests.contracts.object_servers import moto
 from tests.flows.cluster import Cluster, Machine
 from tests.flows.conftest import LONGER_OVERRIDES, OVERRIDES
 from tests.flows.prefect_server import wait_until
@@ -28,13 +28,9 @@ OUTAGE_S = 60.0
 
 @pytest.fixture
 def way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    with moto() as server:
-        make_bucket(server, ADDRESS.bucket)
-        with hurt_way(server) as (proxy, environment):
-            for name, value in environment.items():
-                monkeypatch.setenv(name, value)
-            monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "watcher"))
-            yield proxy
+    with moto() as server, hurt_bucket(server, ADDRESS.bucket, monkeypatch) as proxy:
+        monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "watcher"))
+        yield proxy
 
 
 @pytest.fixture
