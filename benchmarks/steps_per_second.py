@@ -1,8 +1,8 @@
 """Steps per second of the trainer against a bare PyTorch loop that does the same work.
 
-Both fetch, augment, compute, update the weights and the moving averages. The trainer also keeps
-its promises: seeded draws per microbatch, a look at the loss, the notice and the save schedule at
-every step.
+Both fetch, augment, compute, update the weights, the rate and the moving averages. The trainer
+also keeps its promises: seeded draws per microbatch, a look at the loss, the notice and the save
+schedule at every step.
 
     python benchmarks/steps_per_second.py [--experiment NAME] [--set KEY=VALUE]... [--steps N]
 """
@@ -24,6 +24,7 @@ from holdfast.training.loop.evaluation import move
 from holdfast.training.loop.segment import build_manager, build_saver, build_trainer
 from holdfast.training.loop.trainer import Trainer
 from holdfast.training.optimizers.building import build_optimizer
+from holdfast.training.optimizers.schedule import build_scheduler
 from holdfast.training.runs.costs import Costs
 from holdfast.training.stage import Stage, StageArguments, prepared_stage
 
@@ -34,6 +35,8 @@ def bare_loop(stage: Stage, num_steps: int) -> Callable[[], None]:
     dataset = experiment.dataset("train")
     model = experiment.model().train()
     optimizer = build_optimizer(config.optimizer, model)
+    is_of_steps = config.scheduler.interval == "step"
+    scheduler = build_scheduler(config.scheduler, optimizer) if is_of_steps else None
     fetch = getattr(dataset, "fetch")  # noqa: B009  # optional in the protocol
     live = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
     averages = [[tensor.clone() for tensor in live] for _ in config.ema.decays]
@@ -54,6 +57,8 @@ def bare_loop(stage: Stage, num_steps: int) -> Callable[[], None]:
             if config.train.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
             optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
             with torch.no_grad():
                 for average in averages:
                     torch._foreach_lerp_(average, live, 0.001)
