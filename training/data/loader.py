@@ -16,12 +16,13 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
+from holdfast.training.data.ahead import FetchedAhead
 from holdfast.training.data.batch_plan import BatchPlan, FixedSizePlan, OwnOrderPlan, TokenPlan
 from holdfast.training.data.fetching import (
     Failure,
@@ -93,6 +94,8 @@ class Loader:
     microbatches; the microbatches are those of the shards that are this process's.
     ``num_workers``, ``has_persistent_workers`` and ``prefetch_factor`` never change a byte. With
     ``fork`` the data set need not be picklable, and a program's main module is not imported again.
+    With ``is_ahead`` a process that fetches itself does so for some later steps, too, where that is
+    quickly done; as with loader processes, what items are must not depend on the training then.
     A stream (``Streamed``) is read by one process, whatever their number; each of its microbatches
     has the stream's state after it. ``worker_init_fn`` is called in each loader process, with its
     number, before the first fetch; SIGINT, SIGTERM and SIGUSR1 are ignored there anyway.
@@ -112,6 +115,7 @@ class Loader:
         worker_init_fn: WorkerInit | None = None,
         start_method: Literal["forkserver", "fork"] = "forkserver",
         shares: Shares | None = None,
+        is_ahead: bool = False,
     ) -> None:
         self._dataset = dataset
         self._fetcher = Fetcher(dataset, seed, should_tell_epoch=True)
@@ -125,6 +129,7 @@ class Loader:
         self._worker_init_fn = worker_init_fn
         self._start_method = start_method
         self._shares = shares or Shares()
+        self._is_ahead = is_ahead and not isinstance(dataset, Streamed)
         self._pool: _WorkerPool | None = None
         if num_workers and start_method == "forkserver":
             start_fork_server()
@@ -168,14 +173,19 @@ class Loader:
             self._pool = None
 
     def _own_batches(self, epoch: int, step_in_epoch: int) -> Iterator[Microbatch]:
-        for place in self._places(epoch, step_in_epoch, is_endless=True):
-            batch = self._fetcher.fetch_isolated(place)
-            yield _microbatch(place, pinned(batch) if self._should_pin else batch)
+        ahead = FetchedAhead(self._own_batch, is_ahead=self._is_ahead)
+        for places in self._blocks(epoch, step_in_epoch, is_endless=True):
+            for place, batch in ahead.batches(places):
+                yield _microbatch(place, batch)
+
+    def _own_batch(self, place: Place) -> Any:
+        batch = self._fetcher.fetch_isolated(place)
+        return pinned(batch) if self._should_pin else batch
 
     def _worker_batches(self, epoch: int, step_in_epoch: int) -> Iterator[Microbatch]:
         is_endless = self._has_persistent_workers
         while True:
-            pool = self._pool = self._start_pool(self._places(epoch, step_in_epoch, is_endless))
+            pool = self._pool = self._start_pool(self._blocks(epoch, step_in_epoch, is_endless))
             try:
                 for place, batch in pool:
                     yield _microbatch(place, batch)
@@ -185,7 +195,7 @@ class Loader:
                 return
             epoch, step_in_epoch = epoch + 1, 0
 
-    def _start_pool(self, places: Iterator[Place]) -> _WorkerPool:
+    def _start_pool(self, blocks: Iterator[list[Place]]) -> _WorkerPool:
         pending: deque[Place] = deque()
         with warnings.catch_warnings():
             # The number of processes is configured; the machine that goes on may have fewer cores.
@@ -195,7 +205,7 @@ class Loader:
             loader: DataLoader[Any] = DataLoader(
                 self._fetcher,  # type: ignore[arg-type]  # a map-style data set by its methods
                 batch_size=None,
-                sampler=_recorded(places, pending),
+                sampler=_recorded(chain.from_iterable(blocks), pending),
                 num_workers=self._num_workers,
                 prefetch_factor=self._prefetch_factor,
                 collate_fn=_unchanged,
@@ -206,13 +216,14 @@ class Loader:
             )
             return _WorkerPool(loader, pending)
 
-    def _places(self, epoch: int, step_in_epoch: int, is_endless: bool) -> Iterator[Place]:
+    def _blocks(self, epoch: int, step_in_epoch: int, is_endless: bool) -> Iterator[list[Place]]:
+        """Places in order, some steps of one epoch at a time."""
         for current in count(epoch) if is_endless else (epoch,):
             start = step_in_epoch if current == epoch else 0
             end = self._plan.num_steps(current)
             for first in range(start, end, STEPS_PER_BLOCK):
                 steps = range(first, min(first + STEPS_PER_BLOCK, end))
-                yield from [place for step in steps for place in self._places_of(current, step)]
+                yield [place for step in steps for place in self._places_of(current, step)]
 
     def _places_of(self, epoch: int, step: int) -> list[Place]:
         """Where the microbatches of a step stand; of those that are this process's."""
@@ -299,7 +310,7 @@ def evaluation_batches(
 
 
 def whole_steps(microbatches: Iterable[Microbatch]) -> Iterator[list[Microbatch]]:
-    """This process's microbatches of each step. None of the next one is fetched before it."""
+    """This process's microbatches of each step. None of the next one is asked for before it."""
     step: list[Microbatch] = []
     for microbatch in microbatches:
         step.append(microbatch)

@@ -271,6 +271,7 @@ def build_trainer(stage: Stage, costs: Costs) -> Trainer:
         seed=stage.seed("order"),
         should_pin=device.type == "cuda",
         shares=shares_of(config, stage.world),
+        is_ahead=True,
     )
     return Trainer(
         experiment=experiment,
