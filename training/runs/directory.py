@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -29,6 +29,7 @@ from holdfast.training.configuration.loading import (
     digested_values,
     is_choice_only,
 )
+from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import ConfigError, DataFormatError, RunConflictError, StorageError
 from holdfast.training.runs.durable_json import create_json_durably, write_json_durably
 from holdfast.training.runs.paths import RunDirectory, parse_step, validate_run_id
@@ -51,6 +52,7 @@ __all__ = [
     "read_segments",
     "run_identity",
     "segment_duration_s",
+    "segments_among",
     "utc_now",
     "validate_run_id",
     "write_json_durably",
@@ -270,7 +272,7 @@ def read_run_record(run: RunDirectory) -> RunRecord:
 
     Raises FileNotFoundError, StorageError, or DataFormatError that names the wrong field.
     """
-    return _read_record(run, run.run_json.name, RunRecord)
+    return _checked_record(read_json(run.run_json), run.run_json, RunRecord)
 
 
 def run_identity(record: RunRecord) -> str:
@@ -280,7 +282,7 @@ def run_identity(record: RunRecord) -> str:
 
 def next_segment_number(run: RunDirectory) -> int:
     """One more than the highest number of a segment record; 1 for a new run."""
-    return max(_segment_numbers(run), default=0) + 1
+    return max(_numbers_among(_segment_names(run)), default=0) + 1
 
 
 def write_segment(
@@ -307,10 +309,18 @@ def read_segments(run: RunDirectory) -> list[SegmentRecord]:
     One that is damaged is left out with a warning: it says how a segment went, and nothing that a
     run needs. Raises StorageError.
     """
+    return segments_among(_segment_names(run), run, read_json)
+
+
+def segments_among(
+    names: Iterable[str], run: RunDirectory, read: Callable[[Path], Json]
+) -> list[SegmentRecord]:
+    """As ``read_segments``, of files with these names, whose content ``read`` gives."""
     records = []
-    for number in _segment_numbers(run):
+    for number in _numbers_among(names):
+        path = run.segment(number)
         try:
-            record = _read_record(run, f"segments/{run.segment(number).name}", SegmentRecord)
+            record = _checked_record(read(path), path, SegmentRecord)
             _require_number(run, record, number)
             records.append(record)
         except FileNotFoundError:
@@ -347,13 +357,17 @@ def _make_folder(run: RunDirectory, name: str = "") -> None:
         raise StorageError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
-def _segment_numbers(run: RunDirectory) -> list[int]:
+def _segment_names(run: RunDirectory) -> list[str]:
     try:
-        found = [SEGMENT_NAME.fullmatch(path.name) for path in run.segments.iterdir()]
+        return [path.name for path in run.segments.iterdir()]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise StorageError(f"cannot list {run.segments}: {error.strerror}") from error
+
+
+def _numbers_among(names: Iterable[str]) -> list[int]:
+    found = map(SEGMENT_NAME.fullmatch, names)
     numbers = (int(name[1]) for name in found if name is not None)
     return sorted(number for number in numbers if number > 0)
 
@@ -366,9 +380,7 @@ def _require_number(run: RunDirectory, record: SegmentRecord, number: int) -> No
         )
 
 
-def _read_record(run: RunDirectory, name: str, kind: type[RecordT]) -> RecordT:
-    path = run.path / name
-    value = read_json(path)
+def _checked_record(value: Json, path: Path, kind: type[RecordT]) -> RecordT:
     version = value.get("format_version") if isinstance(value, dict) else None
     if version != FORMAT_VERSION:
         raise DataFormatError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -96,11 +97,16 @@ def generation_path(run: RunDirectory, generation: int) -> Path:
 def newest_generation(run: RunDirectory) -> int:
     """The highest generation that was ever taken; 0 for none. Raises StorageError."""
     try:
-        found = [LEASE_NAME.fullmatch(path.name) for path in run.lease.iterdir()]
+        return newest_among(path.name for path in run.lease.iterdir())
     except FileNotFoundError:
         return 0
     except OSError as error:
         raise storage_error("list", run.lease, error) from error
+
+
+def newest_among(names: Iterable[str]) -> int:
+    """The highest generation that one of these files is of; 0 for none."""
+    found = map(LEASE_NAME.fullmatch, names)
     return max((int(match[1]) for match in found if match is not None), default=0)
 
 
@@ -123,16 +129,27 @@ def read_lease(run: RunDirectory, here: ProcessIdentity | None = None) -> LeaseV
     path = generation_path(run, generation)
     try:
         renewed_at = path.lstat().st_mtime
-        content = _checked(read_json(path, LIMITS), path)
-    except DataFormatError:
-        content = None
+        return lease_at(path, lambda path: read_json(path, LIMITS), renewed_at, here)
     except FileNotFoundError:
         return None
     except StorageError:
         raise
     except OSError as error:
         raise storage_error("read", path, error) from error
-    return _view(generation, content, renewed_at, here or current_process())
+
+
+def lease_at(
+    path: Path,
+    read: Callable[[Path], Json],
+    renewed_at: float,
+    here: ProcessIdentity | None = None,
+) -> LeaseView:
+    """As ``read_lease``, of a lease file whose content ``read`` gives."""
+    try:
+        content = _checked(read(path), path)
+    except DataFormatError:
+        content = None
+    return _view(newest_among([path.name]), content, renewed_at, here or current_process())
 
 
 def _checked(value: Json, path: Path) -> dict[str, Any]:

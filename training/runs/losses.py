@@ -12,7 +12,7 @@ import stat
 import struct
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,7 +166,12 @@ def with_known_ends(records: Sequence[SegmentRecord], run: RunDirectory) -> list
     A segment writes its losses more often than its record: whoever counts steps that were done
     again counts by these.
     """
-    ends = {file.segment: file.end_step for file in loss_files(run) if file.num_steps}
+    return with_ends(records, loss_files(run))
+
+
+def with_ends(records: Sequence[SegmentRecord], files: Iterable[LossFile]) -> list[SegmentRecord]:
+    """As ``with_known_ends``, where the files are known."""
+    ends = {file.segment: file.end_step for file in files if file.num_steps}
     return [
         record.model_copy(update={"end_step": max(record.end_step, ends.get(record.number, 0))})
         for record in records
@@ -203,11 +208,18 @@ def _files(folder: Path) -> Iterator[LossFile]:
     except OSError:
         return
     for path in paths:
-        found = FILE_NAME.fullmatch(path.name)
         try:
             status = path.lstat()
         except OSError:
             continue
-        if found is None or not stat.S_ISREG(status.st_mode):
-            continue  # none of ours, or not ours to open
-        yield LossFile(path, int(found[1]), int(found[2]), status.st_size // BYTES_PER_STEP)
+        file = loss_file(path, status.st_size)
+        if file is not None and stat.S_ISREG(status.st_mode):  # else it is not ours to open
+            yield file
+
+
+def loss_file(path: Path, size_bytes: int) -> LossFile | None:
+    """What a file of this name and size is; None for one that is none of ours."""
+    found = FILE_NAME.fullmatch(path.name)
+    if found is None:
+        return None
+    return LossFile(path, int(found[1]), int(found[2]), size_bytes // BYTES_PER_STEP)
