@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from holdfast.training.bundles.summary import promotion_fields, promotion_line, published_name
-from holdfast.training.errors import StorageError
+from holdfast.training.configuration.schema import Json
+from holdfast.training.errors import DataFormatError, StorageError
 from holdfast.training.experiment.loading import located_reference
 from holdfast.training.runs.directory import (
     RunDirectory,
@@ -21,11 +22,27 @@ from holdfast.training.runs.directory import (
     parse_step,
     read_run_record,
     read_segments,
+    segments_among,
 )
-from holdfast.training.runs.lease import LeaseView, read_lease
+from holdfast.training.runs.lease_view import (
+    LeaseView,
+    generation_path,
+    lease_at,
+    newest_among,
+    read_lease,
+)
 from holdfast.training.runs.ledger import ledger
-from holdfast.training.runs.losses import with_known_ends
-from holdfast.training.runs.stored_json import RECORD, STATE, Limits, is_kind, read_json
+from holdfast.training.runs.losses import loss_file, with_ends, with_known_ends
+from holdfast.training.runs.stored_json import (
+    RECORD,
+    STATE,
+    Limits,
+    is_kind,
+    parse_json,
+    read_json,
+)
+from holdfast.training.storage.address import Address
+from holdfast.training.tiers.listing import ListedRun
 from holdfast.training.tiers.scratch import told_path
 from holdfast.training.tiers.viewing import has_report
 
@@ -81,26 +98,92 @@ class RunSummary:
         return dict(vars(self))
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a summary is made of, from wherever it was read.
+
+    Attributes:
+        place: of the run, as people are told it.
+        newest_checkpoint: its step; 0 where there is none.
+    """
+
+    name: str
+    place: str
+    segments: list[SegmentRecord]
+    lease: LeaseView | None
+    evaluation: Any
+    promotion: dict[str, Any] | None
+    newest_checkpoint: int
+    has_bundle: bool
+    has_report: bool
+
+
 def summarize(run: RunDirectory) -> RunSummary:
     """Read a run. Raises DataFormatError or StorageError where a file of it is not readable."""
-    segments = with_known_ends(read_segments(run), run)
-    lease = read_lease(run)
-    is_alive = lease is not None and lease.status == "held"
+    found = _Found(
+        name=f"{run.path.parent.name}/{run.path.name}",
+        place=told_path(run.path),
+        segments=with_known_ends(read_segments(run), run),
+        lease=read_lease(run),
+        evaluation=read_optional(run.evaluation_json),
+        promotion=read_promotion(run),
+        newest_checkpoint=max(checkpoint_steps(run), default=0),
+        has_bundle=run.bundle.is_dir(),
+        has_report=has_report(run),
+    )
+    return _summary(found)
+
+
+def summarize_listed(listed: ListedRun, address: Address) -> RunSummary:
+    """The same of a run of a bucket's list. Raises DataFormatError as ``summarize`` does."""
+    if listed.problem:
+        raise DataFormatError(listed.problem)
+    run = RunDirectory(Path(listed.name))
+
+    def read(path: Path) -> Json:
+        name = path.relative_to(run.path).as_posix()
+        return parse_json(listed.texts[name].encode(), f"{address}/{path}")
+
+    def read_if_there(path: Path) -> Json:
+        return read(path) if path.relative_to(run.path).as_posix() in listed.texts else None
+
+    losses = [loss_file(run.losses / name, size) for name, size in listed.sizes_in("losses")]
+    segments = segments_among(listed.names_in("segments"), run, read)
+    generation = newest_among(listed.names_in("lease"))
+    lease = generation_path(run, generation)
+    promotion = read_if_there(run.promotion_json)
+    steps = map(parse_step, listed.names_in("checkpoints"))
+    found = _Found(
+        name=listed.name,
+        place=f"{address}/{listed.name}",
+        segments=with_ends(segments, filter(None, losses)),
+        lease=lease_at(lease, read, listed.renewed_s) if generation else None,
+        evaluation=read_if_there(run.evaluation_json),
+        promotion=None if promotion is None else promotion_fields(promotion, run.promotion_json),
+        newest_checkpoint=max((step for step in steps if step is not None), default=0),
+        has_bundle=bool(listed.names_in(run.bundle.name)),
+        has_report=run.report_html.name in listed.sizes,
+    )
+    return _summary(found)
+
+
+def _summary(found: _Found) -> RunSummary:
+    segments, evaluation, promotion = found.segments, found.evaluation, found.promotion
+    lease = found.lease if found.lease is not None and found.lease.status == "held" else None
     outcomes = [
-        ledger_outcome(record, is_alive=is_alive and record is segments[-1]) for record in segments
+        ledger_outcome(record, is_alive=lease is not None and record is segments[-1])
+        for record in segments
     ]
-    evaluation = read_optional(run.evaluation_json)
-    promotion = read_promotion(run)
     account = ledger(segments)
     return RunSummary(
-        name=f"{run.path.parent.name}/{run.path.name}",
-        path=told_path(run.path),
-        state=_state(run, outcomes, lease),
-        step=_newest_step(run, segments),
+        name=found.name,
+        path=found.place,
+        state=_state(found, outcomes),
+        step=max([record.end_step for record in segments] + [found.newest_checkpoint]),
         num_segments=len(segments),
         num_preemptions=outcomes.count("preempted"),
         num_crashes=outcomes.count("failed") + outcomes.count("killed"),
-        holder=lease.holder if lease is not None and is_alive else None,
+        holder=lease.holder if lease is not None else None,
         champion=champion_name(evaluation),
         test_metrics=test_metrics(evaluation),
         published=published_name(promotion) if promotion else None,
@@ -112,8 +195,8 @@ def summarize(run: RunDirectory) -> RunSummary:
         },
         goodput=account.goodput if account.paid_s > 0 else None,
         num_repeated_steps=account.num_recomputed_steps,
-        bundle=told_path(run.bundle) if run.bundle.is_dir() else None,
-        report=told_path(run.report_html) if has_report(run) else None,
+        bundle=f"{found.place}/bundle" if found.has_bundle else None,
+        report=f"{found.place}/report.html" if found.has_report else None,
         error=segments[-1].error.message if segments and segments[-1].error else None,
         num_processes=segments[-1].num_processes if segments else None,
         widths=tuple(record.num_processes for record in segments if record.num_processes),
@@ -192,16 +275,12 @@ def numbers_in(values: Any) -> dict[str, float]:
     return {name: float(v) for name, v in values.items() if is_kind(v, (float,))}
 
 
-def _state(run: RunDirectory, outcomes: list[Any], lease: LeaseView | None) -> State:
-    if run.bundle.is_dir():
+def _state(found: _Found, outcomes: list[Any]) -> State:
+    if found.has_bundle:
         return "completed"
-    if lease is not None and lease.status == "held":
+    if found.lease is not None and found.lease.status == "held":
         return "training"
     if not outcomes:
         return "new"
     last: State = "trained" if outcomes[-1] == "completed" else outcomes[-1]
     return last
-
-
-def _newest_step(run: RunDirectory, segments: list[SegmentRecord]) -> int:
-    return max([record.end_step for record in segments] + checkpoint_steps(run), default=0)

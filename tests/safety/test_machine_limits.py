@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.flows.command_line.stores import find_runs
 from holdfast.tasks.attempts import newest_step
 from holdfast.tasks.preflight import require_prefect_home, require_writable
 from holdfast.training.bundles.pull import pull
@@ -76,9 +75,9 @@ def test_a_run_of_another_user_is_an_odd_line_and_no_end(tmp_path: Path) -> None
     (tmp_path / "secret").mkdir(mode=0o700)
 
     def look() -> None:
-        from holdfast.flows.command_line.commands.status import _row
+        from holdfast.flows.command_line.commands.status import _rows
 
-        rows = {run.path.name: _row(run) for run in find_runs(tmp_path)}
+        rows = {row["name"].partition("/")[2]: row for row in _rows(tmp_path)}
         assert rows["mine"]["state"] == "new"
         assert rows["theirs"]["state"] == "unreadable"
         assert "Permission denied" in rows["theirs"]["error"]

@@ -34,7 +34,8 @@ from holdfast.training.runs.lease_view import MAX_TTL_S
 from holdfast.training.runs.process_identity import ProcessIdentity, current_process, presence
 from holdfast.training.runs.shown_text import shown
 from holdfast.training.runs.stored_json import Kinds, Limits, parse_json, required_fields
-from holdfast.training.storage.protocol import Listed, ObjectStore, Unchanged
+from holdfast.training.storage.protocol import Listed, Listing, ObjectStore, Unchanged
+from holdfast.training.tiers.tree import NAME
 
 FORMAT_VERSION = 1
 HEAD_TTL_S = 20.0
@@ -118,6 +119,16 @@ def run_folder(name: str) -> str:
 def name_of(listed: Listed) -> str:
     """The run whose head was listed."""
     return listed.key.removeprefix(f"{HEADS}/").removesuffix(".json")
+
+
+def listed_heads(store: ObjectStore) -> Listing:
+    """The heads of all runs. Raises as ``ObjectStore.list`` does."""
+    return [listed for listed in store.list(HEADS) if _is_run(name_of(listed))]
+
+
+def _is_run(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(NAME.fullmatch(part) and part[0] != "." for part in parts)
 
 
 def read_head(store: ObjectStore, name: str) -> tuple[Head, str] | None:

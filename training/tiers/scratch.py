@@ -2,6 +2,7 @@
 
     <scratch>/<digest of the address>/work/<experiment>/<run id>/    a run that is written here
     <scratch>/<digest of the address>/view/<experiment>/<run id>/    what was read of a run
+    <scratch>/<digest of the address>/list/<experiment>/<run id>.json  what a list shows of it
     <scratch>/<digest of the address>/registry/                      bundles that were read
 
 Each of ``work`` and ``view`` looks like a store that is a folder, and holds a file that names the

@@ -25,11 +25,11 @@ from holdfast.training.storage.address import Address
 from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.protocol import Listed, ObjectStore
 from holdfast.training.tiers.folder_image import LEASES
-from holdfast.training.tiers.head import HEADS, head_key, name_of, parse_head, run_folder
-from holdfast.training.tiers.restoring import replica_folder
+from holdfast.training.tiers.head import head_key, listed_heads, name_of, parse_head, run_folder
+from holdfast.training.tiers.restoring import LONG_AGO_S, replica_folder
 from holdfast.training.tiers.scratch import address_of, run_name, tier_folder
 from holdfast.training.tiers.transfer import download_file, read_tree
-from holdfast.training.tiers.tree import NAME, Tree, TreeFile
+from holdfast.training.tiers.tree import Tree, TreeFile
 
 RUNS_AT_ONCE = 32
 MAX_ATTEMPTS = 5
@@ -53,7 +53,6 @@ SEEN: Kinds = {
     "has_report": (bool,),
 }
 LIMITS = Limits(max_bytes=2**14, max_depth=3)
-LONG_AGO_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def refresh_view(
     """
     root = tier_folder(address, "view")
     store, wanted = open_store(address), Wanted(reference is None, also)
-    heads = [listed for listed in store.list(HEADS) if _is_run(name_of(listed))]
+    heads = listed_heads(store)
     asked = [
         listed
         for listed in heads
@@ -143,11 +142,6 @@ def has_report(run: RunDirectory) -> bool:
     return run.report_html.is_file() or (seen is not None and bool(seen["has_report"]))
 
 
-def _is_run(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) == 2 and all(NAME.fullmatch(part) and part[0] != "." for part in parts)
-
-
 def _refresh(store: ObjectStore, root: Path, listed: Listed, wanted: Wanted) -> None:
     run = RunDirectory(root / name_of(listed))
     seen = _seen(run)
@@ -176,7 +170,7 @@ def _read_run(
         if head.tree is None or head.tree_digest is None:
             return  # it was refused before it began
         tree = read_tree(store, head.tree, head.tree_digest, run_folder(name), wanted.looks_at)
-        if tree is not None and _write_files(store, run, _as_renewed(tree, head.ttl_s), wanted):
+        if tree is not None and _write_files(store, run, as_renewed(tree, head.ttl_s), wanted):
             break
     else:
         raise StorageError(f"{name} changes faster than it can be read; try again")
@@ -191,8 +185,8 @@ def _read_run(
     beside.replace(folder / "seen.json")
 
 
-def _as_renewed(tree: Tree, ttl_s: float) -> Tree:
-    """The tree with leases that last as long as the head, with which alone they are renewed here.
+def as_renewed(tree: Tree, ttl_s: float) -> Tree:
+    """The tree with leases that last as long as its head, with which alone they are renewed here.
 
     On the holder's own disk they are renewed more often, and end sooner.
     """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,13 +20,21 @@ from holdfast.flows.command_line.stores import (
     reading_store,
 )
 from holdfast.tasks.engine_lease import engine_directory
-from holdfast.tasks.run_summary import RunSummary, script_command_line, summarize
+from holdfast.tasks.preflight import store_path
+from holdfast.tasks.run_summary import (
+    RunSummary,
+    script_command_line,
+    summarize,
+    summarize_listed,
+)
 from holdfast.training.certificate.kept import KeptCertificate, read_certificate
 from holdfast.training.errors import HoldfastError
 from holdfast.training.runs.directory import RunDirectory, read_run_record
 from holdfast.training.runs.losses import compare_losses
 from holdfast.training.runs.shown_text import shown
-from holdfast.training.tiers.scratch import address_of, told_path, told_store
+from holdfast.training.storage.address import Address
+from holdfast.training.tiers.listing import listed_runs
+from holdfast.training.tiers.scratch import address_of, parsed_store, told_path, told_store
 
 HELP = """Show the runs of a store, or one run with all that is known of it.
 
@@ -44,9 +54,8 @@ Examples:
 @JSON_OPTION
 def command(run: str | None, store: str, is_json: bool) -> None:
     """Show."""
-    folder = reading_store(store, run)
     if run is not None:
-        found = find_run(folder, run)
+        found = find_run(reading_store(store, run), run)
         summary, losses, certificate = summarize(found), compare_losses(found), _certificate(found)
         whole = {**summary.as_json(), "losses": losses.as_json(), "certificate": None}
         if certificate is not None:
@@ -62,30 +71,42 @@ def command(run: str | None, store: str, is_json: bool) -> None:
         )
         click.echo(page)
         return
-    rows = [_row(found) for found in find_runs(folder)]
+    address = parsed_store(store)
+    rows = _rows(store_path(store)) if address is None else _listed_rows(address)
     if is_json:
         click.echo(json.dumps(rows, indent=2))
     elif rows:
         _print_table(rows)
     else:
+        folder = store_path(store)
         state = "has no runs" if folder.is_dir() else "does not exist"
         click.echo(
             f"store {told_store(folder)} {state} yet; start one with: {first_command(folder)}"
         )
 
 
-def _row(run: RunDirectory) -> dict[str, Any]:
+def _rows(store: Path) -> list[dict[str, Any]]:
+    """One for each run of a folder."""
+    return [
+        _row(full_name(run), told_path(run.path), partial(summarize, run))
+        for run in find_runs(store)
+    ]
+
+
+def _listed_rows(address: Address) -> list[dict[str, Any]]:
+    """The same of a bucket."""
+    return [
+        _row(run.name, f"{address}/{run.name}", partial(summarize_listed, run, address))
+        for run in listed_runs(address)
+    ]
+
+
+def _row(name: str, path: str, summarized: Callable[[], RunSummary]) -> dict[str, Any]:
     """A run's summary; a run whose files cannot be read does not hide the others."""
     try:
-        return summarize(run).as_json()
+        return summarized().as_json()
     except HoldfastError as error:
-        name = f"{run.path.parent.name}/{run.path.name}"
-        return {
-            "name": name,
-            "path": told_path(run.path),
-            "state": "unreadable",
-            "error": str(error),
-        }
+        return {"name": name, "path": path, "state": "unreadable", "error": str(error)}
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
