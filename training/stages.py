@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from holdfast.training.stage import (
     prepared_stage,
     resolve_arguments,
 )
+from holdfast.training.tiers.late_files import await_all
 from holdfast.training.told_errors import error_line
 
 FIRST_STAGE, REPORT_STAGE = "segment", "report"
@@ -154,7 +156,14 @@ def _stage_function(name: str) -> Callable[[Stage], StageOutcome]:
         raise HoldfastError(f"this version of Holdfast has no stage {name}; it has {[*STAGES]}")
     module, _, function = STAGES[name].partition(":")
     found: Callable[[Stage], StageOutcome] = getattr(importlib.import_module(module), function)
-    return found
+    return found if name == FIRST_STAGE else partial(_once_whole, found)
+
+
+def _once_whole(work: Callable[[Stage], StageOutcome], stage: Stage) -> StageOutcome:
+    """Training begins with its newest checkpoint; what comes after it reads all of them."""
+    if not await_all(stage.run, stage.should_stop):
+        raise NoticeCameError(stage.monitor.notice)
+    return work(stage)
 
 
 def _tell(error: BaseException, outcome: StageOutcome, arguments: StageArguments) -> None:

@@ -57,7 +57,9 @@ def attempt(job: Job) -> Iterator[None]:
     flow_run_id, run_count = (ours.flow_run_id, ours.run_count) if ours else (flow_run.id or "", 0)
     try:
         with (
-            opened_replica(job.run, wait_s=_wait_s(ours), tell=logger.warning) as replica,
+            opened_replica(
+                job.run, wait_s=_wait_s(ours), can_begin_early=True, tell=logger.warning
+            ) as replica,
             engine_lease(job.run, str(flow_run_id), run_count, wait_s=_wait_s(ours)),
         ):
             with _handed_over_at_a_stop(ours, logger), kept_up(replica):

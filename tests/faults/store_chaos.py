@@ -49,6 +49,7 @@ NO_POINT = "store.after-delete:999"
 LIFE_S = 120.0
 MOST_LIVES = 40
 OFTEN_REACHED = {"store.before-file": 12, "store.before-delete": 1, "store.after-delete": 1}
+OFTEN_REACHED |= {"store.before-late-file": 4, "store.after-late-file": 4}
 """In one life, where that is not twice."""
 ROOT = Path(__file__).parents[2]
 FAULTS: tuple[Fault, ...] = (
@@ -164,6 +165,7 @@ def main() -> int:
             rng = random.Random(seed)
             points = [f"{p}:{rng.randint(1, OFTEN_REACHED.get(p, 2))}" for p in STORE_POINTS]
             rng.shuffle(points)
+            points.sort(key=lambda point: "late" in point)  # nothing is late in the first lives
             hurt = partial(_hurt, proxy, rng, arguments.faults)
             num_done, store = kill_until_complete(folder, f"seed-{seed}", points, hurt)
             proxy.hurt()

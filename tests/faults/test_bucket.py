@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,6 +26,7 @@ from holdfast.training.storage.address import Address
 from holdfast.training.storage.protocol import PART_BYTES
 from holdfast.training.storage.unfinished import UnfinishedUploads
 from holdfast.training.tiers.keeping import kept_up, opened_replica
+from holdfast.training.tiers.late_files import _mark
 from holdfast.training.tiers.scratch import tier_folder
 from holdfast.training.tiers.viewing import ALL, refresh_view
 from holdfast.training.upkeep import bucket_shelf
@@ -79,6 +81,33 @@ def test_a_run_goes_on_on_a_machine_that_has_nothing_of_it(
             content = path.read_bytes()
             assert SECRET.encode() not in content, path
             assert KEY.encode() not in content, path
+
+
+@pytest.mark.slow
+def test_where_the_newest_checkpoint_is_damaged_the_one_before_is_waited_for(
+    machine: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calm = Training(tmp_path / "calm", "one", overrides=OFTEN)
+    complete(calm)
+    killed = Training(tier_folder(ADDRESS, "work"), "one", overrides=OFTEN)
+    with opened_replica(killed.run) as replica, kept_up(replica):
+        stop_after(killed, signal.SIGTERM, 12)
+    machine.setenv("HOLDFAST_SCRATCH", str(tmp_path / "second"))
+    second = Training(tier_folder(ADDRESS, "work"), "one", overrides=OFTEN)
+    with opened_replica(second.run, can_begin_early=True) as replica:
+        assert replica is not None
+        *older, newest = sorted(second.run.checkpoints.iterdir())
+        assert [path.name for path in older[-1].iterdir()] == ["manifest.json"]
+        with (newest / "model.safetensors").open("r+b") as file:
+            file.write(b"damaged")
+        _mark(second.run).touch()  # they are late, and begin to come only now
+        threading.Timer(4.0, replica.start).start()
+        complete(second)
+        replica.finish(60.0)
+    assert (newest.parent / f"{newest.name}.damaged-1").is_dir()
+    assert differences(final_state(calm.run), final_state(second.run)) == []
+    records = read_segments(second.run)
+    assert records[1].start_step == int(older[-1].name.removeprefix("step-")) < 12
 
 
 @pytest.mark.slow

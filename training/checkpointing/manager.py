@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -181,8 +181,13 @@ class CheckpointManager:
         migrations: Mapping[int, Migration] = MIGRATIONS,
         overlap: Overlap | None = None,
         others: OtherWriters = NOBODY,
+        await_files: Callable[[str, Collection[str]], object] = lambda *_: None,
     ) -> None:
-        """``others`` write slices of the same tensors."""
+        """``others`` write slices of the same tensors.
+
+        ``await_files`` is told the name and the files of a checkpoint before they are read, and
+        returns once they are there.
+        """
         self.snapshot_s: float | None = None
         self.durable_s: float | None = None
         self.restored: CheckpointInfo | None = None
@@ -193,6 +198,7 @@ class CheckpointManager:
         self._storage = storage or LocalStorage(run.checkpoints, lease.staging, lease.check, others)
         self._migrations = migrations
         self._others = others
+        self._await_files = await_files
         self._buffers = SnapshotBuffers(others.slicing)
         self._thread = ThreadPoolExecutor(1, "holdfast-save")
         self._overlap = overlap
@@ -361,6 +367,7 @@ class CheckpointManager:
                 manifest = manifest_of(folder, self._migrations)
                 if manifest.kind == "full":
                     self._check_match(folder, manifest, should_allow_mismatch)
+                    self._await_files(name, manifest.files)
                     slicing = self._others.slicing
                     restored = load_checkpoint(folder, manifest, self._migrations, slicing)
                     validate(restored)

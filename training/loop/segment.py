@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,8 +85,9 @@ from holdfast.training.spikes.rollbacks import (
     require_shorter_than_epochs,
 )
 from holdfast.training.spikes.watch import SpikeWatch
-from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
+from holdfast.training.stage import EXIT_PREEMPTED, NoticeCameError, Stage, StageOutcome
 from holdfast.training.tiers.bandwidth import UploadPace
+from holdfast.training.tiers.late_files import await_files
 from holdfast.training.tracking.sending import tracked
 from holdfast.training.tracking.tracker import check_trackers
 from holdfast.training.weights.frozen import frozen_of
@@ -424,7 +426,21 @@ def build_manager(
     )
     retention = build_retention(config.checkpoint, config.selection, config.ema, config.spikes)
     overlap = build_overlap(config.checkpoint, trainer.state)
-    return CheckpointManager(stage.run, lease, identity, retention, overlap=overlap, others=others)
+    return CheckpointManager(
+        stage.run,
+        lease,
+        identity,
+        retention,
+        overlap=overlap,
+        others=others,
+        await_files=partial(_await_files, stage),
+    )
+
+
+def _await_files(stage: Stage, checkpoint: str, names: Collection[str]) -> None:
+    """For an older checkpoint, of which a machine that took the run over has not read all yet."""
+    if not await_files(stage.run, stage.should_stop, checkpoint, names):
+        raise NoticeCameError(stage.monitor.notice)
 
 
 def build_overlap(config: CheckpointConfig, state: TrainState) -> Overlap | None:

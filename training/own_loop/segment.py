@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from holdfast.training.runs.directory import (
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.segment_log import SegmentLog, log_path
 from holdfast.training.tiers.bandwidth import UploadPace
+from holdfast.training.tiers.late_files import await_files
 from holdfast.training.tracking.sending import Trackers
 from holdfast.training.tracking.tracker import check_trackers
 
@@ -106,7 +108,13 @@ class ScriptSegment:
         retention = build_retention(
             self._config.checkpoint, self._config.selection, self._config.ema
         )
-        self._manager = CheckpointManager(opened.run, self._lease, identity, retention)
+        self._manager = CheckpointManager(
+            opened.run,
+            self._lease,
+            identity,
+            retention,
+            await_files=partial(await_files, opened.run, lambda: False),
+        )
         with self._costs.measured("restore"):
             self._restore(is_allowed or bool(record.taken_over))
         if is_allowed:

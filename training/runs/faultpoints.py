@@ -54,6 +54,8 @@ STORE_POINTS = {
     "store.after-swap": "the head names it; what it no longer needs is still there",
     "store.before-delete": "before what is no longer named is deleted",
     "store.after-delete": "it is deleted",
+    "store.before-late-file": "before a file of an older checkpoint is read, while others train",
+    "store.after-late-file": "it is here, and not where it belongs",
 }
 """Of the process that keeps a bucket up to date, which is not the one that trains."""
 

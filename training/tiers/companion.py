@@ -92,7 +92,7 @@ def keep_up_command(store: str, name: str) -> None:
         signal.signal(number, signal.SIG_IGN)  # the script's end is ours
     run = RunDirectory(tier_folder(parse_address(store), "work") / name)
     try:
-        with opened_replica(run, wait_s=WAIT_S, tell=_warn) as replica:
+        with opened_replica(run, wait_s=WAIT_S, can_begin_early=True, tell=_warn) as replica:
             assert replica is not None
             replica.start()
             _tell({})

@@ -20,12 +20,17 @@ GRACE_S = 30.0
 
 @contextmanager
 def opened_replica(
-    run: RunDirectory, *, wait_s: float = 0.0, tell: Tell = lambda _: None
+    run: RunDirectory,
+    *,
+    wait_s: float = 0.0,
+    can_begin_early: bool = False,
+    tell: Tell = lambda _: None,
 ) -> Iterator[Replica | None]:
     """Be the writer of a run in its bucket while the block runs; None for a run in a folder.
 
     On entry the folder is made what the bucket has; at the end the head is released. What the
-    block writes is brought up by ``kept_up``.
+    block writes is brought up by ``kept_up``. Where it ``can_begin_early``, files of older
+    checkpoints come after entry, and who reads them waits by ``late_files.await_files``.
 
     Raises:
         LeaseHeldError: another process writes this run, and still did after ``wait_s``.
@@ -42,7 +47,7 @@ def opened_replica(
     head = HeadLease.acquire(store, run_name(run), wait_s=wait_s, on_wait=tell)
     replica = Replica(store, run, head, tell, throttle)
     try:
-        replica.restore()
+        replica.restore(can_begin_early=can_begin_early)
         yield replica
     finally:
         if head.head.tree is None:  # it was refused before it began

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from holdfast.training.checkpointing.digests import digest_of, file_parts
 from holdfast.training.errors import HoldfastError, InputError, LeaseLostError, StorageError
-from holdfast.training.runs.durable_json import json_bytes
+from holdfast.training.runs.durable_json import json_bytes, storage_error
 from holdfast.training.runs.faultpoints import reach
 from holdfast.training.runs.lease_view import (
     FORMAT_VERSION,
@@ -41,8 +41,9 @@ from holdfast.training.tiers.folder_image import (
     take_image,
 )
 from holdfast.training.tiers.head import RENEWALS_PER_TTL, HeadLease, run_folder
-from holdfast.training.tiers.restoring import note_base, replica_folder, restore_folder
-from holdfast.training.tiers.scratch import address_of, run_name
+from holdfast.training.tiers.late_files import LateFiles, absent_files, put_off
+from holdfast.training.tiers.restoring import note_base, restore_folder
+from holdfast.training.tiers.scratch import address_of, replica_folder, run_name
 from holdfast.training.tiers.transfer import read_tree, upload_file
 from holdfast.training.tiers.tree import INLINE_BYTES, Tree, TreeFile, has_checkpoints
 
@@ -93,11 +94,13 @@ class Replica:
         self._is_delete_refused = False
         self._should_stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_up, name="holdfast-replica", daemon=True)
+        self._late_files = LateFiles(store, run, lambda: self._tree, head.check)
 
-    def restore(self) -> None:
+    def restore(self, *, can_begin_early: bool = False) -> None:
         """Make the run's folder what the bucket has, and delete what dead holders left there.
 
-        Raises StorageError, DataFormatError.
+        Where training ``can_begin_early``, older checkpoints come once this is started. Raises
+        StorageError, DataFormatError.
         """
         head = self.head.head
         if head.tree is not None:
@@ -108,13 +111,15 @@ class Replica:
                     f"{head.tree} is gone, though the head of {self._name} names it: restore it "
                     f"from a backup of the bucket, or take another run id"
                 )
-            restore_folder(self._store, tree, head.tree_digest, self._run, self.tell)
+            later = put_off(tree) if can_begin_early else frozenset()
+            restore_folder(self._store, tree, head.tree_digest, self._run, self.tell, later)
             self._tree = tree
         self._sweep()
 
     def start(self) -> None:
-        """Begin to keep the bucket up to date."""
+        """Begin to keep the bucket up to date, and to read what is still to come."""
         self._thread.start()
+        self._late_files.start()
 
     def finish(self, patience_s: float, *, is_urgent: bool = False) -> None:
         """Bring up the folder as it is now; the bucket has it all after return.
@@ -124,6 +129,7 @@ class Replica:
         time to get there alone, and not both. Raises StorageError, or LeaseLostError.
         """
         self._should_stop.set()
+        self._late_files.stop()
         if is_urgent:
             self._throttle.lift()
             self._make_way(patience_s)
@@ -194,15 +200,23 @@ class Replica:
             self._require_checkpoints(image)
             has_news = is_final or _weighty(image.identities) != _weighty(self._looked)
             files, num_bytes = self._uploaded(image, has_news=has_news)
+            absent = self._still_to_come(image)
         finally:
             self._sending = None
             image.drop()
-        tree = Tree(files)
-        self._commit(tree)
+        self._commit(Tree({**files, **absent}), is_whole=not absent)
         self._looked, self._brought_up_s = dict(image.identities), time.monotonic()
         duration_s = time.monotonic() - start_s
         if num_bytes > PART_BYTES or (num_bytes > SOME_BYTES and duration_s > SLOW_S):
             self._note_speed(num_bytes / duration_s)
+
+    def _still_to_come(self, image: Image) -> dict[str, TreeFile]:
+        try:
+            return absent_files(
+                self._tree, image.links, lambda path: image.links[path].read_bytes()
+            )
+        except OSError as error:
+            raise storage_error("read", image.folder, error) from error
 
     def _require_checkpoints(self, image: Image) -> None:
         """A folder that somebody empties is no newer state: a run's last checkpoint never goes."""
@@ -267,7 +281,7 @@ class Replica:
                 return before
         return upload_file(self._store, link, key, before_part)
 
-    def _commit(self, tree: Tree) -> None:
+    def _commit(self, tree: Tree, *, is_whole: bool) -> None:
         content = tree.to_bytes()
         digest = digest_of([content])
         before = self.head.head
@@ -279,7 +293,7 @@ class Replica:
         reach("store.before-swap")
         self.head.commit(key, digest)
         reach("store.after-swap")
-        note_base(self._run, digest)
+        note_base(self._run, digest, is_whole=is_whole)
         gone = self._tree.keys() - tree.keys()
         gone |= {before.tree} if before.tree else set()
         now_s = time.monotonic()

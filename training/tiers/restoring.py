@@ -11,16 +11,18 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from holdfast.training.errors import DataFormatError, StorageError
 from holdfast.training.runs.durable_json import storage_error, sync_folder, write_json_durably
 from holdfast.training.runs.paths import RunDirectory
-from holdfast.training.runs.stored_json import Limits, read_json, required_fields
+from holdfast.training.runs.stored_json import Kinds, Limits, read_json, required_fields
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore
 from holdfast.training.tiers.folder_image import LEASES, look_at
+from holdfast.training.tiers.late_files import absent_here, bring
+from holdfast.training.tiers.scratch import replica_folder
 from holdfast.training.tiers.transfer import download_file, is_same_file
 from holdfast.training.tiers.tree import Tree, TreeFile, has_checkpoints
 
@@ -29,58 +31,73 @@ logger = logging.getLogger(__name__)
 FILES_AT_ONCE = 8
 LIMITS = Limits(max_bytes=2**14, max_depth=2)
 LONG_AGO_S = 1.0
+BASE: Kinds = {"tree_digest": (str, type(None)), "begun_digest": (str, type(None))}
 Told = Callable[[str], None]
-
-
-def replica_folder(run: RunDirectory) -> Path:
-    """What a machine keeps about its copy of a run, beside the runs."""
-    return run.path.parent.parent / ".replica" / run.path.parent.name / run.path.name
 
 
 def known_base(run: RunDirectory) -> str | None:
     """The digest of the tree that the folder was made from or last brought up as; None unknown."""
     path = replica_folder(run) / "base.json"
     try:
-        told = required_fields(read_json(path, LIMITS), path, {"tree_digest": (str,)})
+        told = required_fields(read_json(path, LIMITS), path, BASE)
     except (FileNotFoundError, DataFormatError):
         return None
-    return str(told["tree_digest"])
+    return told.get("tree_digest") or told.get("begun_digest")
 
 
-def note_base(run: RunDirectory, tree_digest: str) -> None:
-    """Keep what the folder is a copy of. Raises StorageError."""
+def note_base(run: RunDirectory, tree_digest: str, *, is_whole: bool = True) -> None:
+    """Keep what the folder is a copy of. Raises StorageError.
+
+    One that is not whole has files to come, of which an earlier version of Holdfast knows nothing:
+    under a name that it does not read, it makes the folder anew.
+    """
     folder = replica_folder(run)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error("make the folder", folder, error) from error
-    write_json_durably(folder / "base.json", {"tree_digest": tree_digest})
+    name = "tree_digest" if is_whole else "begun_digest"
+    write_json_durably(folder / "base.json", {name: tree_digest})
 
 
 def restore_folder(
-    store: ObjectStore, tree: Tree, tree_digest: str, run: RunDirectory, tell: Told = lambda _: None
+    store: ObjectStore,
+    tree: Tree,
+    tree_digest: str,
+    run: RunDirectory,
+    tell: Told = lambda _: None,
+    later: Collection[str] = frozenset(),
 ) -> None:
     """Make the run's folder what the tree says; leases in it are presumed dead.
 
-    Interrupted, it goes on where it stood. Raises StorageError.
+    The files that come ``later`` need not be there after return. Interrupted, it goes on where it
+    stood. Raises StorageError.
     """
-    is_whole = has_checkpoints(look_at(run.path)) or not has_checkpoints(tree.files)
-    if is_whole and run.run_json.is_file() and known_base(run) == tree_digest:
-        _end_leases(run.path)
-        return
-    making = run.path.with_name(f".{run.path.name}.restoring")
-    size_bytes = sum(file.size_bytes for file in tree.files.values())
-    tell(f"reading {len(tree.files)} files, {size_bytes / 2**20:.1f} MiB, from the store")
+    needed = Tree({path: file for path, file in tree.files.items() if path not in later})
+    size_bytes = sum(file.size_bytes for file in needed.files.values())
     try:
+        if _is_copy(run, tree, tree_digest):
+            _end_leases(run.path)
+            for path, file in absent_here(run, needed).items():
+                bring(store, run, path, file)
+            return
+        tell(f"reading {len(needed.files)} files, {size_bytes / 2**20:.1f} MiB, from the store")
+        making = run.path.with_name(f".{run.path.name}.restoring")
         _remove_strangers(making, tree)
-        _fill(store, tree, run.path, making)
+        _fill(store, needed, run.path, making)
         _end_leases(making)
         _put_in_place(making, run.path)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
         raise storage_error("restore", run.path, error, size_bytes) from error
-    note_base(run, tree_digest)
+    note_base(run, tree_digest, is_whole=not later)
+
+
+def _is_copy(run: RunDirectory, tree: Tree, tree_digest: str) -> bool:
+    """Whether the folder is what the tree says, or what this machine made of it since."""
+    is_wiped = has_checkpoints(tree.files) and not has_checkpoints(look_at(run.path))
+    return not is_wiped and run.run_json.is_file() and known_base(run) == tree_digest
 
 
 def _fill(store: ObjectStore, tree: Tree, old: Path, making: Path) -> None:

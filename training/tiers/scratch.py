@@ -107,6 +107,11 @@ def run_name(run: RunDirectory) -> str:
     return f"{run.path.parent.name}/{run.path.name}"
 
 
+def replica_folder(run: RunDirectory) -> Path:
+    """What a machine keeps about its copy of a run, beside the runs."""
+    return run.path.parent.parent / ".replica" / run.path.parent.name / run.path.name
+
+
 def parsed_store(store: str) -> Address | None:
     """The address that names a store; None for a path. Raises InputError as ``parse_address``."""
     return parse_address(store) if is_address(store) else None

@@ -36,7 +36,7 @@ def run_supervised(arguments: Sequence[str], store: str, name: str) -> int:
     command = python_command(
         "holdfast.training", *(replaced.get(argument, argument) for argument in arguments)
     )
-    with opened_replica(run, tell=_tell) as replica:
+    with opened_replica(run, can_begin_early=True, tell=_tell) as replica:
         assert replica is not None
         replica.start()
         code = _run_child(command)

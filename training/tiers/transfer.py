@@ -92,17 +92,24 @@ def _upload_small(
 
 
 def download_file(
-    store: ObjectStore, file: TreeFile, path: Path, *, is_durable: bool = True
+    store: ObjectStore,
+    file: TreeFile,
+    path: Path,
+    *,
+    is_durable: bool = True,
+    before_part: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write a file of a tree to ``path``, right and, where it ``is_durable``, flushed after return.
 
-    Raises StorageError where it cannot be had, or its bytes are other ones each time.
+    ``before_part`` is told the size of each part, and may raise StorageError to give up. Raises
+    StorageError where it cannot be had, or its bytes are other ones each time.
     """
     try:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             with path.open("wb") as written:
                 try:
                     for part in read_file(store, file, 1):
+                        before_part(len(part))
                         written.write(part)
                 except _AlteredError:
                     if attempt == MAX_ATTEMPTS:

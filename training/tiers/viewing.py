@@ -26,8 +26,8 @@ from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.protocol import Listed, ObjectStore
 from holdfast.training.tiers.folder_image import LEASES
 from holdfast.training.tiers.head import head_key, listed_heads, name_of, parse_head, run_folder
-from holdfast.training.tiers.restoring import LONG_AGO_S, replica_folder
-from holdfast.training.tiers.scratch import address_of, run_name, tier_folder
+from holdfast.training.tiers.restoring import LONG_AGO_S
+from holdfast.training.tiers.scratch import address_of, replica_folder, run_name, tier_folder
 from holdfast.training.tiers.transfer import download_file, read_tree
 from holdfast.training.tiers.tree import Tree, TreeFile
 

@@ -29,8 +29,7 @@ from holdfast.training.tiers.bandwidth import asked_limit
 from holdfast.training.tiers.folder_image import look_at
 from holdfast.training.tiers.head import HeadLease, run_folder
 from holdfast.training.tiers.keeping import opened_replica
-from holdfast.training.tiers.restoring import replica_folder
-from holdfast.training.tiers.scratch import address_of, run_name
+from holdfast.training.tiers.scratch import address_of, replica_folder, run_name
 from holdfast.training.tiers.transfer import is_same_file, read_tree, upload_file
 from holdfast.training.tiers.tree import LIMITS, Tree, TreeFile, parse_tree
 from holdfast.training.upkeep.census import ENGINE
