@@ -21,7 +21,7 @@ from typing import Any, Literal
 from holdfast.tasks.preflight import require_writable
 from holdfast.training.errors import HoldfastError
 from holdfast.training.storage.opening import open_store
-from holdfast.training.storage.probe import probe
+from holdfast.training.storage.probe import probe, server_time_s
 from holdfast.training.storage.protocol import PART_BYTES
 from holdfast.training.tiers.bandwidth import fitting_bytes, note_bandwidth, told_size
 from holdfast.training.tiers.scratch import address_of
@@ -138,6 +138,29 @@ def examine_bucket(store: Path, grace_period_s: float) -> Finding:
     return Finding("bucket", "warning" if fitting < 2**30 else "good", detail)
 
 
+def examine_bucket_clock(store: Path, _grace_period_s: float) -> Finding:
+    """This machine's clock against that of the bucket's server."""
+    address = address_of(store)
+    assert address is not None
+    before_s = time.time()
+    try:
+        there_s = server_time_s(open_store(address))
+    except HoldfastError as error:
+        return Finding("bucket's clock", "warning", f"not compared with this machine's: {error}")
+    # It may be any moment of the request, and is told in whole seconds.
+    difference_s = max(0.0, before_s - there_s - 1.0, there_s - time.time())
+    if difference_s > MAX_CLOCK_DIFFERENCE_S:
+        detail = (
+            f"differs from this machine's by {difference_s:.0f} s; let NTP set this one: a server "
+            "refuses requests that are 15 minutes off, and the first `holdfast status` may take "
+            "for dead who lives"
+        )
+        return Finding("bucket's clock", "warning", detail)
+    return Finding(
+        "bucket's clock", "good", f"agrees with this machine's within {MAX_CLOCK_DIFFERENCE_S:g} s"
+    )
+
+
 def examine_server(_store: Path, _grace_period_s: float) -> Finding:
     """The Prefect server, and this machine's clock against its."""
     from holdfast.flows.fleet.server import configured_api_url, server_time
@@ -231,3 +254,4 @@ EXAMINATIONS: tuple[Callable[[Path, float], Finding], ...] = (
     examine_gpu,
     examine_processes,
 )
+OF_BUCKETS = (examine_bucket, examine_bucket_clock)

@@ -97,6 +97,30 @@ def test_a_missing_extra_is_named_with_its_command(
     assert "pip install 'holdfast[bucket]'" in ended.stderr
 
 
+CLOCK = """
+import os, time
+right_s = time.time
+time.time = lambda: right_s() + float(os.environ["CLOCK_OFF_S"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("off_s", [0, 7200])
+def test_the_doctor_compares_the_clock_with_that_of_the_bucket(
+    off_s: int, environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    own = {"CLOCK_OFF_S": str(off_s), "PYTHONPATH": path, "PREFECT_HOME": str(tmp_path / "p")}
+    done = holdfast({**environment, **own}, "doctor", "--json")
+    found = {one["subject"]: one for one in json.loads(done.stdout)}
+    assert found["bucket"]["verdict"] in ("good", "warning"), found["bucket"]
+    assert found["bucket's clock"]["verdict"] == ("warning" if off_s else "good")
+    if off_s:
+        seconds = int(found["bucket's clock"]["detail"].split()[5])
+        assert seconds == pytest.approx(off_s, abs=60)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_that_is_killed_is_resumed_elsewhere_published_and_pulled(

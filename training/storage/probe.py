@@ -58,6 +58,22 @@ def require_fit(store: ObjectStore, name: str) -> None:
     store.put(MARK_KEY, _content(), "absent")
 
 
+def server_time_s(store: ObjectStore) -> float:
+    """The server's clock, Unix time, by an object that is written now.
+
+    Raises StorageError or InputError where it does not answer.
+    """
+    key = f"{FOLDER}/{secrets.token_hex(8)}.json"
+    store.put(key, _content(), "any")
+    try:
+        written = [entry for entry in store.list(FOLDER) if entry.key == key]
+        if not written:
+            raise StorageError("the store does not list what was just written; try later")
+        return written[0].modified_s
+    finally:
+        _clear(store, [key])
+
+
 def _content() -> bytes:
     return json.dumps({"nonce": secrets.token_hex(8)}).encode()
 

@@ -7,7 +7,6 @@ nobody else can take within its time, has just been renewed.
 
 from __future__ import annotations
 
-import secrets
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -21,6 +20,7 @@ from holdfast.training.errors import (
 from holdfast.training.storage.address import Address
 from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.probe import FOLDER as PROBES
+from holdfast.training.storage.probe import server_time_s
 from holdfast.training.storage.protocol import Listed, ObjectStore
 from holdfast.training.storage.unfinished import UnfinishedUploads
 from holdfast.training.tiers.head import HEADS, RUNS, Head, HeadLease, name_of, read_head
@@ -46,17 +46,7 @@ class BucketShelf:
 
     def now_s(self) -> float:
         """As ``Shelf.now_s``: the server's."""
-        key = f"{PROBES}/{secrets.token_hex(8)}.json"
-        self._store.put(key, key.encode(), "any")
-        try:
-            written = [entry for entry in self._store.list(PROBES) if entry.key == key]
-            if not written:
-                raise StorageError(
-                    f"{self._address} does not list what was just written; try later"
-                )
-            return written[0].modified_s
-        finally:
-            self._store.delete([key])
+        return server_time_s(self._store)
 
     def runs(self) -> list[StoredRun]:
         """As ``Shelf.runs``."""

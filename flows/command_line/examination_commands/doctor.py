@@ -7,14 +7,14 @@ from dataclasses import asdict
 
 import click
 
-from holdfast.flows.command_line.examinations import EXAMINATIONS, Finding, examine_bucket
+from holdfast.flows.command_line.examinations import EXAMINATIONS, OF_BUCKETS, Finding
 from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
 from holdfast.tasks.preflight import store_path
 from holdfast.training.tiers.scratch import address_of
 
 HELP = """Check that this machine is fit to train, and say what to do where it is not.
 
-Looks at versions and pins, the store and its disk, the clock, the Prefect server, the GPU, whether
+Looks at versions and pins, the store and its disk, the clocks, the Prefect server, the GPU, whether
 two processes can train together, and the time that a save takes against the grace period. Exit code
 1 if something has to be put right.
 
@@ -46,7 +46,7 @@ def command(store: str, grace_period_s: float, is_json: bool) -> int:
     folder = store_path(store)
     findings: list[Finding] = []
     is_bucket = address_of(folder) is not None
-    for examine in (*EXAMINATIONS, examine_bucket) if is_bucket else EXAMINATIONS:
+    for examine in (*EXAMINATIONS, *OF_BUCKETS) if is_bucket else EXAMINATIONS:
         found = examine(folder, grace_period_s)
         findings.append(found)
         if not is_json:
