@@ -28,7 +28,8 @@ from holdfast.training.tiers.tree import Tree, TreeFile, has_checkpoints
 
 logger = logging.getLogger(__name__)
 
-FILES_AT_ONCE = 8
+FILES_AT_ONCE, LARGE_AT_ONCE = 8, 2
+"""A large one reads several ranges at once by itself; one is read while another is flushed."""
 LIMITS = Limits(max_bytes=2**14, max_depth=2)
 LONG_AGO_S = 1.0
 BASE: Kinds = {"tree_digest": (str, type(None)), "begun_digest": (str, type(None))}
@@ -116,14 +117,12 @@ def _fill(store: ObjectStore, tree: Tree, old: Path, making: Path) -> None:
             return
         download_file(store, file, target)
 
-    # A large one reads several ranges at once by itself.
     small = [item for item in tree.files.items() if item[1].size_bytes <= PART_BYTES]
     large = [item for item in tree.files.items() if item[1].size_bytes > PART_BYTES]
-    with ThreadPoolExecutor(FILES_AT_ONCE, "holdfast-restore") as pool:
-        for future in [pool.submit(make, item) for item in small]:
-            future.result()
-    for item in large:
-        make(item)
+    for items, num_at_once in ((small, FILES_AT_ONCE), (large, LARGE_AT_ONCE)):
+        with ThreadPoolExecutor(num_at_once, "holdfast-restore") as pool:
+            for future in [pool.submit(make, item) for item in items]:
+                future.result()
 
 
 def _is_right(path: Path, file: TreeFile) -> bool:

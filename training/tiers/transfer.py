@@ -106,16 +106,14 @@ def download_file(
     """
     try:
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            with path.open("wb") as written:
+            with path.open("wb", buffering=0) as written:
                 try:
-                    for part in read_file(store, file, 1):
+                    for part in read_file(store, file, 1, written.fileno()):
                         before_part(len(part))
-                        written.write(part)
                 except _AlteredError:
                     if attempt == MAX_ATTEMPTS:
                         raise
                     continue
-                written.flush()
                 if is_durable:
                     os.fsync(written.fileno())
                 return
@@ -129,15 +127,18 @@ class _AlteredError(StorageError):
     """What came is not what the tree names."""
 
 
-def read_file(store: ObjectStore, file: TreeFile, num_attempts: int) -> Iterator[bytes]:
+def read_file(
+    store: ObjectStore, file: TreeFile, num_attempts: int, place: int | None = None
+) -> Iterator[bytes]:
     """The bytes of a file of a tree, in order, over several ranges at once.
 
     Where they are not those that the tree names, that is told at the end: StorageError.
-    ``num_attempts`` above one is for those who only want to know whether they are right.
+    ``num_attempts`` above one is for those who only want to know whether they are right. With
+    ``place``, a descriptor, each part is written there as soon as it comes.
     """
     for attempt in range(1, num_attempts + 1):
         hasher, num_bytes = new_hasher("blake3"), 0
-        for part in _parts(store, file):
+        for part in _parts(store, file, place):
             hasher.update(part)
             num_bytes += len(part)
             yield part
@@ -150,29 +151,36 @@ def read_file(store: ObjectStore, file: TreeFile, num_attempts: int) -> Iterator
             )
 
 
-def _parts(store: ObjectStore, file: TreeFile) -> Iterator[bytes]:
+def _parts(store: ObjectStore, file: TreeFile, place: int | None) -> Iterator[bytes]:
     if not file.key:
-        yield file.inline
+        yield _placed(file.inline, 0, place)
         return
+
+    def part(start: int, end: int | None) -> bytes:
+        found = store.get(file.key, start, end)
+        if found is None:
+            raise StorageError(f"{file.key} is gone, though the run's tree names it")
+        return _placed(found.content, start, place)
+
     if file.size_bytes <= PART_BYTES:
-        yield _part(store, file, 0, None)
+        yield part(0, None)
         return
     with ThreadPoolExecutor(RANGES_AT_ONCE, "holdfast-read") as pool:
         waiting: deque[Future[bytes]] = deque()
         for start in range(0, file.size_bytes, PART_BYTES):
-            end = min(start + PART_BYTES, file.size_bytes)
-            waiting.append(pool.submit(_part, store, file, start, end))
+            waiting.append(pool.submit(part, start, min(start + PART_BYTES, file.size_bytes)))
             if len(waiting) >= RANGES_AT_ONCE:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _part(store: ObjectStore, file: TreeFile, start: int, end: int | None) -> bytes:
-    found = store.get(file.key, start, end)
-    if found is None:
-        raise StorageError(f"{file.key} is gone, though the run's tree names it")
-    return found.content
+def _placed(content: bytes, start: int, place: int | None) -> bytes:
+    """The same bytes, once they are written where they belong."""
+    num_written = len(content) if place is None else 0
+    while num_written < len(content):
+        num_written += os.pwrite(place or 0, memoryview(content)[num_written:], start + num_written)
+    return content
 
 
 def is_same_file(path: Path, file: TreeFile) -> bool:
