@@ -276,10 +276,9 @@ SPEED = (
     ),
     Section(
         "Requests to a bucket",
-        "what a bucket costs in money",
+        "what a provider's prices are for",
         (("bucket.py", "requests"),),
-        "At 0.005 USD for a thousand writes and 0.0004 for a thousand reads. Deletions cost "
-        "nothing, and are counted as writes.",
+        "Deletions are counted as writes, though most providers ask nothing for them.",
     ),
     Section(
         "Status of 1,000 runs in a bucket",

@@ -50,12 +50,12 @@ from holdfast.training.storage.protocol import PART_BYTES, ObjectStore
 from holdfast.training.tiers.companion import Companion
 from holdfast.training.tiers.head import head_key, read_head, run_folder
 from holdfast.training.tiers.keeping import opened_replica
+from holdfast.training.tiers.listing import READ
 from holdfast.training.tiers.replica import newest_steps
 from holdfast.training.tiers.restoring import restore_folder
 from holdfast.training.tiers.scratch import run_name, tier_folder
 from holdfast.training.tiers.transfer import download_file, read_tree, upload_file
 from holdfast.training.tiers.tree import Tree, TreeFile
-from holdfast.training.tiers.viewing import Wanted
 from tests.contracts.fault_proxy import FaultProxy, hurt_way
 from tests.contracts.object_servers import make_bucket, moto, seaweedfs
 
@@ -64,8 +64,6 @@ NUM_FILES = 4
 PARTS_AT_ONCE = 8
 IDLE_S = 20.0
 PATIENCE_S = 300.0
-PRICE_OF_A_THOUSAND_WRITES, PRICE_OF_A_THOUSAND_READS = 0.005, 0.0004
-"""Of requests to S3's standard class, as Amazon's page of prices has them for most regions."""
 
 
 @contextmanager
@@ -245,7 +243,7 @@ def requests(folder: Path) -> None:
             os.environ |= {**environment, "HOLDFAST_SCRATCH": str(folder / "scratch")}
             rows = [counted_row(proxy, megabytes) for megabytes in (1, 400)]
             rows.append(idle_row(proxy))
-    print(markdown_table(["", "writes", "reads", "a thousand such cost, USD"], rows))
+    print(markdown_table(["", "writes", "reads"], rows))
 
 
 def counted_row(proxy: FaultProxy, megabytes: int) -> list[str]:
@@ -287,8 +285,7 @@ def idle_row(proxy: FaultProxy) -> list[str]:
 def told_row(what: str, taken: dict[str, int], factor: int) -> list[str]:
     num_reads = taken.get("GET", 0) * factor
     num_writes = (taken.get("PUT", 0) + taken.get("POST", 0)) * factor
-    price = num_writes * PRICE_OF_A_THOUSAND_WRITES + num_reads * PRICE_OF_A_THOUSAND_READS
-    return [what, str(num_writes), str(num_reads), f"{price:.2f}"]
+    return [what, str(num_writes), str(num_reads)]
 
 
 def status(folder: Path, num_runs: int) -> None:
@@ -330,7 +327,7 @@ def multiply(store: ObjectStore, name: str, num_runs: int) -> None:
     light = {
         path: store.get(file.key)
         for path, file in tree.files.items()
-        if file.key and Wanted(is_listed=True).takes(path)
+        if file.key and READ.fullmatch(path)
     }
 
     def copy(number: int) -> None:
