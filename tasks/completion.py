@@ -25,6 +25,10 @@ from holdfast.training.runs.lease import read_lease
 
 GRACE_VARIABLE = "HOLDFAST_GRACE_PERIOD_S"
 LEASE_ERRORS = ("LeaseHeldError", "LeaseLostError")
+MACHINE_LOST = "MachineLostError"
+STAYS = ("signal", "other_machine")
+"""Sources of a notice after which this machine trains on: somebody stopped it, or one of several
+machines goes away."""
 # After a grace period and a lease's end, whoever still writes is alive and will not stop.
 PATIENCE_S = 60.0
 LOOK_EVERY_S = 0.5
@@ -87,7 +91,8 @@ def complete_stage(stage: Stage, job: Job, limits: Limits, listener: Listener) -
         require_engine_is_here(job.run)
         pause_s = _pause_s(command, outcome, log, limits)
         if outcome.outcome == "failed":
-            listener.warn(f"{stage} crashed ({outcome.explain()}); again in {pause_s:.0f} s")
+            how = "goes on with fewer" if _is_machine_lost(outcome) else "crashed"
+            listener.warn(f"{stage} {how} ({outcome.explain()}); again in {pause_s:.0f} s")
         time.sleep(pause_s)
     listener.event({"event": "stage", "stage": stage, "state": "finished"})
     return outcome
@@ -130,7 +135,8 @@ def _attempt(command: StageCommand, log: AttemptLog, listener: Listener) -> Stag
     if not is_begun and not outcome.is_final:
         log.begin()
     if is_begun or not outcome.is_final:
-        ending = "preempted" if _is_about_lease(outcome) else outcome.outcome
+        is_no_fault = _is_about_lease(outcome) or _is_machine_lost(outcome)
+        ending = "preempted" if is_no_fault else outcome.outcome
         log.end(ending, outcome.exit_code, outcome.explain() if outcome.error else None)
     return outcome
 
@@ -138,6 +144,11 @@ def _attempt(command: StageCommand, log: AttemptLog, listener: Listener) -> Stag
 def _is_about_lease(outcome: StageOutcome) -> bool:
     """Whether another writer was there: no fault of the stage."""
     return outcome.error is not None and outcome.error.get("type") in LEASE_ERRORS
+
+
+def _is_machine_lost(outcome: StageOutcome) -> bool:
+    """Whether another machine went away without a notice: as normal as that this one does."""
+    return outcome.error is not None and outcome.error.get("type") == MACHINE_LOST
 
 
 def _tell(listener: Listener, stage: Stage, event: Event) -> None:
@@ -157,9 +168,11 @@ def _pause_s(
     is_idle = idle_preemptions_in_a_row(attempts) > limits.max_idle_preemptions
     if num_crashes > limits.max_crashes or is_idle:
         raise stage_error(command, outcome)
+    if _is_machine_lost(outcome):
+        return 0.0
     if outcome.outcome == "failed":
         return float(limits.crash_backoff_s * 2 ** max(0, num_crashes - 1))
     notice = outcome.notice or {}
-    if notice.get("source", "signal") != "signal":
+    if notice.get("source", "signal") not in STAYS:
         raise MachineLeavingError(str(notice["source"]), str(notice.get("reason", "")))
     return 0.0

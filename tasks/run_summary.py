@@ -6,6 +6,7 @@ Reads JSON only, and takes a run at any moment of its life: whatever is not ther
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +71,7 @@ class RunSummary:
         error: why the last segment failed.
         num_processes: of the last segment, where it trained by a strategy.
         widths: the same of each segment that did.
+        machines: on how many machines; empty where it was never more than one.
     """
 
     name: str
@@ -92,6 +94,7 @@ class RunSummary:
     error: str | None
     num_processes: int | None = None
     widths: tuple[int, ...] = ()
+    machines: tuple[int, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -200,7 +203,14 @@ def _summary(found: _Found) -> RunSummary:
         error=segments[-1].error.message if segments and segments[-1].error else None,
         num_processes=segments[-1].num_processes if segments else None,
         widths=tuple(record.num_processes for record in segments if record.num_processes),
+        machines=_machines(segments),
     )
+
+
+def _machines(segments: Sequence[SegmentRecord]) -> tuple[int, ...]:
+    if not any(record.num_machines for record in segments):
+        return ()
+    return tuple(record.num_machines or 1 for record in segments)
 
 
 def experiment_reference(run: RunDirectory) -> str:

@@ -34,6 +34,7 @@ from holdfast.training.preemption.signals import (
     install_signal_flag,
     release_signals,
 )
+from holdfast.training.ranks.join_command import join_command
 from holdfast.training.runs.durable_json import write_json_durably
 from holdfast.training.storage.address import is_address
 from holdfast.training.tiers.companion import keep_up_command
@@ -175,6 +176,7 @@ main.add_command(configuration)
 main.add_command(verify_resume)
 main.add_command(replay_command)
 main.add_command(keep_up_command)
+main.add_command(join_command)
 
 
 def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, Any]) -> int:

@@ -26,7 +26,8 @@
     │   ├── LossJumpError (ArithmeticError)     a loss far above those before, or one spike too many
     │   ├── NonFiniteStateError (ArithmeticError)  optimizer, weights or averages hold NaN
     │   ├── OutOfMemoryError (MemoryError)
-    │   └── RankLostError                       another process of this training is gone
+    │   ├── RankLostError                       another process of this training is gone
+    │   └── MachineLostError                    another machine of it is: go on with those left
     ├── SelectionError (ValueError)             candidates that cannot be averaged or compared
     └── ExportError
         ├── CheckDiedError                      the process of a check was killed
@@ -197,6 +198,10 @@ class OutOfMemoryError(TrainingError, MemoryError):
 
 class RankLostError(TrainingError):
     """Another process of this training has ended or hangs, and this one cannot go on."""
+
+
+class MachineLostError(TrainingError):
+    """Another machine of this training is gone; a new start goes on with those that are left."""
 
 
 class SelectionError(HoldfastError, ValueError):

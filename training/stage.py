@@ -8,7 +8,7 @@ until it is done or a notice comes, and ends with a ``StageOutcome``.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -235,7 +235,7 @@ def prepared_stage(
 def _monitor(config: RunConfig, world: World | None) -> PreemptionMonitor:
     if world is None:
         return PreemptionMonitor(build_sources(config.preemption))
-    sources = build_sources(sources_of_rank(config.preemption, world.rank))
+    sources = build_sources(sources_of_rank(config.preemption, world))
     return AgreedMonitor(sources, world)
 
 
@@ -323,6 +323,13 @@ def resolve_arguments(arguments: StageArguments) -> Resolved:
         file=arguments.config_file,
         overrides=arguments.overrides,
     )
+    return config, experiment_class
+
+
+def resolve_told(arguments: StageArguments, told: Mapping[str, Any]) -> Resolved:
+    """As ``resolve_arguments``, of the configuration that another machine has told."""
+    experiment_class = load_experiment(arguments.experiment)
+    config = resolve_config(settings_class=settings_class(experiment_class), defaults=told)
     return config, experiment_class
 
 

@@ -32,6 +32,7 @@ from holdfast.training.stage import (
     failed_outcome,
     prepared_stage,
     resolve_arguments,
+    resolve_told,
 )
 from holdfast.training.tiers.late_files import await_all
 from holdfast.training.told_errors import error_line
@@ -112,11 +113,15 @@ def _script_stage(name: str, arguments: StageArguments, log: SegmentLog) -> Stag
 def _outcome_of_rank(arguments: StageArguments, log: SegmentLog, seat: Seat) -> StageOutcome:
     """This process is one of several that train together."""
     from holdfast.training.distributed.world import World
+    from holdfast.training.machines.meeting import START
     from holdfast.training.ranks.segment import run_rank
 
     with World.joined(seat) as world:
         try:
-            with prepared_stage(arguments, None, log, world=world) as stage:
+            resolved = None
+            if seat.is_guest:
+                resolved = resolve_told(arguments, world.told(START)["config"])
+            with prepared_stage(arguments, None, log, resolved, world) as stage:
                 return run_rank(stage)
         except BaseException as error:
             world.tell_error(error)

@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 from holdfast.tasks.preflight import require_writable
 from holdfast.training.errors import HoldfastError
+from holdfast.training.machines.addresses import listening_socket, own_address, require_reachable
+from holdfast.training.machines.note import FolderBoard, board_in
 from holdfast.training.storage.opening import open_store
 from holdfast.training.storage.probe import probe, server_time_s
 from holdfast.training.storage.protocol import PART_BYTES
@@ -28,6 +30,7 @@ from holdfast.training.tiers.scratch import address_of
 
 PROBE_BYTES = 64 * 2**20
 MAX_CLOCK_DIFFERENCE_S = 5.0
+MAX_NOTES = 20
 LOW_FREE_BYTES = 2 * 2**30
 PROBING = "holdfast.training.distributed.probing"
 MACHINES_VARIABLES = ("MASTER_ADDR", "WORLD_SIZE", "RANK")
@@ -240,8 +243,30 @@ def examine_processes(_store: Path, _grace_period_s: float) -> Finding:
             subject,
             "warning",
             f"{told}; {', '.join(set_here)} of torchrun or a cluster is set and not read: a "
-            f"segment starts its own processes, on one machine",
+            f"segment starts its own processes, and `holdfast join` brings other machines in",
         )
+    return Finding(subject, "good", told)
+
+
+def examine_machines(store: Path, _grace_period_s: float) -> Finding:
+    """Where other machines come to this one, and whether it comes to where runs meet now."""
+    subject, address = "machines", address_of(store)
+    try:
+        own = own_address()
+        with listening_socket(own) as listener:
+            require_reachable(*listener.getsockname())
+        board = FolderBoard(store) if address is None else board_in(address)
+        notes = filter(None, map(board.read, board.names()[:MAX_NOTES]))
+        meetings = [note for note in notes if note.state == "open"]
+    except HoldfastError as error:
+        return Finding(subject, "warning", f"not fit for runs of several machines: {error}")
+    told = f"others come to {own.host} ({own.interface or 'of no known interface'})"
+    for note in meetings:
+        try:
+            require_reachable(note.host, note.port)
+        except HoldfastError as error:
+            return Finding(subject, "warning", f"{told}; {note.name}: {error}")
+        told += f"; {note.name} meets at {note.host}:{note.port}, which answers"
     return Finding(subject, "good", told)
 
 
@@ -253,5 +278,6 @@ EXAMINATIONS: tuple[Callable[[Path, float], Finding], ...] = (
     examine_server,
     examine_gpu,
     examine_processes,
+    examine_machines,
 )
 OF_BUCKETS = (examine_bucket, examine_bucket_clock)

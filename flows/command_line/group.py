@@ -48,6 +48,7 @@ COMMANDS = {
     "prune": "Delete old runs and bundles.",
     "deploy": "Put the deployments on a Prefect server.",
     "worker": "Take up runs here, and hand them over in time.",
+    "join": "Let this machine take part in a run.",
     "rescue": "Notice runs that lost their machine.",
     "doctor": "Check that this machine is fit to train.",
 }

@@ -191,7 +191,7 @@ def test_doctor_examines_and_advises(tmp_path: Path) -> None:
     findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
     assert done.returncode == 0
     subjects = {"versions", "store", "saving", "clock", "Prefect server", "torch", "processes"}
-    assert set(findings) == subjects
+    assert set(findings) == {*subjects, "machines"}
     assert "two meet, and sum 16 MiB in" in findings["processes"]["detail"]
     assert "grace period of 30 s" in findings["saving"]["detail"]
 

@@ -121,13 +121,24 @@ class TrainConfig(Section):
 
 
 class DistributedConfig(Section):
-    """Several processes of one training, on one machine."""
+    """Several processes of one training, on one machine or on several."""
 
     strategy: Literal["none", "ddp", "fsdp"] = Field("none", json_schema_extra=UNLESS_SHARDED_ALIKE)
     """`ddp`: each process has all weights, and computes the gradient of its part of each step.
     `fsdp`: weights, gradients, optimizer and averages lie in slices on the processes."""
     num_processes: int = Field(1, ge=1, le=1024, json_schema_extra=UNLESS_SHARDED)
-    """How many. May differ from segment to segment where `num_shards` is set."""
+    """How many on each machine. May differ from segment to segment where `num_shards` is set."""
+    min_machines: int = Field(1, ge=1, le=1024, json_schema_extra=OUTSIDE_DIGEST)
+    """A start waits until so many machines are there: the one that starts the run, and those where
+    `holdfast join` waits for it."""
+    max_machines: int = Field(1, ge=1, le=1024, json_schema_extra=UNLESS_SHARDED)
+    """So many train together at most. May differ from segment to segment where `num_shards` is
+    set."""
+    machines_wait_s: float = Field(10.0, ge=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
+    """How long a start waits for more machines once `min_machines` are there."""
+    grow_after_s: float | None = Field(60.0, ge=0, le=MAX_TIME_S, json_schema_extra=OUTSIDE_DIGEST)
+    """A machine that comes while others train is taken in by a new start, once these have trained
+    for so long. Unset: it waits until they start again for another reason."""
     num_shards: int | None = Field(None, ge=1, le=2**16, json_schema_extra=UNLESS_DEFAULT)
     """Equal parts of a step's batch whose gradients are computed by themselves, and added up in one
     fixed order: the bytes are the same for any number of processes up to it; with `fsdp`, for
@@ -143,31 +154,67 @@ class DistributedConfig(Section):
     @property
     def num_parts(self) -> int:
         """Parts of a step's batch: shards, or one for each process."""
-        return self.num_shards or self.num_processes
+        return self.num_shards or self.num_processes * self.max_machines
+
+    def num_machines_of(self, num_there: int) -> int | None:
+        """How many of the machines that are there train together; None where they are too few."""
+        numbers = range(min(num_there, self.max_machines), self.min_machines - 1, -1)
+        return next((number for number in numbers if self._is_width(number)), None)
+
+    def _is_width(self, num_machines: int) -> bool:
+        """Whether so many machines go with the shards: in slices, all go through them together."""
+        size = num_machines * self.num_processes
+        if self.strategy != "fsdp" or self.num_shards is None:
+            return size <= self.num_parts
+        return size & (size - 1) == 0 and self.num_shards % size == 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.strategy == "none" and (self.num_processes > 1 or self.num_shards is not None):
-            key = "num_processes" if self.num_processes > 1 else "num_shards"
+        self._require_strategy()
+        self._require_range()
+        size = self.num_processes * self.max_machines
+        if size > self.num_parts:
+            on_each = f" on each of max_machines={self.max_machines}" * (self.max_machines > 1)
             raise ValueError(
-                f"{key}={getattr(self, key)} needs a strategy: write distributed.strategy=ddp"
-            )
-        if self.num_processes > self.num_parts:
-            raise ValueError(
-                f"num_processes={self.num_processes} is more than num_shards={self.num_shards}: a "
-                f"process needs at least one shard; use at most {self.num_shards} processes"
+                f"num_processes={self.num_processes}{on_each} is more than "
+                f"num_shards={self.num_shards}: a process needs at least one shard; use at most "
+                f"{self.num_shards} processes"
             )
         if self.strategy == "fsdp" and self.num_shards is not None:
             self._require_equal_shards(self.num_shards)
         return self
 
+    def _require_strategy(self) -> None:
+        if self.strategy != "none":
+            return
+        for key in ("num_processes", "num_shards", "max_machines"):
+            value = getattr(self, key)
+            if value not in (1, None) or (key == "num_shards" and value is not None):
+                raise ValueError(f"{key}={value} needs a strategy: write distributed.strategy=ddp")
+
+    def _require_range(self) -> None:
+        least, most = self.min_machines, self.max_machines
+        if least > most:
+            raise ValueError(
+                f"min_machines={least} is more than max_machines={most}: write a range, such as "
+                f"min_machines=1 and max_machines={least}"
+            )
+        if least < most and self.num_shards is None:
+            raise ValueError(
+                f"min_machines={least} and max_machines={most} need num_shards: without it, the "
+                f"number of processes is part of the run; set num_shards, or write "
+                f"min_machines={most}"
+            )
+
     def _require_equal_shards(self, num_shards: int) -> None:
         """With slices all processes go through the shards together."""
-        if self.num_processes & (self.num_processes - 1) or num_shards % self.num_processes:
+        if self.num_machines_of(self.max_machines) is None:
             most = num_shards & -num_shards
+            on_each = f" on {self.min_machines} to {self.max_machines} machines"
             raise ValueError(
-                f"num_processes={self.num_processes} does not go with num_shards={num_shards} and "
-                f"strategy=fsdp: use a power of two that divides num_shards, up to {most} processes"
+                f"num_processes={self.num_processes}{on_each * (self.max_machines > 1)} does not "
+                f"go with num_shards={num_shards} and strategy=fsdp: use a power of two that "
+                f"divides num_shards, up to {most} processes"
             )
 
 

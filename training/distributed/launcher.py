@@ -11,20 +11,21 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from torch._C._distributed_c10d import TCPStore
 
 from holdfast.training.distributed.seat import Beats, Seat, without_seat
 from holdfast.training.distributed.watchdog import STACKS_S, STARTING_S, Silence, ask_for_stacks
-from holdfast.training.distributed.world import ERROR, HOST
+from holdfast.training.distributed.world import ERROR, HOST, NEWCOMER
 from holdfast.training.errors import StorageError
 from holdfast.training.preemption.signals import (
     ReceivedSignal,
@@ -64,11 +65,66 @@ class RankEnd:
 
 @dataclass(frozen=True)
 class Ended:
-    """How all ranks ended; ``hung_s`` is how long nothing new had happened, where that was why."""
+    """How all ranks ended.
+
+    Attributes:
+        ranks: each of them.
+        first_failed: the rank that failed first.
+        hung_s: how long nothing new had happened, where that was why.
+        lost: which machine was lost, where that was why.
+    """
 
     ranks: tuple[RankEnd, ...]
     first_failed: int | None = None
     hung_s: float | None = None
+    lost: str | None = None
+
+
+class Others(Protocol):
+    """What a launcher hears of the other machines of its training."""
+
+    def lost(self) -> str | None:
+        """Which of them is lost, and how that is known; None while all are there."""
+        ...
+
+    def newcomer(self) -> str | None:
+        """A machine that the ranks here are to stop for, so that it can be taken in; or None."""
+        ...
+
+
+class NoOthers:
+    """All ranks are on this machine."""
+
+    def lost(self) -> str | None:
+        """As ``Others.lost``."""
+        return None
+
+    def newcomer(self) -> str | None:
+        """As ``Others.newcomer``."""
+        return None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of all ranks are started here, and where all meet.
+
+    Attributes:
+        size: ranks on all machines together.
+        first_rank: the first one here.
+        num_here: how many are started here.
+        host: the address of the store, as it is reached from here.
+        store: over which they meet.
+        interface: of the network that they sum over; None lets gloo choose.
+        others: the other machines.
+    """
+
+    size: int
+    first_rank: int
+    num_here: int
+    host: str
+    store: TCPStore
+    interface: str | None = None
+    others: Others = field(default_factory=NoOthers)
 
 
 class _Rank:
@@ -80,6 +136,7 @@ class _Rank:
         self.seat = seat
         self.is_killed = False
         self._tail: deque[str] = deque(maxlen=NUM_TAIL_LINES)
+        self._prefix = f"[rank {seat.rank}] " if seat.is_guest else None
         is_first = seat.rank == 0
         with signals_held():  # let through by the rank itself, once it can save
             self.process = subprocess.Popen(
@@ -121,82 +178,132 @@ class _Rank:
         with stream:
             for line in stream:
                 self._tail.append(line.rstrip("\n"))
+                if self._prefix is not None:  # it has no log in the run's folder
+                    print(f"{self._prefix}{self._tail[-1]}", file=sys.stderr, flush=True)
 
 
 def run_ranks(
-    size: int,
+    place: Place,
     command: Sequence[str],
     environment: Mapping[str, str],
     folder: Path,
     hang_timeout_s: float,
     on_started: Callable[[list[int]], None] = lambda _: None,
 ) -> Ended:
-    """Start ``size`` processes, and return when all have ended.
+    """Start the ranks that belong here, and return when all of them have ended.
 
-    Notices that this process gets are passed on. Where a rank fails, the others have ``END_S`` to
-    end by themselves, and are killed then; where nothing new happens for ``hang_timeout_s``, all
-    are asked for their stacks and killed.
+    Notices that this process gets are passed on. Where a rank fails or a machine is lost, the
+    others have ``END_S`` to end by themselves, and are killed then; where nothing new happens for
+    ``hang_timeout_s``, all are asked for their stacks and killed.
 
     Args:
-        size: how many.
+        place: which ones.
         command: of each rank; ``--outcome-file PATH`` is added.
         environment: of each rank; its seat is added.
         folder: where they start.
         hang_timeout_s: as configured.
         on_started: is told the process ids, by rank.
-
-    Raises StorageError where the ranks cannot meet.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="holdfast-ranks-", ignore_cleanup_errors=True) as own,
-        _meeting_place() as store,
-    ):
-        timeout_s, pid = 2 * max(hang_timeout_s, STARTING_S), os.getpid()  # after our own
-        seats = [Seat(rank, size, store.port, pid, own, timeout_s) for rank in range(size)]
-        beats = Beats(Path(own), size)
+    if place.interface is not None:
+        environment = {**environment, "GLOO_SOCKET_IFNAME": place.interface}
+    with tempfile.TemporaryDirectory(prefix="holdfast-ranks-", ignore_cleanup_errors=True) as own:
+        seats = _seats(place, own, 2 * max(hang_timeout_s, STARTING_S))  # after our own
+        watch = _Watch(
+            place, Silence(Beats(Path(own), len(seats)), hang_timeout_s, NUM_BEATS_OF_START)
+        )
         ranks: list[_Rank] = []
         try:
             for seat in seats:
                 ranks.append(_Rank(seat, command, environment, folder))
             on_started([rank.process.pid for rank in ranks])
             with _signals_passed_on(ranks):
-                first_failed, hung_s = _watch(ranks, beats, store, hang_timeout_s)
+                watch.until_end(ranks)
         finally:
             for rank in ranks:
                 rank.kill()
-        return Ended(tuple(rank.end() for rank in ranks), first_failed, hung_s)
+        return watch.ended(tuple(rank.end() for rank in ranks))
 
 
-def _watch(
-    ranks: Sequence[_Rank], beats: Beats, store: TCPStore, hang_timeout_s: float
-) -> tuple[int | None, float | None]:
-    """Wait until all have ended. The rank that failed first, and for how long all hung."""
-    first_failed, end_s = None, float("inf")
-    silence = Silence(beats, hang_timeout_s, NUM_BEATS_OF_START)
-    while True:
-        codes = [rank.process.poll() for rank in ranks]
-        if None not in codes:
-            failed = [n for n, code in enumerate(codes) if code not in GOOD_CODES]
-            return first_failed if first_failed is not None else next(iter(failed), None), None
-        now_s = time.monotonic()
-        if first_failed is None:
-            failed = [n for n, code in enumerate(codes) if code not in (None, *GOOD_CODES)]
-            if failed:
-                first_failed, end_s = failed[0], now_s + END_S
-                _tell_others(store, first_failed, codes[first_failed])
-        if now_s > end_s:
-            return first_failed, None
-        hung_s = silence.too_long_s()
-        if hung_s is not None and first_failed is None:
+def _seats(place: Place, folder: str, timeout_s: float) -> list[Seat]:
+    first, num_here = place.first_rank, place.num_here
+    return [
+        Seat(
+            rank=rank,
+            size=place.size,
+            host=place.host,
+            port=place.store.port,
+            launcher_pid=os.getpid(),
+            folder=folder,
+            timeout_s=timeout_s,
+            first_rank=first,
+            num_here=num_here,
+        )
+        for rank in range(first, first + num_here)
+    ]
+
+
+class _Watch:
+    """Waits until the ranks here have ended, or have to be ended."""
+
+    def __init__(self, place: Place, silence: Silence) -> None:
+        self._place = place
+        self._silence = silence
+        self._end_s = float("inf")
+        self._first_failed: int | None = None
+        self._hung_s: float | None = None
+        self._lost: str | None = None
+        self._newcomer: str | None = None
+
+    def until_end(self, ranks: Sequence[_Rank]) -> None:
+        """Return when none of the ranks is left that need not be killed."""
+        while any(rank.process.poll() is None for rank in ranks):
+            if self._end_s == float("inf"):
+                self._look(ranks)
+            if self._hung_s is not None or time.monotonic() > self._end_s:
+                return
+            time.sleep(POLL_S)
+        self._note_failed(ranks)
+
+    def ended(self, ends: tuple[RankEnd, ...]) -> Ended:
+        """How that was."""
+        return Ended(ends, self._first_failed, self._hung_s, self._lost)
+
+    def _look(self, ranks: Sequence[_Rank]) -> None:
+        """Whether all is well; from when it is not, the ranks have ``END_S``."""
+        self._note_failed(ranks)
+        self._lost = self._place.others.lost()
+        if self._first_failed is not None or self._lost is not None:
+            self._end_s = time.monotonic() + END_S
+            return
+        self._hung_s = self._silence.too_long_s()
+        if self._hung_s is not None:
             ask_for_stacks(rank.process.pid for rank in ranks if rank.process.poll() is None)
-            return None, hung_s
-        time.sleep(POLL_S)
+        elif self._newcomer is None and self._silence.has_begun():
+            self._make_room(ranks[0])
+
+    def _note_failed(self, ranks: Sequence[_Rank]) -> None:
+        if self._first_failed is not None:
+            return
+        for rank in ranks:
+            code = rank.process.poll()
+            if code is not None and code not in GOOD_CODES:
+                self._first_failed = rank.seat.rank
+                _tell_others(self._place.store, rank.seat.rank, code)
+                return
+
+    def _make_room(self, first: _Rank) -> None:
+        """Have all ranks stop, where a machine has come that can be taken in."""
+        self._newcomer = self._place.others.newcomer()
+        if self._newcomer is not None:
+            self._place.store.set(NEWCOMER, json.dumps(self._newcomer))
+            first.process.terminate()
 
 
 def _tell_others(store: TCPStore, rank: int, code: int | None) -> None:
     """For a rank that a signal has ended, which cannot say so itself."""
     if code is not None and code < 0:
-        store.set(ERROR.format(rank), json.dumps(f"ended by {signal.Signals(-code).name}"))
+        with contextlib.suppress(RuntimeError):  # another machine has it, which may be gone
+            store.set(ERROR.format(rank), json.dumps(f"ended by {signal.Signals(-code).name}"))
 
 
 @contextlib.contextmanager
@@ -217,12 +324,15 @@ def _signals_passed_on(ranks: Sequence[_Rank]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _meeting_place() -> Iterator[TCPStore]:
-    """The store over which ranks meet, on a port that the system chooses."""
+def place_of_all(size: int) -> Iterator[Place]:
+    """Where all ranks are on this machine: they meet on a port that the system chooses.
+
+    Raises StorageError where they cannot.
+    """
     try:
         store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
     except RuntimeError as error:
         raise StorageError(
             f"processes cannot meet on this machine: no port of {HOST} can be taken: {error}"
         ) from error
-    yield store
+    yield Place(size, 0, size, HOST, store)

@@ -24,23 +24,29 @@ OUTCOME = "outcome-{}.json"
 
 @dataclass(frozen=True)
 class Seat:
-    """One rank's place in a training of several processes on this machine.
+    """One rank's place in a training of several processes.
 
     Attributes:
         rank: its number, from 0.
         size: how many there are.
-        port: of the launcher's store, on the loopback interface.
-        launcher_pid: the process that started all ranks.
+        host: the address of the store over which all meet.
+        port: of that store.
+        launcher_pid: the process that started the ranks of this machine.
         folder: the launcher's own, for what ranks tell it.
         timeout_s: how long to wait for the others.
+        first_rank: of this machine; 0 on the one that the run was started on.
+        num_here: how many ranks are on this machine.
     """
 
     rank: int
     size: int
+    host: str
     port: int
     launcher_pid: int
     folder: str
     timeout_s: float
+    first_rank: int
+    num_here: int
 
     def environment(self) -> dict[str, str]:
         """The variable that gives a process this seat."""
@@ -50,6 +56,11 @@ class Seat:
     def outcome_file(self) -> Path:
         """Where the rank writes how it ended."""
         return Path(self.folder) / OUTCOME.format(self.rank)
+
+    @property
+    def is_guest(self) -> bool:
+        """Whether this machine has joined a run that another one has started."""
+        return self.first_rank > 0
 
 
 def own_seat() -> Seat | None:
@@ -77,7 +88,7 @@ def end_with_launcher(seat: Seat) -> None:
 
 
 class Beats:
-    """A counter for each rank in shared memory: whoever does something new counts one up."""
+    """A counter in shared memory for each rank here: whoever does something new counts one up."""
 
     def __init__(self, folder: Path, size: int) -> None:
         """Made by whoever comes first; all counters begin at 0."""
@@ -87,11 +98,11 @@ class Beats:
         self._memory = mmap.mmap(descriptor, size * BEAT.size)
         os.close(descriptor)
 
-    def beat(self, rank: int) -> None:
+    def beat(self, place_here: int) -> None:
         """Count up. Takes less than a microsecond."""
-        place = rank * BEAT.size
+        place = place_here * BEAT.size
         BEAT.pack_into(self._memory, place, BEAT.unpack_from(self._memory, place)[0] + 1)
 
     def all(self) -> list[int]:
-        """The counters by rank."""
-        return [BEAT.unpack_from(self._memory, rank * BEAT.size)[0] for rank in range(self._size)]
+        """The counters of all ranks here, in their order."""
+        return [BEAT.unpack_from(self._memory, place * BEAT.size)[0] for place in range(self._size)]

@@ -6,10 +6,14 @@ import time
 from collections.abc import Iterable
 
 from holdfast.training.configuration.schema import PreemptionConfig
-from holdfast.training.distributed.world import World
+from holdfast.training.distributed.world import NEWCOMER, World
 from holdfast.training.preemption.notices import Notice, PreemptionMonitor, PreemptionSource
 
 STOP = "stop"
+NEWCOMER_CAME = "newcomer"
+"""The source of a notice by which a machine is taken in: all stay."""
+OTHER_MACHINE = "other_machine"
+"""The source of a notice that is for a machine which has joined the run: this one stays."""
 
 
 class AgreedMonitor(PreemptionMonitor):
@@ -35,10 +39,22 @@ class AgreedMonitor(PreemptionMonitor):
         own = super().notice
         if own is not None and not self._is_told:
             self._is_told = True
-            reason = f"{own.reason} (rank {self._world.rank})"
             remaining_s = own.remaining_s(time.monotonic())
-            self._world.tell(STOP, [own.source, reason, remaining_s])
+            self._world.tell(STOP, [*self._told(own), remaining_s])
         return own is not None
+
+    def own_notice(self) -> Notice | None:
+        """The notice that this machine goes away, where it is for this one."""
+        return super().notice
+
+    def _told(self, own: Notice) -> tuple[str, str]:
+        """Source and reason, as they are for all."""
+        newcomer = self._world.told_so_far(NEWCOMER)
+        if newcomer is not None:  # the launcher's own signal
+            return NEWCOMER_CAME, newcomer
+        if self._world.first_here > 0:
+            return OTHER_MACHINE, f"{own.source}: {own.reason} (rank {self._world.rank})"
+        return own.source, f"{own.reason} (rank {self._world.rank})"
 
     def has_any(self) -> bool:
         """Whether any rank is known to have one: what is long may be cut short."""
@@ -48,7 +64,8 @@ class AgreedMonitor(PreemptionMonitor):
         """Stop: all ranks know that one has a notice."""
         source, reason, remaining_s = self._world.told(STOP)
         deadline_s = None if remaining_s is None else time.monotonic() + remaining_s
-        self._agreed = super().notice or Notice(source, reason, deadline_s)
+        own = None if source in (NEWCOMER_CAME, OTHER_MACHINE) else super().notice
+        self._agreed = own or Notice(source, reason, deadline_s)
 
     def vote(self) -> None:
         """Collective. Stop if any rank has a notice."""
@@ -56,10 +73,15 @@ class AgreedMonitor(PreemptionMonitor):
             self.agree()
 
 
-def sources_of_rank(config: PreemptionConfig, rank: int) -> PreemptionConfig:
-    """What a rank listens to: rank 0 to everything, the others to signals."""
-    if rank == 0:
+def sources_of_rank(config: PreemptionConfig, world: World) -> PreemptionConfig:
+    """What a rank listens to: the first of each machine to everything, the others to signals.
+
+    How long the run may take is for rank 0 to know.
+    """
+    if world.rank == 0:
         return config
+    if world.rank == world.first_here:
+        return config.model_copy(update={"max_wall_time_s": None})
     sources = tuple(name for name in config.sources if name == "signal")
     changed = {"sources": sources, "sentinel_file": None, "max_wall_time_s": None}
     return config.model_copy(update=changed)

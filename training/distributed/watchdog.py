@@ -42,11 +42,14 @@ class Silence:
         self._num_beats_of_start = num_beats_of_start
         self._seen, self._seen_s = beats.all(), time.monotonic()
 
+    def has_begun(self) -> bool:
+        """Whether none is starting any more."""
+        return min(self._seen) >= self._num_beats_of_start
+
     def too_long_s(self) -> float | None:
         """For how long nothing has happened, where that is more than is allowed; None else."""
         now_s = time.monotonic()
-        has_begun = min(self._seen) >= self._num_beats_of_start
-        allowed_s = self._timeout_s if has_begun else max(self._timeout_s, STARTING_S)
+        allowed_s = self._timeout_s if self.has_begun() else max(self._timeout_s, STARTING_S)
         if (found := self._beats.all()) != self._seen:
             self._seen, self._seen_s = found, now_s
             return None

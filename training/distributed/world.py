@@ -24,6 +24,8 @@ from holdfast.training.errors import RankLostError
 
 HOST = "127.0.0.1"
 ERROR = "error/{}"
+NEWCOMER = "newcomer"
+"""The machine that all ranks stop for, so that it can be taken in."""
 ERROR_WAIT_S = 1.0
 POLL_S = 0.02
 
@@ -39,15 +41,16 @@ class World:
     Attributes:
         rank: the number of this process, from 0.
         size: how many there are.
-        launcher_pid: the process that has started them, where one has.
+        seat: what its launcher has told it, where it has one.
     """
 
     def __init__(self, rank: int, size: int, store: Any = None, beats: Beats | None = None) -> None:
         self.rank = rank
         self.size = size
-        self.launcher_pid: int | None = None
+        self.seat: Seat | None = None
         self._store = store
         self._beats = beats
+        self._group: Any = None  # of all, torch's own
         self._num_turns = 0
 
     @classmethod
@@ -61,7 +64,7 @@ class World:
         """The world of a seat, once all ranks are there. Raises RankLostError where one is not."""
         timeout = timedelta(seconds=seat.timeout_s)
         try:
-            store = TCPStore(HOST, seat.port, is_master=False, timeout=timeout)
+            store = TCPStore(seat.host, seat.port, is_master=False, timeout=timeout)
             if seat.size > 1:
                 groups = PrefixStore("groups", store)
                 dist.init_process_group(
@@ -71,8 +74,8 @@ class World:
             raise RankLostError(
                 f"not all of {seat.size} processes came: {_short(error)}"
             ) from error
-        world = cls(seat.rank, seat.size, store, Beats(Path(seat.folder), seat.size))
-        world.launcher_pid = seat.launcher_pid
+        world = cls(seat.rank, seat.size, store, Beats(Path(seat.folder), seat.num_here))
+        world.seat = seat
         world.beat()
         try:
             yield world
@@ -80,14 +83,30 @@ class World:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
+    @property
+    def launcher_pid(self) -> int | None:
+        """The process that has started this rank, where one has."""
+        return None if self.seat is None else self.seat.launcher_pid
+
+    @property
+    def first_here(self) -> int:
+        """The first rank of this machine."""
+        return 0 if self.seat is None else self.seat.first_rank
+
     def beat(self) -> None:
         """Let the launcher know that this rank does something."""
         if self._beats is not None:
-            self._beats.beat(self.rank)
+            self._beats.beat(self.rank - self.first_here)
 
     def for_thread(self) -> Self:
         """The same world over a connection of its own, for another thread's ``tell``."""
         return type(self)(self.rank, self.size, self._store.clone())
+
+    def for_carrying(self) -> Self:
+        """Collective. As ``for_thread``, and for its ``send`` and ``receive``, too."""
+        beside = self.for_thread()
+        beside._group = dist.new_group(backend="gloo", timeout=self._store.timeout)
+        return beside
 
     def awaited(self, key: str) -> Any:
         """The JSON that another rank writes, however long that takes.
@@ -171,16 +190,16 @@ class World:
         with self._lost_ranks_told():
             return self._waiting(gather(whole, slice_, async_op=True))
 
-    def send_to_first(self, content: Tensor) -> None:
-        """Send bytes, which rank 0 must ``receive``."""
+    def send(self, content: Tensor, rank: int) -> None:
+        """Send bytes to a rank, which must ``receive`` them."""
         with self._lost_ranks_told():
-            dist.send(content, 0)
+            dist.send(content, rank, self._group)
 
     def receive(self, num_bytes: int, rank: int) -> Tensor:
         """As many bytes as a rank sends."""
         content = torch.empty(num_bytes, dtype=torch.uint8)
         with self._lost_ranks_told():
-            dist.recv(content, rank)
+            dist.recv(content, rank, self._group)
         return content
 
     def tell_error(self, error: BaseException) -> None:

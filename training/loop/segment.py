@@ -117,6 +117,7 @@ class Together:
         begin: is told the segment's number and the restored checkpoint, before the first step.
         before_fit: is called when all is ready.
         num_processes: what the segment's record says; None where it says nothing.
+        num_machines: the same, of the machines that these are on.
         saving: what the trainer is given in the place of the saver.
         others: which of them write files of checkpoints.
     """
@@ -125,6 +126,7 @@ class Together:
     begin: Callable[[int, CheckpointInfo | None], None] = _nothing
     before_fit: Callable[[], None] = _nothing
     num_processes: int | None = None
+    num_machines: int | None = None
     saving: Callable[[Trainer, Saver], Saving] = _saving_alone
     others: Callable[[Trainer], OtherWriters] = _nobody
 
@@ -183,7 +185,7 @@ def _train(
     together.begin(keeper.number, manager.restored)
     if trainer.is_finished():
         return StageOutcome("completed", 0, step=start_step)
-    keeper.begin(start_step, together.num_processes)
+    keeper.begin(start_step, together.num_processes, together.num_machines)
     together.before_fit()
     stage.progress.emit("started", step=start_step, segment=keeper.number)
     saver, trial = build_saver(stage, trainer, manager), asked_trial()
@@ -305,16 +307,17 @@ def sharded_step(
     config = stage.config.distributed
     if config.strategy == "none":
         return None
-    if device.type != "cpu" and config.num_processes > 1:
+    world = stage.world or World.alone()
+    if device.type != "cpu" and world.size > 1:
         raise ConfigError(
-            f"distributed.num_processes={config.num_processes} train on a CPU, and train.device is "
+            f"distributed.num_processes={world.size} train on a CPU, and train.device is "
             f"{device.type!r} here: several GPUs are not there yet; write train.device=cpu, or one "
             f"process"
         )
     monitor = stage.monitor if isinstance(stage.monitor, AgreedMonitor) else None
     return ShardedStep(
         state.model,
-        stage.world or World.alone(),
+        world,
         stage.seed("training"),
         num_shards=config.num_parts,
         is_in_tree=config.num_shards is not None,

@@ -64,9 +64,16 @@ class RecordKeeper:
         """The segment's number within the run; the first is 1."""
         return self._record.number
 
-    def begin(self, start_step: int, num_processes: int | None = None) -> None:
+    def begin(
+        self, start_step: int, num_processes: int | None = None, num_machines: int | None = None
+    ) -> None:
         """Write the record for the first time. Raises StorageError."""
-        self._change(start_step=start_step, end_step=start_step, num_processes=num_processes)
+        self._change(
+            start_step=start_step,
+            end_step=start_step,
+            num_processes=num_processes,
+            num_machines=num_machines,
+        )
         self._write()
 
     def advance(self, step: int) -> None:

@@ -68,7 +68,7 @@ def gathered_records(
     sizes: list[int] = world.gathered(0 if content is None else content.numel())
     if world.rank > 0:
         if content is not None:
-            world.send_to_first(content)
+            world.send(content, 0)
         return None
     parts = [own]
     for rank, size in enumerate(sizes[1:], 1):

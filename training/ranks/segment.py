@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ from holdfast.training.checkpointing.finite import is_slice
 from holdfast.training.checkpointing.json_state import encode
 from holdfast.training.checkpointing.loading import RestoredCheckpoint, load_checkpoint
 from holdfast.training.checkpointing.manager import told_differences
-from holdfast.training.checkpointing.manifest import local_folder, manifest_of
+from holdfast.training.checkpointing.manifest import local_folder, manifest_of, verify
 from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
     build_schedule,
@@ -25,7 +26,7 @@ from holdfast.training.checkpointing.slices import WHOLE
 from holdfast.training.distributed.stopping import AgreedMonitor
 from holdfast.training.distributed.watchdog import answer_for_stacks
 from holdfast.training.distributed.world import World
-from holdfast.training.errors import ExperimentError, InputError, RankLostError
+from holdfast.training.errors import ExperimentError, HoldfastError, InputError, RankLostError
 from holdfast.training.exactness.trial import asked_trial
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.loop.saving import NothingSaved
@@ -33,6 +34,7 @@ from holdfast.training.loop.segment import Together, build_trainer, run_segment
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.trainer import Trainer
 from holdfast.training.preemption.notices import Notice
+from holdfast.training.ranks.carrying import Carrier, carry
 from holdfast.training.ranks.evaluation import measured_together
 from holdfast.training.ranks.slice_files import (
     others_of_first,
@@ -41,10 +43,13 @@ from holdfast.training.ranks.slice_files import (
 )
 from holdfast.training.runs.costs import Costs
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
+from holdfast.training.tiers.scratch import address_of
 
 logger = logging.getLogger(__name__)
 
 BEGIN = "begin"
+SEEN_S = 30.0
+"""For a file server's caches."""
 COMPARED = (
     "config",
     "config_digest",
@@ -61,15 +66,18 @@ def run_rank(stage: Stage) -> StageOutcome:
     assert world is not None
     answer_for_stacks()
     require_same_stage(stage, world)
+    num_machines = len({*world.gathered(world.first_here)})
+    carrier = _carrier(stage, world)
     if world.rank > 0:
-        return _follow(stage, world)
+        return _follow(stage, world, carrier)
     together = Together(
         prepare=lambda trainer: _prepare(trainer, world),
         begin=lambda segment, info: _tell_begin(stage, world, segment, info),
         before_fit=lambda: _vote(stage),
         num_processes=world.size,
+        num_machines=num_machines if num_machines > 1 else None,
         saving=lambda trainer, saver: saving_of_first(trainer.state, saver, world),
-        others=lambda trainer: others_of_first(trainer.state, world),
+        others=lambda trainer: others_of_first(trainer.state, world, stage.run.path, carrier),
     )
     return run_segment(stage, together)
 
@@ -115,12 +123,21 @@ def _require_same(world: World, what: str, digest: str) -> None:
         )
 
 
-def _follow(stage: Stage, world: World) -> StageOutcome:
+def _carrier(stage: Stage, world: World) -> Carrier | None:
+    """Collective. What brings slices to rank 0's disk, where there are any on others."""
+    has_own_disk = world.gathered(_has_own_scratch(stage))
+    ranks = [rank for rank, has in enumerate(has_own_disk) if has]
+    is_needed = ranks and stage.config.distributed.strategy == "fsdp"
+    return Carrier(world, ranks) if is_needed else None
+
+
+def _follow(stage: Stage, world: World, carrier: Carrier | None) -> StageOutcome:
     """Train along with rank 0, which restores, saves and records."""
     trainer = build_trainer(stage, Costs())
     _prepare(trainer, world)
     begin = world.told(BEGIN)
-    stage.log.open(stage.run.logs / f"segment-{begin['segment']:04d}-rank-{world.rank}.log")
+    if not is_guest(world):  # what others say is told by the command that has started them
+        stage.log.open(stage.run.logs / f"segment-{begin['segment']:04d}-rank-{world.rank}.log")
     restored = _restore(stage, trainer, begin)
     with closing(trainer.loader):
         if trainer.is_finished():
@@ -128,13 +145,24 @@ def _follow(stage: Stage, world: World) -> StageOutcome:
         is_measured = restored is not None and restored.manifest.info.is_selectable
         schedule = build_schedule(stage.config.checkpoint)
         saver = saving_of_other(
-            trainer.state, Follower(schedule, trainer.state, is_measured=is_measured), world
+            trainer.state,
+            Follower(schedule, trainer.state, is_measured=is_measured),
+            world,
+            stage.run.path,
+            carrier,
         )
         _vote(stage)
         trial = asked_trial()
         ended = trainer.fit(saver, on_step=lambda step: trial.after_step(step, world.rank))
     code = EXIT_PREEMPTED if ended.outcome == "preempted" else 0
-    return StageOutcome(ended.outcome, code, step=ended.step)
+    return StageOutcome(ended.outcome, code, step=ended.step, notice=_own_notice(stage))
+
+
+def _own_notice(stage: Stage) -> dict[str, Any] | None:
+    """That this rank's machine goes away, for the command that has joined the run on it."""
+    assert isinstance(stage.monitor, AgreedMonitor)
+    own = stage.monitor.own_notice()
+    return None if own is None else own.as_record(time.monotonic())
 
 
 def _vote(stage: Stage) -> None:
@@ -149,17 +177,31 @@ def _tell_begin(stage: Stage, world: World, segment: int, info: CheckpointInfo |
         folder = stage.run.checkpoint(info.step)
         told |= {"checkpoint": folder.name, "manifest_digest": _manifest_digest(folder)}
     world.tell(BEGIN, told)
+    carry(world, None if info is None else folder, is_here=True)
 
 
 def _manifest_digest(folder: Path) -> str:
     return hashlib.sha256(manifest_of(local_folder(folder)).to_bytes()).hexdigest()
 
 
+def is_guest(world: World) -> bool:
+    """Whether this machine has joined a run that another one has started."""
+    return world.first_here > 0
+
+
 def _restore(stage: Stage, trainer: Trainer, begin: Any) -> RestoredCheckpoint | None:
     """Put back the checkpoint that rank 0 has chosen, the same bytes."""
+    assert stage.world is not None
     if begin["checkpoint"] is None:
+        _require_common_folder(stage, stage.run.run_json)
+        carry(stage.world, None, is_here=True)
         return None
     path = stage.run.checkpoints / begin["checkpoint"]
+    if _has_own_scratch(stage):
+        carry(stage.world, path, is_here=_is_digest(path, begin["manifest_digest"]))
+    else:
+        _require_common_folder(stage, path)
+        carry(stage.world, path, is_here=True)
     digest = _manifest_digest(path)
     if digest != begin["manifest_digest"]:
         raise RankLostError(
@@ -173,6 +215,38 @@ def _restore(stage: Stage, trainer: Trainer, begin: Any) -> RestoredCheckpoint |
     is_its_begin = lineage is not None and manifest.step == lineage.step
     trainer.state.restore(restored.tensors, restored.state, lineage if is_its_begin else None)
     return restored
+
+
+def _has_own_scratch(stage: Stage) -> bool:
+    """Whether this machine has no folder in common with rank 0's: the store is a bucket."""
+    assert stage.world is not None
+    return is_guest(stage.world) and address_of(stage.run.path.parent.parent) is not None
+
+
+def _is_digest(path: Path, manifest_digest: str) -> bool:
+    """Whether this very checkpoint has been carried here before, and is whole."""
+    try:
+        return _manifest_digest(path) == manifest_digest and verify(path).step >= 0
+    except (FileNotFoundError, HoldfastError):
+        return False
+
+
+def _require_common_folder(stage: Stage, path: Path) -> None:
+    """Raise InputError on a machine that has another folder as its store than rank 0's.
+
+    A folder on a server may show what was written elsewhere only after a while.
+    """
+    assert stage.world is not None
+    if not is_guest(stage.world) or _has_own_scratch(stage):
+        return
+    deadline_s = time.monotonic() + SEEN_S
+    while not path.exists():
+        if time.monotonic() > deadline_s:
+            raise InputError(
+                f"{path} is not there on this machine: all machines of a run need the same folder "
+                f"as their --store, or a bucket"
+            )
+        time.sleep(SEEN_S / 100)
 
 
 class Follower(NothingSaved):

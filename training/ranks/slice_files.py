@@ -2,10 +2,12 @@
 
 Rank 0 says when to copy. From then on each rank works in the background: it waits for the folder
 that rank 0 stages, writes its files to it, and reports their digests over a connection of its own.
+Where a machine has no folder in common with rank 0, they go to its own disk, and are carried.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -30,15 +32,19 @@ from holdfast.training.errors import (
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.trainer import Saving
 from holdfast.training.preemption.notices import Notice
+from holdfast.training.ranks.carrying import Carrier
 from holdfast.training.runs.durable_json import storage_error
 from holdfast.training.runs.faultpoints import reach
 
 AGAIN, DONE = "again", "done"
+OWN_DISK = ".slices-of-rank-{}"
 
 
-def others_of_first(state: TrainState, world: World) -> OtherWriters:
-    """Who writes beside rank 0: nobody, where it has all weights."""
-    return NOBODY if state.spread is None else SlicesOfOthers(world, state.spread)
+def others_of_first(
+    state: TrainState, world: World, run: Path, carrier: Carrier | None = None
+) -> OtherWriters:
+    """Who writes beside rank 0, into the folder of the run: nobody, where it has all weights."""
+    return NOBODY if state.spread is None else SlicesOfOthers(world, state.spread, run, carrier)
 
 
 def saving_of_first(state: TrainState, saver: Saving, world: World) -> Saving:
@@ -53,34 +59,40 @@ def saving_of_first(state: TrainState, saver: Saving, world: World) -> Saving:
     return _Followed(saver, tell)
 
 
-def saving_of_other(state: TrainState, saver: Saving, world: World) -> Saving:
+def saving_of_other(
+    state: TrainState, saver: Saving, world: World, run: Path, carrier: Carrier | None = None
+) -> Saving:
     """What another rank saves by: nothing, or its slices when rank 0 asks for them."""
     if state.spread is None:
         return saver
-    return _Followed(saver, OwnSlices(world, state, state.spread).follow)
+    return _Followed(saver, OwnSlices(world, state, state.spread, run, carrier).follow)
 
 
 class SlicesOfOthers:
     """What rank 0 knows of the slices that other ranks write."""
 
-    def __init__(self, world: World, slicing: Slicing) -> None:
+    def __init__(self, world: World, slicing: Slicing, run: Path, carrier: Carrier | None) -> None:
         self.slicing = slicing
+        self._run = self._folder = run
+        self._carrier = carrier
         self._world = world
         self._beside = world.for_thread()
         self._number = 0
-        self._is_begun = self._is_awaited = False
+        self._is_begun = self._is_awaited = self._is_asked_for = False
 
     def ask(self, kind: Kind | None) -> None:
         """As ``OtherWriters.ask``."""
         self._number += 1
-        self._is_begun = self._is_awaited = False
+        self._is_begun = self._is_awaited = self._is_asked_for = False
         self._world.beat()
         self._world.from_first(kind or AGAIN)
 
     def begin(self, folder: Path) -> None:
         """As ``OtherWriters.begin``."""
+        self._folder = folder
         self._is_begun = self._is_awaited = True
-        self._beside.tell(_folder_key(self._number), str(folder))
+        # Another machine may name the run's folder otherwise.
+        self._beside.tell(_folder_key(self._number), str(folder.relative_to(self._run)))
 
     def entries(self) -> dict[str, FileEntry]:
         """As ``OtherWriters.entries``."""
@@ -88,8 +100,15 @@ class SlicesOfOthers:
         for rank, report in reports.items():
             if "error" in report:
                 raise _error(rank, report)
-        entries = (entry for report in reports.values() for entry in report["files"].items())
-        return {name: FileEntry(**fields) for name, fields in entries}
+        entries = {
+            rank: {name: FileEntry(**fields) for name, fields in report["files"].items()}
+            for rank, report in reports.items()
+        }
+        if self._carrier is not None:
+            self._ask_for_files(is_wanted=True)
+            for rank in self._carrier.ranks:
+                self._carrier.receive(rank, self._folder, entries[rank])
+        return {name: entry for files in entries.values() for name, entry in files.items()}
 
     def end(self) -> None:
         """As ``OtherWriters.end``."""
@@ -98,6 +117,14 @@ class SlicesOfOthers:
         elif self._is_awaited:
             with suppress(RankLostError):  # who is lost writes nothing
                 self._reports()
+        if self._is_begun:
+            self._ask_for_files(is_wanted=False)
+
+    def _ask_for_files(self, *, is_wanted: bool) -> None:
+        """Once for each checkpoint: those that carry their files wait for it."""
+        if self._carrier is not None and not self._is_asked_for:
+            self._is_asked_for = True
+            self._beside.tell(_wanted_key(self._number), is_wanted)
 
     def _reports(self) -> dict[int, Any]:
         ranks = range(1, self._world.size)
@@ -109,7 +136,16 @@ class SlicesOfOthers:
 class OwnSlices:
     """The slices of a rank other than the first: copied when rank 0 asks, written as it goes."""
 
-    def __init__(self, world: World, state: TrainState, slicing: Slicing) -> None:
+    def __init__(
+        self,
+        world: World,
+        state: TrainState,
+        slicing: Slicing,
+        run: Path,
+        carrier: Carrier | None,
+    ) -> None:
+        self._run = run
+        self._carrier = carrier if carrier is not None and world.rank in carrier.ranks else None
         self._world = world
         self._beside = world.for_thread()
         self._state = state
@@ -144,18 +180,26 @@ class OwnSlices:
         if folder is None:
             return
         reach("slices.before-write")
+        place = self._run / folder
+        if self._carrier is not None:
+            place = self._run / OWN_DISK.format(self._world.rank)
+            shutil.rmtree(place, ignore_errors=True)
         try:
-            report = self._report(Path(folder))
+            report = self._report(place)
         except BaseException as error:
             self._beside.tell_error(error)  # rank 0 waits for the report
             raise
         reach("slices.before-report")
         self._beside.tell(_report_key(number, self._world.rank), report)
         reach("slices.after-report")
+        if self._carrier is not None and self._beside.awaited(_wanted_key(number)):
+            self._carrier.send(place, report["files"])
 
     def _report(self, folder: Path) -> dict[str, Any]:
         try:
             require_finite(self._finite, self._step)
+            if self._carrier is not None:
+                folder.mkdir(parents=True)
             written = write_files(folder, self._images)
         except NonFiniteStateError as error:
             return {"error": str(error), "step": error.step, "tensor": error.tensor}
@@ -179,6 +223,10 @@ def _error(rank: int, report: Mapping[str, Any]) -> HoldfastError:
 
 def _folder_key(number: int) -> str:
     return f"slices/{number}/folder"
+
+
+def _wanted_key(number: int) -> str:
+    return f"slices/{number}/wanted"
 
 
 def _report_key(number: int, rank: int) -> str:

@@ -141,6 +141,8 @@ def _segments(segments: tuple[SegmentFacts, ...]) -> Html:
     ]
     if any(record.num_processes for record in records):
         columns.insert(1, Column("Processes", [record.num_processes or 1 for record in records]))
+    if any(record.num_machines for record in records):
+        columns.insert(2, Column("Machines", [record.num_machines or 1 for record in records]))
     return Html(element("h3", text("Segments")) + table(columns, name="segments"))
 
 

@@ -68,7 +68,7 @@ Outcome = Literal["running", "completed", "preempted", "failed"]
 LedgerOutcome = Literal["running", "completed", "preempted", "failed", "killed"]
 ABSENT = "(absent)"
 OPTIMIZER_ARGS = "optimizer.args."
-NUM_PROCESSES = "distributed.num_processes"
+WIDTHS = ("distributed.num_processes", "distributed.max_machines")
 SELDOM = ("weight_files", "lineage", "script", "taken_over")
 
 
@@ -229,14 +229,15 @@ class SegmentRecord(Record):
     versions: dict[str, str] = Field(default_factory=dict)
     num_processes: int | None = Field(None, ge=1)
     """How many trained together; absent where there was one, without a strategy."""
+    num_machines: int | None = Field(None, ge=1)
+    """On how many machines; absent where it was one."""
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_used(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Segments of one process have the records that they always had."""
         fields: dict[str, Any] = write(self)
-        if fields["num_processes"] is None:
-            del fields["num_processes"]
-        return fields
+        unused = {key for key in ("num_processes", "num_machines") if fields[key] is None}
+        return {key: value for key, value in fields.items() if key not in unused}
 
 
 def utc_now() -> str:
@@ -410,16 +411,16 @@ def conflicts(existing: RunRecord, record: RunRecord) -> Iterator[tuple[str, Any
     if existing.config_digest != record.config_digest:
         # Where every key agrees, another version made the digest: it is the same run.
         keys = _differences(_result_keys(existing.config), _result_keys(record.config))
-        allowed = _allowed_key(record.config)
+        allowed = _allowed_keys(record.config)
         for difference in keys:
-            if not is_choice_only(difference[0]) and difference[0] != allowed:
+            if not is_choice_only(difference[0]) and difference[0] not in allowed:
                 yield difference
 
 
-def _allowed_key(config: dict[str, Any]) -> str | None:
-    """The key that may be another one because the configuration says so."""
+def _allowed_keys(config: dict[str, Any]) -> tuple[str, ...]:
+    """The keys that may have another value because the configuration says so."""
     is_allowed = config.get("distributed", {}).get("should_allow_other_num_processes", False)
-    return NUM_PROCESSES if is_allowed else None
+    return WIDTHS if is_allowed else ()
 
 
 def _result_keys(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,12 @@
     <scratch>/<digest of the address>/work/<experiment>/<run id>/    a run that is written here
     <scratch>/<digest of the address>/view/<experiment>/<run id>/    what was read of a run
     <scratch>/<digest of the address>/list/<experiment>/<run id>.json  what a list shows of it
+    <scratch>/<digest of the address>/guest/<experiment>/<run id>/   a run of another machine that
+                                                                     this one has joined
     <scratch>/<digest of the address>/registry/                      bundles that were read
 
-Each of ``work`` and ``view`` looks like a store that is a folder, and holds a file that names the
-address. Nothing that lies here is needed on another machine.
+Each of ``work``, ``view`` and ``guest`` looks like a store that is a folder, and holds a file that
+names the address. Nothing that lies here is needed on another machine.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ ENDPOINTS = (
     "AZURE_STORAGE_ENDPOINT",
     "GOOGLE_BASE_URL",
 )
-Tier = Literal["work", "view"]
+Tier = Literal["work", "view", "guest"]
 
 
 def scratch_folder() -> Path:

@@ -162,7 +162,7 @@ def _certificate(run: RunDirectory) -> KeptCertificate | None:
 
 
 def told_widths(widths: Sequence[int]) -> str:
-    """How many processes trained together in each segment, e.g. ``4 (2 segments), then 1``."""
+    """How many processes, or machines, each segment had, e.g. ``4 (2 segments), then 1``."""
     told = []
     for width, group in groupby(widths):
         num = len([*group])
@@ -179,6 +179,7 @@ def _page(summary: RunSummary, proofs: Sequence[str | None], next_steps: Sequenc
         "step": summary.step,
         "segments": summary.num_segments,
         "processes": told_widths(summary.widths),
+        "machines": told_widths(summary.machines),
         "preemptions": summary.num_preemptions,
         "crashes": summary.num_crashes,
         "written by": summary.holder,

@@ -15,8 +15,9 @@ from holdfast.training.tiers.scratch import address_of
 HELP = """Check that this machine is fit to train, and say what to do where it is not.
 
 Looks at versions and pins, the store and its disk, the clocks, the Prefect server, the GPU, whether
-two processes can train together, and the time that a save takes against the grace period. Exit code
-1 if something has to be put right.
+two processes can train together, at which address other machines find this one and whether the
+places where the store's runs meet can be reached, and the time that a save takes against the grace
+period. Exit code 1 if something has to be put right.
 
 \b
 Examples:

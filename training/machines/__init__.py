@@ -1,0 +1,1 @@
+"""Several machines of one training: where they meet, who is there, and who is lost."""
