@@ -18,7 +18,7 @@ from torch import Tensor
 
 from holdfast.training.checkpointing.loading import MODEL_NAME, load_weights
 from holdfast.training.checkpointing.local_files import read_file
-from holdfast.training.checkpointing.manifest import DIGEST_KEY, MANIFEST_NAME
+from holdfast.training.checkpointing.manifest import MANIFEST_NAME
 from holdfast.training.checkpointing.slices import digest_of_part, is_part
 from holdfast.training.checkpointing.tensor_file import (
     LENGTH_BYTES,
@@ -158,9 +158,9 @@ def _of_ours(place: Path, file: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint or of a bundle."""
     manifest: Any = read_json(place / MANIFEST_NAME)
     with shape_expected(place / MANIFEST_NAME):
-        if DIGEST_KEY in manifest:
-            return load_weights(place)
-        wanted = manifest["files"][MODEL_NAME]["sha256"]
+        wanted = manifest["files"].get(MODEL_NAME, {}).get("sha256")
+    if wanted is None:
+        return load_weights(place)
     content, digest = read_file(file, ALGORITHM)
     if digest != f"{ALGORITHM}:{wanted}":
         raise DataFormatError(

@@ -27,6 +27,7 @@ from holdfast.training.bundles.sources import FolderSource
 from holdfast.training.bundles.stage import run_export
 from holdfast.training.errors import ExportError, ParityError
 from holdfast.training.stage import prepared_stage
+from holdfast.training.weights.reading import read_weights
 from tests.documentation.pages import REPOSITORY, field_tables, file_tables
 from tests.training.bundles.small_bundle import files_of, make_bundle
 from tests.training.bundles.whole_export import arguments, choose, export
@@ -111,6 +112,12 @@ def unpacked(files: dict[str, bytes]) -> dict[str, bytes]:
                     found[f"{name}!{entry}"] = archive.read(entry)
     assert any("!model/code/" in name for name in found)
     return found
+
+
+def test_another_training_can_begin_with_its_weights(two_bundles: tuple[Path, Path]) -> None:
+    found, expected = read_weights(two_bundles[0]), load_file(two_bundles[0] / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
 
 
 def test_every_file_is_readable_by_others(two_bundles: tuple[Path, Path]) -> None:

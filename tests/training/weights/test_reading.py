@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from holdfast.training.errors import DataFormatError, DataNotFoundError, HoldfastError
-from holdfast.training.weights.reading import file_digest, read_torch_file, read_weights
+from holdfast.training.weights.reading import read_torch_file, read_weights
+from tests.training.bundles.small_bundle import seal
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1], dtype=torch.int64)}
 
@@ -91,8 +91,7 @@ def test_a_file_without_tensors_by_name_is_refused(content: object, tmp_path: Pa
 def test_the_weights_of_a_bundle_are_held_to_its_manifest(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file(WEIGHTS, file)
-    files = {"model.safetensors": {"sha256": file_digest(file).partition(":")[2]}}
-    (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
+    seal(tmp_path)
     assert_same(read_weights(tmp_path))
     save_file({**WEIGHTS, "a": torch.zeros(2, 3)}, file)
     with pytest.raises(DataFormatError, match=r"was changed: the bundle's manifest says"):
