@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,11 +137,25 @@ class Cluster:
         self.events.append((time.time(), text))
 
     def start_machine(
-        self, name: str, *options: str, folder: Path | None = None, **variables: str
+        self,
+        name: str,
+        *options: str,
+        folder: Path | None = None,
+        prefix: Sequence[str] = (),
+        **variables: str,
     ) -> Machine:
         """Start a worker, in a folder."""
         arguments = ["worker", "--pool", POOL, "--name", name, *options]
-        process = self._start(name, arguments, variables, folder)
+        return self._started(name, self._start(name, arguments, variables, folder, prefix))
+
+    def start_guest(
+        self, name: str, run_id: str, store: str, prefix: Sequence[str] = (), **variables: str
+    ) -> Machine:
+        """Start ``holdfast join``."""
+        arguments = ["join", run_id, "--store", store]
+        return self._started(name, self._start(name, arguments, variables, prefix=prefix))
+
+    def _started(self, name: str, process: subprocess.Popen[bytes]) -> Machine:
         machine = Machine(name, self.unique(name), self.folder, process)
         self.machines[name] = machine
         self.note(f"{name}: started")
@@ -161,14 +175,15 @@ class Cluster:
         arguments: list[str],
         variables: dict[str, str],
         folder: Path | None = None,
+        prefix: Sequence[str] = (),
     ) -> subprocess.Popen[bytes]:
         home = self.folder / f"home-{name}"
         home.mkdir(exist_ok=True)
         more = {"PREFECT_API_URL": self.server.api_url, "HOLDFAST_HOST": self.unique(name)}
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "holdfast", *arguments],
-                env=environment(home, **more, **variables),
+                [*prefix, sys.executable, "-m", "holdfast", *arguments],
+                env=environment(home, **{**more, **variables}),
                 stdout=log,
                 stderr=log,
                 cwd=folder,
