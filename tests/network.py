@@ -117,9 +117,15 @@ def _pass_on(listener: socket.socket, port: int) -> None:
     with suppress(OSError):  # closed
         while True:
             here, _ = listener.accept()
-            there = socket.create_connection(("127.0.0.1", port))
-            for ends in ((here, there), (there, here)):
-                threading.Thread(target=_copy, args=ends, daemon=True).start()
+            threading.Thread(target=_both_ways, args=(here, port), daemon=True).start()
+
+
+def _both_ways(here: socket.socket, port: int) -> None:
+    with here, suppress(OSError), socket.create_connection(("127.0.0.1", port)) as there:
+        back = threading.Thread(target=_copy, args=(there, here), daemon=True)
+        back.start()
+        _copy(here, there)
+        back.join()
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:
