@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from holdfast.training.data import ahead
 from holdfast.training.data.loader import FixedSizePlan, Loader
@@ -32,9 +31,6 @@ class Drawn:
         self.told.append(indices)
         drawn = [random.random(), np.random.rand(), torch.rand(()).item()]
         return {"items": torch.tensor(indices), "drawn": torch.tensor(drawn)}
-
-    def __getitem__(self, index: int) -> Tensor:
-        raise NotImplementedError
 
 
 class Curriculum(Drawn):
