@@ -111,7 +111,12 @@ KINDS: dict[str, tuple[str, ...]] = {
         "data.should_drop_last=true",
     ),
     "several rows": ("digits", "experiment.width=192", "train.max_steps=10"),
-    "engines": ("turbofan", "data.batch_size=32", "train.max_steps=12"),
+    "engines": (
+        "turbofan",
+        "data.batch_size=8",
+        "data.should_drop_last=true",
+        "train.max_steps=12",
+    ),
 }
 
 
