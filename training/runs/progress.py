@@ -48,9 +48,9 @@ class Progress:
     def _write(self, event: str, values: dict[str, Json]) -> None:
         if self.format == "jsonl":
             line = json.dumps(without_nan({"event": event, **values}), allow_nan=False)
-            print(line, file=self.stream or sys.stdout, flush=True)
+            _write_line(line, self.stream or sys.stdout)
         elif self.format == "text":
-            print(as_text(event, values), file=self.stream or sys.stderr, flush=True)
+            _write_line(as_text(event, values), self.stream or sys.stderr)
 
     def is_due(self) -> bool:
         """Whether a ``progress`` event should be told; True at most once in ``every_s``."""
@@ -59,6 +59,15 @@ class Progress:
             return False
         self._last_progress_s = now_s
         return True
+
+
+def _write_line(line: str, stream: TextIO) -> None:
+    """In one piece, as ``print`` does not where output is unbuffered, as in many containers.
+
+    Whoever is killed in between would leave half a line to the process that writes there next.
+    """
+    stream.write(f"{line}\n")
+    stream.flush()
 
 
 def silence_output() -> None:
