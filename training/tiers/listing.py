@@ -25,7 +25,7 @@ from holdfast.training.storage.protocol import Listed, ObjectStore
 from holdfast.training.tiers.head import head_key, listed_heads, name_of, parse_head, run_folder
 from holdfast.training.tiers.restoring import LONG_AGO_S
 from holdfast.training.tiers.scratch import store_folder
-from holdfast.training.tiers.transfer import read_file, read_tree
+from holdfast.training.tiers.transfer import AlteredError, GoneError, read_small_file, read_tree
 from holdfast.training.tiers.tree import Tree
 from holdfast.training.tiers.viewing import as_renewed
 
@@ -89,7 +89,7 @@ def listed_runs(address: Address) -> list[ListedRun]:
     def look(listed: Listed) -> ListedRun | None:
         try:
             return _look(store, listed, folder)
-        except DataFormatError as error:
+        except (AlteredError, DataFormatError, GoneError) as error:
             return ListedRun(name_of(listed), listed.modified_s, problem=str(error))
 
     try:
@@ -112,7 +112,7 @@ def _look(store: ObjectStore, listed: Listed, folder: Path) -> ListedRun | None:
     known = _known(path, name)
     if known is not None and known.tag == listed.tag:
         return known
-    for _ in range(MAX_ATTEMPTS):  # the tree that a head named may be gone by the time it is read
+    for attempt in range(1, MAX_ATTEMPTS + 1):
         found = store.get(head_key(name))
         if found is None:
             return None
@@ -121,9 +121,12 @@ def _look(store: ObjectStore, listed: Listed, folder: Path) -> ListedRun | None:
         head = parse_head(found.content, name)
         if head.tree is None or head.tree_digest is None:
             return None
-        tree = read_tree(store, head.tree, head.tree_digest, run_folder(name), _is_wanted)
-        texts = None if tree is None else _texts(store, as_renewed(tree, head.ttl_s))
-        if tree is None or texts is None:
+        try:
+            tree = read_tree(store, head.tree, head.tree_digest, run_folder(name), _is_wanted)
+            texts = _texts(store, as_renewed(tree, head.ttl_s))
+        except GoneError:  # a newer head counts by now
+            if attempt == MAX_ATTEMPTS:
+                raise
             continue
         if "run.json" not in tree.files:
             return None
@@ -139,25 +142,20 @@ def _look(store: ObjectStore, listed: Listed, folder: Path) -> ListedRun | None:
         )
         _keep(path, run)
         return run
-    raise StorageError(f"{name} changes faster than it can be read; try again")
+    raise AssertionError
 
 
 def _is_wanted(path: str) -> bool:
     return READ.fullmatch(path) is not None or COUNTED.fullmatch(path) is not None
 
 
-def _texts(store: ObjectStore, tree: Tree) -> dict[str, str] | None:
-    """What the files hold that are read; None where an object is gone."""
+def _texts(store: ObjectStore, tree: Tree) -> dict[str, str]:
+    """What the files hold that are read. Raises GoneError or StorageError."""
     texts = {}
     for path, file in tree.files.items():
-        if READ.fullmatch(path) is None:
-            continue
-        content = file.inline
-        if file.key:
-            if store.get(file.key, 0, 1) is None:
-                return None
-            content = b"".join(read_file(store, file, 1))
-        texts[path] = content.decode(errors="replace")
+        if READ.fullmatch(path) is not None:
+            content = read_small_file(store, file) if file.key else file.inline
+            texts[path] = content.decode(errors="replace")
     return texts
 
 

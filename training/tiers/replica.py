@@ -106,11 +106,6 @@ class Replica:
         if head.tree is not None:
             assert head.tree_digest is not None
             tree = read_tree(self._store, head.tree, head.tree_digest, run_folder(self._name))
-            if tree is None:
-                raise StorageError(
-                    f"{head.tree} is gone, though the head of {self._name} names it: restore it "
-                    f"from a backup of the bucket, or take another run id"
-                )
             later = put_off(tree) if can_begin_early else frozenset()
             restore_folder(self._store, tree, head.tree_digest, self._run, self.tell, later)
             self._tree = tree

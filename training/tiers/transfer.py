@@ -18,23 +18,35 @@ RANGES_AT_ONCE = 8
 MAX_ATTEMPTS = 3
 
 
+class GoneError(StorageError):
+    """An object is not there, though a head or a tree named it; by now another may count."""
+
+    def __init__(self, key: str, named_by: str) -> None:
+        super().__init__(
+            f"{key} is gone, though the {named_by} names it: restore it from a backup of the "
+            f"bucket, or begin anew under another name"
+        )
+
+
+class AlteredError(StorageError):
+    """What came of an object is not what a tree names."""
+
+
 def read_tree(
     store: ObjectStore,
     key: str,
     digest: str,
     folder: str,
     takes: Callable[[str], bool] = all_paths,
-) -> Tree | None:
-    """The tree that a head names; None where it is gone, since a newer one counts now.
+) -> Tree:
+    """The tree that a head names. ``takes`` is as for ``parse_tree``.
 
-    ``takes`` is as for ``parse_tree``.
-
-    Raises StorageError, or DataFormatError where it is not what the head says.
+    Raises GoneError, StorageError, or DataFormatError where it is not what the head says.
     """
     for _ in range(MAX_ATTEMPTS):
         found = store.get(key)
         if found is None:
-            return None
+            raise GoneError(key, "run's head")
         if digest_of([found.content]) == digest:
             return parse_tree(found.content, key, folder, takes)
     raise DataFormatError(f"{key} was altered: its digest is not the one that the head names")
@@ -102,7 +114,7 @@ def download_file(
     """Write a file of a tree to ``path``, right and, where it ``is_durable``, flushed after return.
 
     ``before_part`` is told the size of each part, and may raise StorageError to give up. Raises
-    StorageError where it cannot be had, or its bytes are other ones each time.
+    GoneError, or StorageError where it cannot be had, or its bytes are other ones each time.
     """
     try:
         for attempt in range(1, MAX_ATTEMPTS + 1):
@@ -110,7 +122,7 @@ def download_file(
                 try:
                     for part in read_file(store, file, 1, written.fileno()):
                         before_part(len(part))
-                except _AlteredError:
+                except AlteredError:
                     if attempt == MAX_ATTEMPTS:
                         raise
                     continue
@@ -123,8 +135,15 @@ def download_file(
         raise storage_error("write", path, error, file.size_bytes) from error
 
 
-class _AlteredError(StorageError):
-    """What came is not what the tree names."""
+def read_small_file(store: ObjectStore, file: TreeFile) -> bytes:
+    """The bytes of a file of a tree. Raises GoneError, AlteredError, or StorageError."""
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            return b"".join(read_file(store, file, 1))
+        except AlteredError:
+            if attempt == MAX_ATTEMPTS:
+                raise
+    raise AssertionError
 
 
 def read_file(
@@ -132,9 +151,10 @@ def read_file(
 ) -> Iterator[bytes]:
     """The bytes of a file of a tree, in order, over several ranges at once.
 
-    Where they are not those that the tree names, that is told at the end: StorageError.
     ``num_attempts`` above one is for those who only want to know whether they are right. With
     ``place``, a descriptor, each part is written there as soon as it comes.
+
+    Raises GoneError, StorageError, or at the end AlteredError.
     """
     for attempt in range(1, num_attempts + 1):
         hasher, num_bytes = new_hasher("blake3"), 0
@@ -145,7 +165,7 @@ def read_file(
         if (num_bytes, f"blake3:{hasher.hexdigest()}") == (file.size_bytes, file.digest):
             return
         if attempt == num_attempts:
-            raise _AlteredError(
+            raise AlteredError(
                 f"{file.key} was altered: {num_bytes:,} bytes came with another digest than the "
                 f"one of {file.size_bytes:,} bytes that was written"
             )
@@ -159,7 +179,7 @@ def _parts(store: ObjectStore, file: TreeFile, place: int | None) -> Iterator[by
     def part(start: int, end: int | None) -> bytes:
         found = store.get(file.key, start, end)
         if found is None:
-            raise StorageError(f"{file.key} is gone, though the run's tree names it")
+            raise GoneError(file.key, "tree")
         return _placed(found.content, start, place)
 
     if file.size_bytes <= PART_BYTES:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from holdfast.training.tiers.folder_image import LEASES
 from holdfast.training.tiers.head import head_key, listed_heads, name_of, parse_head, run_folder
 from holdfast.training.tiers.restoring import LONG_AGO_S
 from holdfast.training.tiers.scratch import address_of, replica_folder, run_name, tier_folder
-from holdfast.training.tiers.transfer import download_file, read_tree
+from holdfast.training.tiers.transfer import GoneError, download_file, read_tree
 from holdfast.training.tiers.tree import Tree, TreeFile
 
 RUNS_AT_ONCE = 32
@@ -162,22 +162,28 @@ def _read_run(
     store: ObjectStore, run: RunDirectory, listed: Listed, wanted: Wanted, *, is_first: bool
 ) -> None:
     name = name_of(listed)
-    for _ in range(MAX_ATTEMPTS):  # the tree that a head named may be gone by the time it is read
+    for attempt in range(1, MAX_ATTEMPTS + 1):
         found = store.get(head_key(name))
         if found is None:
             return
         head = parse_head(found.content, name)
         if head.tree is None or head.tree_digest is None:
             return  # it was refused before it began
-        tree = read_tree(store, head.tree, head.tree_digest, run_folder(name), wanted.looks_at)
-        if tree is not None and _write_files(store, run, as_renewed(tree, head.ttl_s), wanted):
-            break
-    else:
-        raise StorageError(f"{name} changes faster than it can be read; try again")
-    # The first sight has only the server's clock; later, what moved was moved just now.
-    renewed_s = listed.modified_s if is_first else time.time()
-    _date(run, LONG_AGO_S if head.is_released else renewed_s, listed.modified_s)
-    told = {"tag": found.tag, **asdict(wanted), "has_report": REPORT in tree.files}
+        try:
+            tree = read_tree(store, head.tree, head.tree_digest, run_folder(name), wanted.looks_at)
+            _write_files(store, run, as_renewed(tree, head.ttl_s), wanted)
+        except GoneError:  # a newer head counts by now
+            if attempt == MAX_ATTEMPTS:
+                raise
+            continue
+        # The first sight has only the server's clock; later, what moved was moved just now.
+        renewed_s = listed.modified_s if is_first else time.time()
+        _date(run, LONG_AGO_S if head.is_released else renewed_s, listed.modified_s)
+        _note_seen(run, {"tag": found.tag, **asdict(wanted), "has_report": REPORT in tree.files})
+        return
+
+
+def _note_seen(run: RunDirectory, told: Mapping[str, Any]) -> None:
     folder = replica_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / ".seen.json.new"
@@ -207,8 +213,8 @@ def as_renewed(tree: Tree, ttl_s: float) -> Tree:
     )
 
 
-def _write_files(store: ObjectStore, run: RunDirectory, tree: Tree, wanted: Wanted) -> bool:
-    """Make the folder hold what is wanted of the tree; False where an object is gone."""
+def _write_files(store: ObjectStore, run: RunDirectory, tree: Tree, wanted: Wanted) -> None:
+    """Make the folder hold what is wanted of the tree. Raises OSError or StorageError."""
     files = {path: file for path, file in tree.files.items() if wanted.takes(path)}
     if run.path.is_dir():
         for path in _paths_in(run.path):
@@ -230,11 +236,8 @@ def _write_files(store: ObjectStore, run: RunDirectory, tree: Tree, wanted: Want
                 download_file(store, file, beside, is_durable=False)
             except StorageError:
                 beside.unlink(missing_ok=True)
-                if store.get(file.key) is None:
-                    return False
                 raise
             beside.replace(target)
-    return True
 
 
 def _is_probably(target: Path, file: TreeFile, path: str) -> bool:

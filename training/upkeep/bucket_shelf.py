@@ -182,6 +182,4 @@ class BucketShelf:
         if head.tree is None or head.tree_digest is None:
             return set()
         tree = read_tree(self._store, head.tree, head.tree_digest, keys_of(name))
-        if tree is None:
-            raise StorageError(f"{head.tree} is gone, though the head of {name} names it")
         return {head.tree, *tree.keys()}

@@ -186,10 +186,9 @@ def _to_bucket(run: RunDirectory, there: RunDirectory, files: Mapping[str, TreeF
             head.release()
 
 
-def _require_same_tree(known: Tree | None, files: Mapping[str, TreeFile], place: str) -> None:
-    found = {} if known is None else known.files
+def _require_same_tree(known: Tree, files: Mapping[str, TreeFile], place: str) -> None:
     for path, file in files.items():
-        if path not in found or found[path].digest != file.digest:
+        if path not in known.files or known.files[path].digest != file.digest:
             raise _conflict(place, path)
 
 

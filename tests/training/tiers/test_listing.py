@@ -13,7 +13,7 @@ from holdfast.training.errors import DataFormatError
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.storage.address import Address
-from holdfast.training.storage.protocol import Listed
+from holdfast.training.storage.protocol import Listed, Object
 from holdfast.training.tiers import listing
 from holdfast.training.tiers.head import head_key
 from holdfast.training.tiers.listing import listed_runs
@@ -129,6 +129,55 @@ def test_a_run_that_cannot_be_read_hides_no_other_and_one_that_is_gone_is_forgot
     bucket.delete([head_key("digits/broken"), head_key(NAME)])
     assert listed_runs(ADDRESS) == []
     assert [*(tmp_path / "scratch").rglob("*.json")] == []
+
+
+LARGE_RECORD = "segments/0001.json"
+
+
+def keep_large_record(bucket: Remembering, folder: Path) -> str:
+    """A run with a record that does not stand in its tree; the object's key."""
+    run = new_run(folder)
+    write_segment(run, 1, 0, 15)
+    error = {"type": "E", "message": "why", "traceback": "x" * INLINE_BYTES}
+    told = {**json.loads(run.segment(1).read_text()), "error": error}
+    write(run, LARGE_RECORD, json.dumps(told).encode())
+    with opened(bucket, run) as replica:
+        replica.finish(1.0)
+    [key] = [entry.key for entry in bucket.list("runs") if entry.key.endswith(LARGE_RECORD)]
+    bucket.read.clear()
+    return key
+
+
+def test_a_record_that_comes_altered_is_read_again(
+    bucket: Remembering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = keep_large_record(bucket, tmp_path)
+    flips = iter([True])
+    get = bucket.get
+
+    def flipped(asked: str, *part: int) -> Object | None:
+        found = get(asked, *part)
+        if found is None or asked != key or not next(flips, False):
+            return found
+        return Object(found.content[:-1] + b"?", found.tag)
+
+    monkeypatch.setattr(bucket, "get", flipped)
+    [listed] = listed_runs(ADDRESS)
+    assert json.loads(listed.texts[LARGE_RECORD])["error"]["message"] == "why"
+    assert bucket.read == ["tree.json", LARGE_RECORD, LARGE_RECORD]
+
+
+def test_a_run_that_lost_an_object_hides_no_other(bucket: Remembering, tmp_path: Path) -> None:
+    key = keep_large_record(bucket, tmp_path)
+    whole = RunDirectory(tmp_path / "digits" / "whole")
+    write(whole, "run.json", (tmp_path / NAME / "run.json").read_bytes())
+    with opened(bucket, whole) as replica:
+        replica.finish(1.0)
+    bucket.delete([key])
+    found = {run.name: run for run in listed_runs(ADDRESS)}
+    assert summarize_listed(found["digits/whole"], ADDRESS).state == "new"
+    with pytest.raises(DataFormatError, match=r"segments/0001\.json is gone, though"):
+        summarize_listed(found[NAME], ADDRESS)
 
 
 def test_what_this_machine_kept_of_a_run_may_be_damaged(

@@ -24,6 +24,7 @@ from holdfast.training.storage.protocol import Bytes, Expected, Listing, Object
 from holdfast.training.tiers.folder_image import look_at, take_image
 from holdfast.training.tiers.head import HeadLease, head_key, read_head, run_folder
 from holdfast.training.tiers.replica import Replica
+from holdfast.training.tiers.scratch import run_name
 from holdfast.training.tiers.transfer import read_tree
 from holdfast.training.tiers.tree import Tree, TreeFile, parse_tree
 from tests.contracts.memory_objects import MemoryObjects
@@ -92,7 +93,7 @@ def new_run(folder: Path) -> RunDirectory:
 
 @contextmanager
 def opened(store: MemoryObjects, run: RunDirectory, host: str = "a") -> Iterator[Replica]:
-    head = HeadLease.acquire(store, NAME, 0.4, identity=machine(host))
+    head = HeadLease.acquire(store, run_name(run), 0.4, identity=machine(host))
     replica = Replica(store, run, head)
     try:
         replica.restore()

@@ -11,6 +11,7 @@ from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.storage.address import Address
 from holdfast.training.storage.protocol import Object
 from holdfast.training.tiers import viewing
+from holdfast.training.tiers.transfer import GoneError
 from holdfast.training.tiers.viewing import ALL, CHECKPOINTS, Wanted, refresh_view
 from tests.contracts.memory_objects import MemoryObjects
 from tests.training.tiers.test_replica import LARGE, NAME, checkpoint, new_run, opened, write
@@ -122,6 +123,30 @@ def test_from_afar_a_lease_lasts_as_long_as_the_head_with_which_it_is_renewed(
     with opened(bucket, run) as replica:
         replica.bring_up()
     assert (refresh_view(ADDRESS, NAME) / NAME / "lease" / "00000002.json").read_bytes() == b"[]"
+
+
+def test_a_run_that_moves_while_it_is_read_is_read_as_it_is_then(
+    bucket: Remembering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, get = RunDirectory(tmp_path / NAME), bucket.get
+    moves = [b"third", b"second"]
+
+    def overtaken(key: str, *part: int) -> Object | None:
+        """What is asked for goes, since its run has moved on."""
+        if key.endswith("evaluation.json") and moves:
+            monkeypatch.setattr(bucket, "get", get)
+            with opened(bucket, run) as replica:
+                write(run, "evaluation.json", moves.pop() * LARGE)
+                replica.finish(1.0)
+            monkeypatch.setattr(bucket, "get", overtaken)
+        return get(key, *part)
+
+    monkeypatch.setattr(bucket, "get", overtaken)
+    seen = RunDirectory(refresh_view(ADDRESS, NAME) / NAME)
+    assert seen.evaluation_json.read_bytes() == b"third" * LARGE
+    bucket.delete([entry.key for entry in bucket.list("runs") if "evaluation" in entry.key])
+    with pytest.raises(GoneError, match=r"evaluation\.json is gone, though the tree names it"):
+        refresh_view(ADDRESS, NAME, is_fresh=True)
 
 
 def test_a_run_that_is_gone_leaves_nothing_here(bucket: Remembering) -> None:
