@@ -8,7 +8,7 @@ until it is done or a notice comes, and ends with a ``StageOutcome``.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -53,6 +53,7 @@ from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.progress import Progress, ProgressFormat, as_text
 from holdfast.training.runs.segment_log import SegmentLog
 from holdfast.training.storage.address import address_in
+from holdfast.training.tiers.late_files import await_files
 from holdfast.training.weights.identity import weight_files
 
 EXIT_PREEMPTED = 75
@@ -172,13 +173,24 @@ Rehearse = Callable[[StageArguments, RunConfig, PreemptionMonitor, Progress], No
 
 
 class NoticeCameError(HoldfastError):
-    """A notice came before the run had begun; nothing was written."""
+    """A notice came before anything was done that would have to be saved."""
 
     exit_code = EXIT_PREEMPTED
 
     def __init__(self, notice: Notice | None) -> None:
-        super().__init__("a notice came before the run had begun; nothing was written")
+        super().__init__("a notice came first; there is nothing to save")
         self.notice = notice
+
+
+def await_checkpoint(
+    run: RunDirectory, monitor: PreemptionMonitor, checkpoint: str, names: Collection[str]
+) -> None:
+    """For an older checkpoint, of which a machine that took the run over has not read all yet.
+
+    Raises NoticeCameError, or StorageError where its files do not come.
+    """
+    if not await_files(run, lambda: monitor.notice is not None, checkpoint, names):
+        raise NoticeCameError(monitor.notice)
 
 
 Resolved = tuple[RunConfig, type[Experiment]]

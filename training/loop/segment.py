@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -85,9 +85,8 @@ from holdfast.training.spikes.rollbacks import (
     require_shorter_than_epochs,
 )
 from holdfast.training.spikes.watch import SpikeWatch
-from holdfast.training.stage import EXIT_PREEMPTED, NoticeCameError, Stage, StageOutcome
+from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome, await_checkpoint
 from holdfast.training.tiers.bandwidth import UploadPace
-from holdfast.training.tiers.late_files import await_files
 from holdfast.training.tracking.sending import tracked
 from holdfast.training.tracking.tracker import check_trackers
 from holdfast.training.weights.frozen import frozen_of
@@ -436,14 +435,8 @@ def build_manager(
         retention,
         overlap=overlap,
         others=others,
-        await_files=partial(_await_files, stage),
+        await_files=partial(await_checkpoint, stage.run, stage.monitor),
     )
-
-
-def _await_files(stage: Stage, checkpoint: str, names: Collection[str]) -> None:
-    """For an older checkpoint, of which a machine that took the run over has not read all yet."""
-    if not await_files(stage.run, stage.should_stop, checkpoint, names):
-        raise NoticeCameError(stage.monitor.notice)
 
 
 def build_overlap(config: CheckpointConfig, state: TrainState) -> Overlap | None:

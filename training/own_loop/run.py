@@ -42,7 +42,7 @@ from holdfast.training.own_loop.opening import Opened, open_run, require_main_th
 from holdfast.training.own_loop.replayed import ReplayedSegment
 from holdfast.training.own_loop.segment import ScriptSegment
 from holdfast.training.own_loop.state import Place, Whole
-from holdfast.training.stage import EXIT_PREEMPTED
+from holdfast.training.stage import EXIT_PREEMPTED, NoticeCameError
 
 
 class Run:
@@ -414,7 +414,11 @@ class Run:
     def _begin(self) -> ScriptSegment | FinishedTraining:
         if self._segment is None:
             require_main_thread("training began")
-            self._segment = self._kind()(self._opened, self._kept, self._loaders, self._place)
+            try:
+                self._segment = self._kind()(self._opened, self._kept, self._loaders, self._place)
+            except NoticeCameError:
+                self._is_finished = True
+                sys.exit(EXIT_PREEMPTED)
         return self._segment
 
     def _kind(self) -> type[ScriptSegment] | type[FinishedTraining]:

@@ -50,8 +50,8 @@ from holdfast.training.runs.directory import (
 )
 from holdfast.training.runs.lease import Lease
 from holdfast.training.runs.segment_log import SegmentLog, log_path
+from holdfast.training.stage import NoticeCameError, await_checkpoint
 from holdfast.training.tiers.bandwidth import UploadPace
-from holdfast.training.tiers.late_files import await_files
 from holdfast.training.tracking.sending import Trackers
 from holdfast.training.tracking.tracker import check_trackers
 
@@ -64,7 +64,10 @@ class ScriptSegment:
     def __init__(
         self, opened: Opened, kept: Kept, loaders: Mapping[str, Stateful], place: Place
     ) -> None:
-        """Take the run over, and put back what it had. Raises what those raise."""
+        """Take the run over, and put back what it had.
+
+        Raises NoticeCameError where a notice came first, else what those raise.
+        """
         self._opened, self._place = opened, place
         self._config = opened.config
         self._costs = Costs()
@@ -78,7 +81,11 @@ class ScriptSegment:
         whole = Whole(kept, loaders, place)
         require_plain(kept.values, VALUES)
         self.state = state_of(kept, opened.config, whole)
-        self._take_over()
+        try:
+            self._take_over()
+        except NoticeCameError as error:
+            self._leave(error.notice)
+            raise
 
     def _take_over(self) -> None:
         """Become the run's only writer, and put back what the newest good checkpoint has."""
@@ -113,7 +120,7 @@ class ScriptSegment:
             self._lease,
             identity,
             retention,
-            await_files=partial(await_files, opened.run, lambda: False),
+            await_files=partial(await_checkpoint, opened.run, opened.monitor),
         )
         with self._costs.measured("restore"):
             self._restore(is_allowed or bool(record.taken_over))
@@ -198,12 +205,19 @@ class ScriptSegment:
 
     def stop(self, notice: Notice) -> None:
         """Save before the machine goes away, and let the run go."""
-        self._opened.progress.emit("notice", source=notice.source, reason=notice.reason)
-        note_outcome(
-            run=str(self._opened.run.path), start_step=self._start_step, source=notice.source
-        )
+        self._tell_notice(notice)
         self._saver.stop(notice)
         self._end("preempted", notice)
+
+    def _leave(self, notice: Notice | None) -> None:
+        """Let the run go before the first step; there is nothing to save."""
+        assert notice is not None
+        self._tell_notice(notice)
+        self.close()
+
+    def _tell_notice(self, notice: Notice) -> None:
+        self._opened.progress.emit("notice", source=notice.source, reason=notice.reason)
+        note_outcome(run=str(self._opened.run.path), source=notice.source)
 
     def finish(self) -> None:
         """Save what is not saved yet, and let the run go."""

@@ -15,8 +15,12 @@ from holdfast.training.exactness.trial import Trial
 from holdfast.training.runs.directory import read_segments
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.storage.address import Address
+from holdfast.training.tiers.scratch import tier_folder
 from holdfast.training.tiers.viewing import refresh_view
+from holdfast.training.upkeep.copying import copy_run
+from tests.contracts.fault_proxy import hurt_way
 from tests.contracts.object_servers import SECRET, make_bucket, moto
+from tests.flows.prefect_server import wait_until
 
 pytest.importorskip("obstore", reason="the extra 'bucket' is not installed")
 pytest.importorskip("moto", reason="moto is not installed")
@@ -55,13 +59,19 @@ def weights_of(folder: Path, scratch: str) -> Path:
     return folder / f"weights-of-{scratch}" / "weights.pt"
 
 
-def start(script: Path, scratch: str, trial: Trial | None = None, **environment: str) -> int:
+def begin(
+    script: Path, scratch: str, trial: Trial | None = None, **environment: str
+) -> subprocess.Popen[bytes]:
     folder = script.parent
     weights_of(folder, scratch).parent.mkdir()
     told = {**os.environ, **environment, "HOLDFAST_SCRATCH": str(folder / scratch)}
     told |= trial.environment() if trial is not None else {}
     command = [sys.executable, "-P", str(script), str(weights_of(folder, scratch))]
-    return subprocess.run(command, env=told, check=False).returncode
+    return subprocess.Popen(command, env=told)
+
+
+def start(script: Path, scratch: str, trial: Trial | None = None, **environment: str) -> int:
+    return begin(script, scratch, trial, **environment).wait()
 
 
 def test_it_goes_on_on_machines_that_share_nothing_and_ends_with_the_same_bytes(
@@ -82,6 +92,35 @@ def test_it_goes_on_on_machines_that_share_nothing_and_ends_with_the_same_bytes(
     assert third.start_step in (7, 10)  # what was being written was lost with the machine
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_notice_ends_the_wait_for_an_older_checkpoint_and_nothing_is_lost(
+    script: Path, tmp_path: Path
+) -> None:
+    """The newest one is damaged, and the one before does not come."""
+    begun = RunDirectory(tmp_path / "begun" / "toy" / "one")
+    stopped = Trial(stop_at=13, stop_signal="SIGTERM")
+    assert start(script, "first", stopped, HOLDFAST_STORE=str(tmp_path / "begun")) == 75
+    with (begun.checkpoint(13) / "model.safetensors").open("r+b") as file:
+        file.write(b"damaged")
+    copy_run(begun, tier_folder(ADDRESS, "work"))
+    with hurt_way(os.environ) as (proxy, environment):
+        proxy.hurt(only=r"^GET .*step-00000010", for_ever="hang")
+        waiting = begin(script, "second", **environment)
+        try:
+            second = tmp_path / "second"
+            wait_until(lambda: [*second.rglob("*.damaged-1")], 60.0, "the damaged one set aside")
+            waiting.send_signal(signal.SIGTERM)
+            assert waiting.wait(30.0) == 75
+        finally:
+            waiting.kill()
+            waiting.wait()
+    assert start(script, "third") == 0
+    assert start(script, "calm", HOLDFAST_STORE=str(tmp_path / "store")) == 0
+    ends = [weights_of(tmp_path, name).read_bytes() for name in ("third", "calm")]
+    assert ends[0] == ends[1]
+    records = read_segments(RunDirectory(refresh_view(ADDRESS) / "toy" / "one"))
+    assert [record.start_step for record in records] == [0, 10]
 
 
 def test_a_bucket_that_is_not_there_is_one_line(script: Path) -> None:
