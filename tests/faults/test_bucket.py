@@ -25,6 +25,7 @@ from holdfast.training.runs.lease import read_lease
 from holdfast.training.storage.address import Address
 from holdfast.training.storage.protocol import PART_BYTES
 from holdfast.training.storage.unfinished import UnfinishedUploads
+from holdfast.training.tiers.head import HEAD_TTL_S
 from holdfast.training.tiers.keeping import kept_up, opened_replica
 from holdfast.training.tiers.late_files import _mark
 from holdfast.training.tiers.scratch import tier_folder
@@ -192,6 +193,81 @@ def test_machines_whose_clocks_are_two_hours_apart_share_a_run(
     lease = read_lease(last)
     assert lease is not None
     assert time.time() - lease.acquired_at > 3600.0, "its clock was right"
+
+
+def of_machine(folder: Path, name: str) -> dict[str, str]:
+    return {**child_environment(1), "HOLDFAST_HOST": name, "HOLDFAST_SCRATCH": str(folder / name)}
+
+
+@pytest.fixture
+def long(machine: pytest.MonkeyPatch, tmp_path: Path) -> tuple[list[str], RunDirectory]:
+    """A training of ten seconds in the bucket, as one starts it; and the same in a folder, calm."""
+    overrides = ("checkpoint.every_s=1", "train.num_epochs=60")
+    calm = Training(tmp_path / "calm", "long", "digits", overrides=overrides)
+    complete(calm)
+    command = python_command("holdfast.training", "segment", "--experiment", "digits")
+    command += ["--store", str(ADDRESS), "--run-id", "long", "--progress", "none"]
+    return [*command, *(w for o in overrides for w in ("--set", o))], calm.run
+
+
+def assert_same_in_bucket(calm: RunDirectory) -> None:
+    there = RunDirectory(refresh_view(ADDRESS, "long", also=(ALL,)) / "digits" / "long")
+    assert differences(final_state(calm), final_state(there)) == []
+
+
+@pytest.mark.slow
+def test_of_two_machines_in_the_same_second_one_trains(
+    long: tuple[list[str], RunDirectory], tmp_path: Path
+) -> None:
+    command, calm = long
+    both = [
+        subprocess.Popen(command, env=of_machine(tmp_path, name), stderr=subprocess.PIPE, text=True)
+        for name in ("one", "two")
+    ]
+    errors = [process.communicate(timeout=120.0)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1], errors
+    [refused] = [told for told, process in zip(errors, both, strict=True) if process.returncode]
+    assert "which renews its lease" in refused.splitlines()[-1]
+    assert "Traceback" not in refused
+    assert_same_in_bucket(calm)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_machine_that_sleeps_for_two_leases_learns_that_it_was_replaced(
+    long: tuple[list[str], RunDirectory], tmp_path: Path
+) -> None:
+    command, calm = long
+    sleeper = subprocess.Popen(
+        command,
+        env=of_machine(tmp_path, "sleeper"),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    processes = [psutil.Process(sleeper.pid)]
+    try:
+        wait_until(lambda: newest_step(seen("long")) >= 17, 60.0, "steps in the bucket")
+        asleep_s = time.monotonic()
+        processes += processes[0].children(recursive=True)
+        for process in processes:
+            process.suspend()
+        other = subprocess.run(command, env=of_machine(tmp_path, "other"), check=False)
+        assert other.returncode == 0
+        time.sleep(max(0.0, asleep_s + 2 * HEAD_TTL_S - time.monotonic()))
+        for process in processes:
+            process.resume()
+        _, told = sleeper.communicate(timeout=60.0)
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        sleeper.wait()
+    assert sleeper.returncode == 1, told
+    assert "took over" in told.splitlines()[-1], told
+    assert "Traceback" not in told
+    assert [one.outcome for one in read_segments(seen("long"))] == ["running", "completed"]
+    assert_same_in_bucket(calm)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 from holdfast.training.exactness.reproducibility import python_command
@@ -48,9 +49,10 @@ def run_supervised(arguments: Sequence[str], store: str, name: str) -> int:
 def _run_child(command: list[str]) -> int:
     child = subprocess.Popen(watched(command), process_group=0)
     while child.poll() is None:
-        came = signal.sigtimedwait(NOTICE_SIGNALS, LOOK_EVERY_S)
-        if came is not None and child.poll() is None:
-            child.send_signal(came.si_signo)
+        time.sleep(LOOK_EVERY_S)
+        # Not sigtimedwait: after a SIGSTOP and a SIGCONT, Python's returns a signal that none sent.
+        for number in signal.sigpending() & {*NOTICE_SIGNALS}:
+            child.send_signal(signal.sigwait({number}))
     return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
 
