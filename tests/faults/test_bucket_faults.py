@@ -91,8 +91,12 @@ def assert_whole_elsewhere(
     ("fault", "expected"),
     [
         ("reset", "does not answer in time"),
+        ("hang", "does not answer in time"),
+        ("500", "the server answers 500"),
         ("503", "the server answers 503"),
+        ("429", "the server answers 429"),
         ("ExpiredToken", "the credentials have expired"),
+        ("RequestTimeTooSkewed", "this machine's clock is wrong"),
         ("AccessDenied", "the server does not allow it"),
         ("NoSuchBucket", "there is no bucket 'runs' here"),
     ],
