@@ -22,11 +22,12 @@ from holdfast.tasks.run_summary import (
     numbers_in,
     read_optional,
     read_promotion,
+    reading_command,
 )
 from holdfast.training.bundles.summary import published_name
 from holdfast.training.runs.directory import RunDirectory, read_segments
 from holdfast.training.runs.shown_text import shown
-from holdfast.training.tiers.scratch import told_path, told_store
+from holdfast.training.tiers.scratch import run_name, told_path, told_store
 
 # Keys of an artifact in parity.json, in the order in which a reader asks for them.
 PARITY_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -108,10 +109,9 @@ def fetching_command(key: str, run: RunDirectory) -> str:
 
     A signed address would do so, too, and be a credential for whoever reads it.
     """
-    store = told_store(run.path.parent.parent)
-    name = f"{run.path.parent.name}/{run.path.name}"
     if key == "report":
-        return f"holdfast report {name} --read --store {store}"
+        return reading_command(run)
+    store, name = told_store(run.path.parent.parent), run_name(run)
     promotion = read_promotion(run)
     if promotion is None:
         return f"holdfast copy {name} runs --store {store}"

@@ -44,7 +44,7 @@ from holdfast.training.runs.stored_json import (
 )
 from holdfast.training.storage.address import Address
 from holdfast.training.tiers.listing import ListedRun
-from holdfast.training.tiers.scratch import told_path
+from holdfast.training.tiers.scratch import run_name, told_path, told_store
 from holdfast.training.tiers.viewing import has_report
 
 State = Literal["new", "training", "preempted", "failed", "killed", "trained", "completed"]
@@ -294,3 +294,8 @@ def _state(found: _Found, outcomes: list[Any]) -> State:
         return "new"
     last: State = "trained" if outcomes[-1] == "completed" else outcomes[-1]
     return last
+
+
+def reading_command(run: RunDirectory) -> str:
+    """What brings the report of a run in a bucket onto a machine, and says where it is."""
+    return f"holdfast report {run_name(run)} --read --store {told_store(run.path.parent.parent)}"

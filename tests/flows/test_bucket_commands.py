@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 
 from holdfast.training.runs.paths import RunDirectory
@@ -40,14 +41,25 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         yield {**server, "HOLDFAST_SCRATCH": str(tmp_path_factory.mktemp("scratch"))}
 
 
-def holdfast(
-    environment: dict[str, str], *arguments: str, store: str = STORE
-) -> subprocess.CompletedProcess[str]:
+def typed(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     code = "from holdfast.flows.command_line.entry_point import main; main()"
-    command = [sys.executable, "-P", "-c", code, *arguments, "--store", store]
+    command = [sys.executable, "-P", "-c", code, *arguments]
     return subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
+
+
+def holdfast(
+    environment: dict[str, str], *arguments: str, store: str = STORE
+) -> subprocess.CompletedProcess[str]:
+    return typed(environment, *arguments, "--store", store)
+
+
+def done(environment: dict[str, str], *arguments: str, store: str = STORE) -> str:
+    """What a command printed that ended well."""
+    ended = holdfast(environment, *arguments, store=store)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
 def test_a_run_is_seen_from_a_machine_that_has_nothing_of_it(environment: dict[str, str]) -> None:
@@ -112,8 +124,8 @@ def test_the_doctor_compares_the_clock_with_that_of_the_bucket(
     (tmp_path / "sitecustomize.py").write_text(CLOCK)
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     own = {"CLOCK_OFF_S": str(off_s), "PYTHONPATH": path, "PREFECT_HOME": str(tmp_path / "p")}
-    done = holdfast({**environment, **own}, "doctor", "--json")
-    found = {one["subject"]: one for one in json.loads(done.stdout)}
+    examined = holdfast({**environment, **own}, "doctor", "--json")
+    found = {one["subject"]: one for one in json.loads(examined.stdout)}
     assert found["bucket"]["verdict"] in ("good", "warning"), found["bucket"]
     assert found["bucket's clock"]["verdict"] == ("warning" if off_s else "good")
     if off_s:
@@ -121,59 +133,94 @@ def test_the_doctor_compares_the_clock_with_that_of_the_bucket(
         assert seconds == pytest.approx(off_s, abs=60)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_run_that_is_killed_is_resumed_elsewhere_published_and_pulled(
-    environment: dict[str, str], tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def published(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """The run ``second``, killed on one machine, and taken to its bundle on another."""
+    gone = tmp_path_factory.mktemp("gone")
     options = [word for override in QUICK for word in ("--set", override)]
     killed = holdfast(
         {
             **environment,
             "HOLDFAST_FAULT_POINT": "store.after-swap:2",
-            "HOLDFAST_SCRATCH": str(tmp_path / "gone"),
+            "HOLDFAST_SCRATCH": str(gone),
         },
         "run", "digits", "--run-id", "second", *options,
     )  # fmt: skip
     assert killed.returncode in (1, -signal.SIGKILL), killed.stderr
-    elsewhere = {**environment, "HOLDFAST_HOST": "elsewhere"}
-    resumed = holdfast(elsewhere, "resume", "second")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "digits@1" in holdfast(environment, "bundles").stdout.replace("digits@1 ", "digits@1")
-    there = {**environment, "HOLDFAST_SCRATCH": str(tmp_path / "reader")}
-    read = holdfast(there, "report", "second", "--read")
-    assert Path(read.stdout.strip()).read_text().startswith("<!doctype html>"), read.stderr
+    told = done({**environment, "HOLDFAST_HOST": "elsewhere"}, "resume", "second")
+    assert told.endswith(f"holdfast report digits/second --read --store {STORE}\n")
+    for folder in (gone, Path(environment["HOLDFAST_SCRATCH"])):
+        for path in folder.rglob("*"):
+            assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+    return environment
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_was_killed_is_read_from_anywhere_in_parts(
+    published: dict[str, str], tmp_path: Path
+) -> None:
+    assert "digits@1" in done(published, "bundles")
+    there = {**published, "HOLDFAST_SCRATCH": str(tmp_path / "reader")}
+    told = f"to read the report: holdfast report digits/second --read --store {STORE}"
+    assert done(there, "status", "second").splitlines()[-1] == told
+    read = done(there, "report", "second", "--read")
+    assert Path(read.strip()).read_text().startswith("<!doctype html>")
     files = [path for path in (tmp_path / "reader").rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix == ".safetensors"]
-    scored = holdfast(there, "evaluate", "second", "--json")
-    assert json.loads(scored.stdout)["step"] == 34, scored.stderr
+    assert json.loads(done(there, "evaluate", "second", "--json"))["step"] == 34
     tensors = (tmp_path / "reader").rglob("*.safetensors")
     assert {path.parent.name for path in tensors} == {"step-00000034"}
     target = tmp_path / "model"
-    pulled = holdfast(environment, "pull", "digits@1", "--to", str(target))
-    assert pulled.returncode == 0, pulled.stderr
+    done(published, "pull", "digits@1", "--to", str(target))
     alone = subprocess.run(
         [sys.executable, "-P", str(target / "verify.py")], capture_output=True, check=False
     )
     assert alone.returncode == 0
-    for folder in (tmp_path, Path(environment["HOLDFAST_SCRATCH"])):
-        for path in folder.rglob("*"):
-            assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_bundle_in_a_bucket_is_promoted_named_proved_and_asked(
+    published: dict[str, str], tmp_path: Path
+) -> None:
+    done(published, "promote", "second")
+    assert "@champion" in done(published, "bundles")
+    done(published, "alias", "digits@1", "staging", "--reason", "to be looked at")
+    assert "to be looked at" in done(published, "bundles", "digits")
+    done(published, "verify", "digits@staging")
+    proved = typed(published, "verify", f"{STORE}/digits/second/bundle")
+    assert proved.returncode == 0, proved.stderr
+    numpy.save(tmp_path / "samples.npy", numpy.zeros((3, 1, 8, 8), numpy.float32))
+    told = done(published, "predict", "digits@staging", str(tmp_path / "samples.npy"))
+    assert len(told.splitlines()) == 4
+    unknown = holdfast(published, "verify", "digits@9")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_in_a_bucket_is_forked_and_copied(published: dict[str, str], tmp_path: Path) -> None:
+    done(published, "fork", "second", "longer", "--at", "latest", "--set", "train.num_epochs=3")
+    done(published, "resume", "longer")
+    told = json.loads(done(published, "status", "longer", "--json"))
+    assert (told["state"], told["step"]) == ("completed", 51)
+    for target in (str(tmp_path / "runs"), "s3://runs/other"):
+        done(published, "copy", "second", target)
+        [row] = json.loads(done(published, "status", "--json", store=target))
+        assert (row["name"], row["state"], row["step"]) == ("digits/second", "completed", 34)
+        proved = typed(published, "verify", f"{target}/digits/second/bundle")
+        assert proved.returncode == 0, proved.stderr
 
 
 def test_pruning_says_what_it_would_do_and_keeps_what_is_young(environment: dict[str, str]) -> None:
-    code = "from holdfast.flows.command_line.entry_point import main; main()"
-
-    def prune(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-P", "-c", code, "prune", *arguments]
-        return subprocess.run(
-            command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-        )
-
-    done = prune(STORE, "--keep-last", "2", "--older-than", "30d", "--dry-run", "--json")
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["gone"], told["failed"]) == (0, [], {})
-    assert told["kept"]["digits/first"] == "among the 2 newest of digits"
-    wrong = prune(STORE, "--keep-last", "1", "--older-than", "soon")
+    policy = ("--keep-last", "9", "--older-than")
+    ended = typed(environment, "prune", STORE, *policy, "30d", "--dry-run", "--json")
+    told = json.loads(ended.stdout)
+    assert (ended.returncode, told["gone"], told["failed"]) == (0, [], {})
+    assert told["kept"]["digits/first"] == "among the 9 newest of digits"
+    wrong = typed(environment, "prune", STORE, *policy, "soon")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert "as in 30d" in wrong.stderr

@@ -105,9 +105,14 @@ def _kept_runs(
         if run.obstacle:
             yield run, run.obstacle
         elif num_newer[experiment] <= rule.keep_last:
-            yield run, f"among the {rule.keep_last} newest of {experiment}"
+            yield run, _newest(rule, experiment)
         elif now_s - run.changed_s <= rule.older_than_s:
             yield run, "not old enough"
+
+
+def _newest(rule: Rule, name: str) -> str:
+    among = f"among the {rule.keep_last}" if rule.keep_last > 1 else "the"
+    return f"{among} newest of {name}"
 
 
 def _keep_what_is_named(runs: Sequence[StoredRun], kept: dict[str, str]) -> None:
@@ -136,7 +141,7 @@ def _kept_versions(
         if version.aliases:
             yield version, f"the alias {version.aliases[0]} stands for it"
         elif num_newer[version.name] <= rule.keep_last:
-            yield version, f"among the {rule.keep_last} newest of {version.name}"
+            yield version, _newest(rule, version.name)
         elif now_s - version.changed_s <= rule.older_than_s:
             yield version, "not old enough"
         elif names(texts, f"registry/{version.name}/versions/{version.version:06d}"):

@@ -26,6 +26,7 @@ from holdfast.flows.command_line.progress_view import open_view
 from holdfast.flows.command_line.stores import DEFAULT_STORE
 from holdfast.tasks.job import Job
 from holdfast.tasks.preflight import check_job, store_path
+from holdfast.tasks.run_summary import reading_command
 from holdfast.training.code.naming import named_run
 from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
 from holdfast.training.errors import InputError
@@ -33,6 +34,7 @@ from holdfast.training.experiment.loading import experiment_name, is_script, scr
 from holdfast.training.preemption.deathwatch import EXIT_PREEMPTED
 from holdfast.training.runs.run_ids import DEFAULT_TEMPLATE, fill_run_id
 from holdfast.training.runs.shown_text import shown
+from holdfast.training.storage.address import is_address
 from holdfast.training.tiers.scratch import told_path, told_store
 
 HELP = """Train an experiment or a script, from seed to verified bundle.
@@ -140,7 +142,7 @@ def run_job(job: Job, *, is_json: bool) -> int:
         raise as_error(outcome)
     else:
         assert outcome.result is not None
-        _tell_result(outcome.result)
+        _tell_result(job, outcome.result)
     return outcome.exit_code
 
 
@@ -152,7 +154,7 @@ def _tell_how_to_go_on(job: Job, outcome: LocalOutcome) -> None:
     click.echo(f"  {resume_command(job.run_id, told_store(job.store), DEFAULT_STORE)}", err=True)
 
 
-def _tell_result(result: dict[str, Any]) -> None:
+def _tell_result(job: Job, result: dict[str, Any]) -> None:
     test_metrics = result["test_metrics"]
     scores = ", ".join(f"{shown(name)} {value:.4g}" for name, value in test_metrics.items())
     goodput = result["goodput"]
@@ -172,6 +174,8 @@ def _tell_result(result: dict[str, Any]) -> None:
             click.echo(f"{name:<14}{shown(value)}")
     if not result["bundle"]:
         click.echo("no bundle: the script hands over no champion (run.champion)")
+    if result["report"] and is_address(result["report"]):
+        click.echo(f"to read the report: {reading_command(job.run)}")
 
 
 def _lives(result: dict[str, Any]) -> str:

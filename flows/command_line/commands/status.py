@@ -23,6 +23,7 @@ from holdfast.tasks.engine_lease import engine_directory
 from holdfast.tasks.preflight import store_path
 from holdfast.tasks.run_summary import (
     RunSummary,
+    reading_command,
     script_command_line,
     summarize,
     summarize_listed,
@@ -32,7 +33,7 @@ from holdfast.training.errors import HoldfastError
 from holdfast.training.runs.directory import RunDirectory, read_run_record
 from holdfast.training.runs.losses import compare_losses
 from holdfast.training.runs.shown_text import shown
-from holdfast.training.storage.address import Address
+from holdfast.training.storage.address import Address, is_address
 from holdfast.training.tiers.listing import listed_runs
 from holdfast.training.tiers.scratch import address_of, parsed_store, told_path, told_store
 
@@ -131,7 +132,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _next_steps(run: RunDirectory, summary: RunSummary) -> list[str]:
-    """The command that goes on with a run, where there is something left to do."""
+    """The command that goes on with a run, or shows its report where no browser finds it."""
     try:
         script = read_run_record(run).script
     except FileNotFoundError:
@@ -139,7 +140,8 @@ def _next_steps(run: RunDirectory, summary: RunSummary) -> list[str]:
     if summary.state == "trained" and script is not None:
         return [f"for a bundle: {_resume(run)} (where the script calls run.champion)"]
     if summary.state not in ("preempted", "failed", "killed", "trained"):
-        return []
+        is_afar = summary.report is not None and is_address(summary.report)
+        return [f"to read the report: {reading_command(run)}"] if is_afar else []
     was_in_flow = engine_directory(run).path.is_dir()
     if script is None or was_in_flow:
         return [f"to go on: {_resume(run)}"]

@@ -32,6 +32,12 @@ def test_what_is_old_and_not_among_the_newest_goes() -> None:
     assert gone(NEWEST, old("e/a"), rule=Rule(1, 990.0)) == set()
 
 
+def test_what_is_kept_is_told_with_the_reason() -> None:
+    for num, told in ((1, "the newest of e"), (2, "among the 2 newest of e")):
+        kept = plan_pruning([NEWEST, old("e/a")], (), Rule(num, 100.0), NOW_S).kept
+        assert kept[NEWEST.name] == told
+
+
 def test_what_has_an_obstacle_stays_and_counts_among_the_newest() -> None:
     assert gone(NEWEST, old("e/a", obstacle="is written")) == set()
     assert gone(old("e/newest", changed_s=20.0, obstacle="is written"), old("e/a")) == {"e/a"}
