@@ -7,13 +7,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from holdfast.training.errors import InputError
 from holdfast.training.storage.address import parse_address
 from holdfast.training.storage.opening import open_store
-from holdfast.training.storage.probe import probe, require_fit
+from holdfast.training.storage.probe import probe, require_fit, server_time_s
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore, Unchanged
 from tests.contracts.memory_objects import MemoryObjects
 from tests.contracts.object_servers import (
@@ -178,6 +179,21 @@ def test_a_server_that_does_all_that_is_fit(store: ObjectStore) -> None:
     assert store.list("probe") == []
     require_fit(store, "the store")
     assert [entry.key for entry in store.list("")].count("fit.json") == 1
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_not_there_is_not_made_by_trying_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SeaweedFS makes one at the first write."""
+    require_program("weed")
+    with seaweedfs(tmp_path) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        missing = open_store(parse_address("s3://nobody/x"))
+        for ask in (probe, server_time_s, lambda store: require_fit(store, "the store")):
+            with pytest.raises(InputError, match="there is no bucket 'nobody' here"):
+                ask(missing)
 
 
 @pytest.mark.slow

@@ -237,8 +237,8 @@ class Bucket:
         name = code[1] if code else next((one for one in NO_BUCKET if one in told), "")
         if name in NO_BUCKET:
             raise InputError(
-                f"{self._address}: there is no bucket {self._address.bucket!r} here; check its "
-                f"name, {_where(self._address.scheme)}, or make it"
+                f"{self._address}: there is no bucket {self._address.bucket!r} here "
+                f"({_where(self._address.scheme)}): check its name, or make it"
             ) from None
         if name in WRONG_REGION or REDIRECTED in told:
             raise InputError(

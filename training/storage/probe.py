@@ -25,6 +25,7 @@ def probe(store: ObjectStore, num_races: int = NUM_RACES) -> list[str]:
 
     What was written is deleted again. Raises StorageError or InputError where it does not answer.
     """
+    _require_bucket(store)
     found: list[str] = []
     keys: list[str] = []
 
@@ -64,6 +65,7 @@ def server_time_s(store: ObjectStore) -> float:
     Raises StorageError or InputError where it does not answer.
     """
     key = f"{FOLDER}/{secrets.token_hex(8)}.json"
+    _require_bucket(store)
     store.put(key, _content(), "any")
     try:
         written = [entry for entry in store.list(FOLDER) if entry.key == key]
@@ -72,6 +74,11 @@ def server_time_s(store: ObjectStore) -> float:
         return written[0].modified_s
     finally:
         _clear(store, [key])
+
+
+def _require_bucket(store: ObjectStore) -> None:
+    """Raise InputError where there is no bucket: some servers make it at the first write."""
+    store.get(MARK_KEY)
 
 
 def _content() -> bytes:
