@@ -21,6 +21,7 @@ from holdfast.training.errors import ExperimentError, InputError, StorageError
 from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.experiment.loading import own_file, with_file
 from holdfast.training.machines.note import Board, FolderBoard, Note, board_in, note_of, own_machine
+from holdfast.training.machines.standing import standing_of
 from holdfast.training.machines.visit import Visit, visited
 from holdfast.training.preemption.signals import SignalFlag, install_signal_flag
 from holdfast.training.ranks.launching import as_report
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.5
 LOOK_AT_BUCKET_EVERY_S = 2.0
+LOOK_AT_RUN_EVERY_S = 30.0
 EXIT_TRAINED = 0
 
 
@@ -42,12 +44,14 @@ class Joined:
     """The run that a machine takes part in, as it finds it.
 
     Attributes:
+        place: the store.
         board: where its note is.
         store: a folder for its files here: the store itself, or one of the scratch disk.
         reference: ``run_id`` or ``experiment/run_id``.
         look_every_s: how often the note is read.
     """
 
+    place: Path | Address
     board: Board
     store: Path
     reference: str
@@ -62,9 +66,9 @@ class Joined:
     def in_store(cls, store: Path | Address, reference: str) -> Joined:
         """Of a store that is a folder, or a bucket. Raises InputError or StorageError."""
         if isinstance(store, Path):
-            return cls(FolderBoard(store), store, reference)
+            return cls(store, FolderBoard(store), store, reference)
         folder = tier_folder(store, "guest")
-        return cls(board_in(store), folder, reference, LOOK_AT_BUCKET_EVERY_S)
+        return cls(store, board_in(store), folder, reference, LOOK_AT_BUCKET_EVERY_S)
 
 
 def join(joined: Joined, max_wait_s: float) -> int:
@@ -88,21 +92,22 @@ class _Guest:
         self._said = self._done_with = ""
         self._has_notice = False
         self._attended_s = time.monotonic()
+        self._looked_s = float("-inf")
 
     def until_trained(self, max_wait_s: float) -> int:
         """As ``join``."""
         while not self._is_leaving():
             note = self._note()
-            if note is not None and note.state == "completed":
-                logger.info("%s is trained", note.name)
-                return EXIT_TRAINED
-            if note is not None and note.state == "open" and note.machine == own_machine():
+            if note is None or note.state != "open" or note.token == self._done_with:
+                if self._is_trained(note):
+                    return EXIT_TRAINED
+                if note is not None or not self._said:
+                    self._say(f"waiting until {self._joined.reference} is started")
+            elif note.machine == own_machine():
                 self._say(f"{note.name} was started on this machine, which takes part already")
                 self._attended_s = time.monotonic()
-            elif note is not None and note.state == "open" and note.token != self._done_with:
-                self._visit(note)
-            elif note is not None or not self._said:
-                self._say(f"waiting until {self._joined.reference} is started")
+            elif not self._visit(note) and self._is_trained(note):
+                return EXIT_TRAINED
             if time.monotonic() - self._attended_s > max_wait_s:
                 raise StorageError(
                     f"{self._joined.reference} was not started for {max_wait_s:g} s: start it with "
@@ -122,12 +127,40 @@ class _Guest:
             self._say(str(error))
             return None
 
-    def _visit(self, note: Note) -> None:
+    def _is_trained(self, note: Note | None) -> bool:
+        """Whether nothing is left to take part in; says so, and what else speaks against it.
+
+        A note does not tell of a start with one machine alone; the run's own records do.
+        """
+        if note is not None and note.state == "completed":
+            self._say(f"{note.name} is trained")
+            return True
+        if time.monotonic() - self._looked_s < LOOK_AT_RUN_EVERY_S:
+            return False
+        self._looked_s = time.monotonic()
+        try:
+            found = standing_of(self._joined.place, note.name if note else self._joined.reference)
+        except StorageError as error:
+            self._say(str(error))
+            return False
+        if found is not None and found.is_trained:
+            self._say(f"{found.name} is trained")
+        elif found is not None and note is None and found.max_machines == 1:
+            self._say(
+                f"{found.name} was begun for one machine, with distributed.max_machines=1: this "
+                f"one takes part once it is started again with 2 or more"
+            )
+        return found is not None and found.is_trained
+
+    def _visit(self, note: Note) -> bool:
+        """Be at the meeting of a note. Whether it could be reached."""
         try:
             with visited(note) as visit:
                 self._attend(note, visit)
         except StorageError as error:
             self._say(f"{error}; waiting until {note.name} is started again")
+            return False
+        return True
 
     def _attend(self, note: Note, visit: Visit) -> None:
         """Until the meeting is over, or this machine has taken part."""

@@ -271,6 +271,43 @@ def test_machines_that_have_a_bucket_alone_in_common(
     assert read_segments(found)[1].start_step > 0
 
 
+@pytest.fixture(params=["folder", "bucket"])
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    monkeypatch.setenv("HOLDFAST_SCRATCH", str(tmp_path / "scratch"))
+    if request.param == "folder":
+        yield str(tmp_path)
+        return
+    pytest.importorskip("obstore", reason="the extra 'bucket' is not installed")
+    pytest.importorskip("moto", reason="moto is not installed")
+    with moto() as server:
+        for name, value in server.items():
+            monkeypatch.setenv(name, value)
+        make_bucket(server, "runs")
+        yield "s3://runs/machines"
+
+
+def test_a_run_without_a_meeting_is_told_to_who_joins(
+    store: str, tmp_path: Path, guests: list[Guest]
+) -> None:
+    scratch = str(tmp_path / "scratch")
+    alone = training(store, "alone", *SHARDED, "train.num_epochs=2")  # type: ignore[arg-type]
+    trial = Trial(stop_at=5, stop_signal="SIGTERM")
+    assert alone.start(trial.environment()).finish() == 75
+    guests.append(Guest(alone, tmp_path, scratch=scratch))
+    guests[0].says("was begun for one machine, with distributed.max_machines=1")
+    segment = first_of(alone, *BOTH, scratch=scratch)
+    assert segment.finish() == 0, "".join(segment.errors)
+    assert guests[0].finish() == 0, guests[0].log()
+    trained = training(store, "trained", *SHARDED, "train.num_epochs=1")  # type: ignore[arg-type]
+    complete(trained)
+    guests.append(Guest(trained, tmp_path, scratch=scratch))
+    assert guests[1].finish() == 0, guests[1].log()
+    assert guests[1].log().count("\n") == 1
+    assert "/trained is trained" in guests[1].log()
+
+
 def test_a_machine_whose_cable_is_cut_is_lost_in_time(tmp_path: Path, guests: list[Guest]) -> None:
     with network() as switch:
         there = switch.plug_in()
