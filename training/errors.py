@@ -26,8 +26,8 @@
     │   ├── LossJumpError (ArithmeticError)     a loss far above those before, or one spike too many
     │   ├── NonFiniteStateError (ArithmeticError)  optimizer, weights or averages hold NaN
     │   ├── OutOfMemoryError (MemoryError)
-    │   ├── RankLostError                       another process of this training is gone
-    │   └── MachineLostError                    another machine of it is: go on with those left
+    │   └── RankLostError                       another process of this training is gone
+    │       └── MachineLostError                its machine is: go on with those left
     ├── SelectionError (ValueError)             candidates that cannot be averaged or compared
     └── ExportError
         ├── CheckDiedError                      the process of a check was killed
@@ -200,7 +200,7 @@ class RankLostError(TrainingError):
     """Another process of this training has ended or hangs, and this one cannot go on."""
 
 
-class MachineLostError(TrainingError):
+class MachineLostError(RankLostError):
     """Another machine of this training is gone; a new start goes on with those that are left."""
 
 

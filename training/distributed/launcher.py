@@ -278,6 +278,8 @@ class _Watch:
         self._hung_s = self._silence.too_long_s()
         if self._hung_s is not None:
             ask_for_stacks(rank.process.pid for rank in ranks if rank.process.poll() is None)
+            told = f"nothing new has happened for {self._hung_s:.0f} s"
+            _tell_others(self._place.store, ranks[0].seat.rank, told)
         elif self._newcomer is None and self._silence.has_begun():
             self._make_room(ranks[0])
 
@@ -288,7 +290,9 @@ class _Watch:
             code = rank.process.poll()
             if code is not None and code not in GOOD_CODES:
                 self._first_failed = rank.seat.rank
-                _tell_others(self._place.store, rank.seat.rank, code)
+                if code < 0:  # it cannot have said so itself
+                    told = f"ended by {signal.Signals(-code).name}"
+                    _tell_others(self._place.store, rank.seat.rank, told)
                 return
 
     def _make_room(self, first: _Rank) -> None:
@@ -299,11 +303,10 @@ class _Watch:
             first.process.terminate()
 
 
-def _tell_others(store: TCPStore, rank: int, code: int | None) -> None:
-    """For a rank that a signal has ended, which cannot say so itself."""
-    if code is not None and code < 0:
-        with contextlib.suppress(RuntimeError):  # another machine has it, which may be gone
-            store.set(ERROR.format(rank), json.dumps(f"ended by {signal.Signals(-code).name}"))
+def _tell_others(store: TCPStore, rank: int, why: str) -> None:
+    """Say for a rank why it has ended."""
+    with contextlib.suppress(RuntimeError):  # another machine has it, which may be gone
+        store.set(ERROR.format(rank), json.dumps(why))
 
 
 @contextlib.contextmanager

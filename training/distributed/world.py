@@ -1,7 +1,8 @@
 """The ranks of one training: what they tell each other, and what they do together.
 
 Everything of one training goes over the launcher's store and torch.distributed's gloo. A rank that
-waits for another that has ended, or hangs, raises ``RankLostError``.
+waits for another that has ended, or hangs, raises ``RankLostError``. Where that one is on another
+machine, and nobody says why it has ended, the machine is lost: ``MachineLostError``.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from holdfast.training.distributed.seat import Beats, Seat
-from holdfast.training.errors import RankLostError
+from holdfast.training.errors import MachineLostError, RankLostError
 
 HOST = "127.0.0.1"
 ERROR = "error/{}"
 NEWCOMER = "newcomer"
 """The machine that all ranks stop for, so that it can be taken in."""
+LOST = "lost"
+"""The machine of which nothing was heard, as the launcher says that has the store."""
 ERROR_WAIT_S = 1.0
 POLL_S = 0.02
+ASK_EVERY = timedelta(seconds=1)
 
 Wait = Callable[[], None]
 """Returns once what was begun has ended. Raises RankLostError."""
@@ -100,7 +104,9 @@ class World:
 
     def for_thread(self) -> Self:
         """The same world over a connection of its own, for another thread's ``tell``."""
-        return type(self)(self.rank, self.size, self._store.clone())
+        beside = type(self)(self.rank, self.size, self._store.clone())
+        beside.seat = self.seat
+        return beside
 
     def for_carrying(self) -> Self:
         """Collective. As ``for_thread``, and for its ``send`` and ``receive``, too."""
@@ -118,6 +124,7 @@ class World:
                 told = self._errors_so_far()
                 if told and not self._store.check([key]):
                     raise self._lost(told)
+                self._require_all_machines()
                 time.sleep(POLL_S)
             return json.loads(self._store.get(key))
 
@@ -129,6 +136,7 @@ class World:
     def told(self, key: str) -> Any:
         """The JSON that another rank writes; waits for it. Raises RankLostError."""
         with self._lost_ranks_told():
+            self._come(key)
             return json.loads(self._store.get(key))
 
     def told_so_far(self, key: str) -> Any | None:
@@ -163,8 +171,7 @@ class World:
     def sum_of(self, values: Tensor) -> Tensor:
         """Collective. Sums over the ranks, in place; exact where one alone is not zero."""
         if self.size > 1:
-            with self._lost_ranks_told():
-                dist.all_reduce(values)
+            self.begin_sum(values)()
         return values
 
     def begin_sum(self, values: Tensor) -> Wait:
@@ -222,14 +229,41 @@ class World:
             is_of_others = "gloo" in told or "connection" in told
             if not is_of_others:
                 raise
-            raise self._lost(self._errors_of_others(), error) from error
+            raise self._lost(self._errors_of_others(), _short(error)) from error
 
     def _waiting(self, work: Any) -> Wait:
         def wait() -> None:
             with self._lost_ranks_told():
-                work.wait()
+                self._finish(work)
 
         return wait
+
+    def _finish(self, work: Any) -> None:
+        """Wait for torch's work; what another machine may never do, until that one is lost."""
+        while self._has_other_machines and not work.is_completed():
+            with contextlib.suppress(RuntimeError):  # an error of its own is raised below
+                work.wait(ASK_EVERY)
+                return
+            self._require_all_machines()
+        work.wait()
+
+    def _come(self, key: str) -> None:
+        """Wait for what another machine may never write, until that one is lost."""
+        while self._has_other_machines:
+            try:
+                self._store.wait([key], ASK_EVERY)
+                return
+            except dist.DistStoreError:  # not yet
+                self._require_all_machines()
+
+    @property
+    def _has_other_machines(self) -> bool:
+        return self.seat is not None and self.seat.num_here < self.size
+
+    def _require_all_machines(self) -> None:
+        """Raise MachineLostError where nothing more is heard of one that takes part."""
+        if self._has_other_machines and self._store.check([LOST]):
+            raise self._lost([], json.loads(self._store.get(LOST)))
 
     @contextlib.contextmanager
     def _lost_ranks_told(self) -> Iterator[None]:
@@ -237,11 +271,14 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            raise self._lost(self._errors_of_others(), error) from error
+            raise self._lost(self._errors_of_others(), _short(error)) from error
 
-    def _lost(self, told: Sequence[str], error: Exception | None = None) -> RankLostError:
-        said = "; ".join(told) or f"a process has ended or hangs: {error and _short(error)}"
-        return RankLostError(f"rank {self.rank} of {self.size} cannot go on: {said}")
+    def _lost(self, told: Sequence[str], why: str = "") -> RankLostError:
+        """The error for what others say that ended them, or else for what was found here."""
+        prefix = f"rank {self.rank} of {self.size} cannot go on: "
+        if not told and self._has_other_machines:
+            return MachineLostError(f"{prefix}another machine is lost: {why}")
+        return RankLostError(prefix + ("; ".join(told) or f"a process has ended or hangs: {why}"))
 
     def _errors_of_others(self) -> list[str]:
         """What other ranks say that ended them; they may need a moment to say it."""

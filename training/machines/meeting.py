@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from holdfast.training.configuration.schema import DistributedConfig
 from holdfast.training.distributed.launcher import GOOD_CODES, Ended, Place
+from holdfast.training.distributed.world import LOST
 from holdfast.training.machines.addresses import OwnAddress, listening_socket, own_address
 from holdfast.training.machines.hearing import BEAT_S, GONE_S, LOST_S, Listening
 from holdfast.training.machines.note import Note, State, board_of, new_note, write_quietly
@@ -94,8 +95,11 @@ class Meeting:
             return self._lost
         self._read_reports()
         failed = (self._told_failed(machine) for machine in self._reports)
-        lost = (self._told_lost(machine, LOST_S) for machine in self._unheard(LOST_S))
-        self._lost = next(filter(None, (*failed, *lost)), None)
+        self._lost = next(filter(None, failed), None)
+        for machine in self._unheard(LOST_S) if self._lost is None else ():
+            self._lost = self._told_lost(machine, LOST_S)
+            self._store.set(LOST, json.dumps(self._lost))  # for ranks that wait for it
+            break
         return self._lost
 
     def newcomer(self) -> str | None:

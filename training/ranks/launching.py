@@ -33,6 +33,8 @@ from holdfast.training.stage import (
 )
 
 NUM_SHOWN_LINES = 40
+CONSEQUENCES = (RankLostError.__name__, MachineLostError.__name__)
+"""What a rank ends with because of another one."""
 
 
 def run_in_ranks(
@@ -189,7 +191,7 @@ def _first_failed(ended: Ended) -> RankEnd | None:
 
 def _is_consequence(end: RankEnd) -> bool:
     error = _error(end)
-    return error is not None and error.get("type") == RankLostError.__name__
+    return error is not None and error.get("type") in CONSEQUENCES
 
 
 def _failed(end: RankEnd) -> StageOutcome:

@@ -30,7 +30,13 @@ from holdfast.training.configuration.loading import (
     is_choice_only,
 )
 from holdfast.training.configuration.schema import Json
-from holdfast.training.errors import ConfigError, DataFormatError, RunConflictError, StorageError
+from holdfast.training.errors import (
+    ConfigError,
+    DataFormatError,
+    MachineLostError,
+    RunConflictError,
+    StorageError,
+)
 from holdfast.training.runs.durable_json import create_json_durably, write_json_durably
 from holdfast.training.runs.paths import RunDirectory, parse_step, validate_run_id
 from holdfast.training.runs.stored_json import read_json
@@ -332,14 +338,18 @@ def segments_among(
 
 
 def ledger_outcome(record: SegmentRecord, *, is_alive: bool) -> LedgerOutcome:
-    """What became of a segment.
+    """What became of a segment. A lost machine is a preemption, as a notice of it would be.
 
     Args:
         record: its record.
         is_alive: whether it may still be running: it is the newest one, and the run's lease is
             held. Every earlier one has ended, since a run has one writer.
     """
-    return "killed" if record.outcome == "running" and not is_alive else record.outcome
+    if record.outcome == "running":
+        return "running" if is_alive else "killed"
+    error = record.error
+    is_machine_lost = error is not None and error.type == MachineLostError.__name__
+    return "preempted" if is_machine_lost else record.outcome
 
 
 def segment_duration_s(record: SegmentRecord) -> float:

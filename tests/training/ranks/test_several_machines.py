@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.tasks.run_summary import summarize
 from holdfast.training.exactness.reproducibility import child_environment, python_command
 from holdfast.training.exactness.trial import Trial
 from holdfast.training.machines.note import FolderBoard
@@ -127,6 +128,13 @@ def assert_machine_lost(segment: Segment) -> None:
     assert len([line for line in segment.errors if line.startswith("error: ")]) == 1
 
 
+def assert_no_crash(training: Training) -> None:
+    """A lost machine counts as a preemption wherever segments are counted."""
+    lost = [record for record in read_segments(training.run) if record.outcome == "failed"]
+    assert [record.error and record.error.type for record in lost] == ["MachineLostError"]
+    assert summarize(training.run).num_crashes == 0
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_one_machine_and_with_two_again(
     tmp_path: Path, guests: list[Guest], strategy: str
@@ -155,6 +163,7 @@ def test_a_run_goes_on_with_one_machine_and_with_two_again(
     assert records[1].notice is not None
     assert records[1].notice["source"] == "newcomer"
     assert "guest (127.0.0.1) has come" in records[1].notice["reason"]
+    assert_no_crash(lost)
     logs = {path.name for path in lost.run.logs.iterdir()}
     assert not [name for name in logs if "rank-2" in name or "rank-3" in name]
     note = FolderBoard(lost.store).read(f"{lost.run.path.parent.name}/lost")
@@ -324,5 +333,6 @@ def test_a_machine_whose_cable_is_cut_is_lost_in_time(tmp_path: Path, guests: li
             f"machine guest ({there.address}) with ranks 2, 3 is lost: nothing was heard"
             in (segment.events[-1]["error"]["message"])
         )
+        assert_no_crash(run)
         guests[0].says(f"the machine at {switch.address} that the run was started on is lost")
         guests[0].vanish()

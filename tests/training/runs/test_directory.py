@@ -144,6 +144,14 @@ def test_a_segment_that_says_running_but_is_dead_was_killed() -> None:
     assert ledger_outcome(segment_record(outcome="preempted"), is_alive=False) == "preempted"
 
 
+def test_a_segment_that_lost_a_machine_was_preempted() -> None:
+    def failed(kind: str) -> SegmentRecord:
+        return segment_record(outcome="failed", error=SegmentError(type=kind, message="gone"))
+
+    assert ledger_outcome(failed("MachineLostError"), is_alive=False) == "preempted"
+    assert ledger_outcome(failed("RankLostError"), is_alive=False) == "failed"
+
+
 def test_the_duration_of_a_killed_segment_is_what_it_recorded() -> None:
     ended = segment_record(ended_at="2026-01-01T00:01:30Z")
     assert segment_duration_s(ended) == 90.0
