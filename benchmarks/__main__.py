@@ -33,6 +33,7 @@ SHAKESPEARE = (
     *("--experiment", "language_model", "--config", "docs/language_model_shakespeare.toml"),
     *("--set", f"data.folder={DATA}/tinyshakespeare"),
 )
+SHORT = ("--steps", "4", "--repetitions", "15")
 COMPARE = ("candidates_compared.py", "--store", STORE)
 CONFIGURATIONS = Path("benchmarks", "configurations")
 
@@ -210,6 +211,37 @@ SPEED = (
         "from the loop at most 1.3 of a copy in memory, to durable at most 1.3 of writing and "
         "flushing, restore at most 1.3 of reading",
         (("checkpoint.py",),),
+    ),
+    Section(
+        "Steps per second of several processes",
+        "against torch's own DDP and FSDP2 at least 0.97 without `num_shards`; with as many shards "
+        "as processes 0.85",
+        (
+            ("several_processes.py",),
+            ("several_processes.py", *SHORT, *SHAKESPEARE),
+            ("several_processes.py", "--strategy", "fsdp", *SHORT, *SHAKESPEARE),
+        ),
+        "Processes of one thread each, one for each core. Two shards a process are two passes over "
+        "half as many samples: they are to be held against the plain loop that does so, too.",
+    ),
+    Section(
+        "A save by several processes",
+        "from the loop at most 1.3 of a copy in memory, to durable at most 1.3 of writing and "
+        "flushing",
+        (("saving_together.py",),),
+        "Weights, the state of AdamW and an average lie in slices. DCP is torch's own, with its "
+        "default writer and with that of safetensors: neither reads back what it has written, nor "
+        "publishes it at one stroke.",
+    ),
+    Section(
+        "All processes stop after the same step",
+        "no message of its own in a step",
+        (("stop_step.py",),),
+    ),
+    Section(
+        "From SIGKILL of one process to the first new step",
+        "20 s",
+        (("lost_rank.py",),),
     ),
     Section(
         "First batch after a resume",

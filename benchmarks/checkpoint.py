@@ -20,14 +20,13 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.distributed.checkpoint as dcp
-from interleaving import markdown_table, median_ratio
+from interleaving import markdown_table, median_ratio, timed
 from torch import Tensor
 
 from holdfast.training.checkpointing.manager import (
@@ -160,14 +159,6 @@ class Rivals:
             "DCP": self.dcp_sync,
             "DCP async": self.dcp_async,
         }
-
-
-@contextmanager
-def timed() -> Iterator[Callable[[], float]]:
-    start_s = time.perf_counter()
-    end_s: list[float] = []
-    yield lambda: end_s[0] - start_s
-    end_s.append(time.perf_counter())
 
 
 def measure(rivals: Rivals, repetitions: int) -> dict[str, Timings]:

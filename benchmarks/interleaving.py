@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from statistics import median
 
 
@@ -26,6 +27,15 @@ def interleaved(
             if repetition > 0:
                 seconds[name].append(elapsed_s)
     return seconds
+
+
+@contextmanager
+def timed() -> Iterator[Callable[[], float]]:
+    """What the block is given says, after it, how many seconds it took."""
+    start_s = time.perf_counter()
+    end_s: list[float] = []
+    yield lambda: end_s[0] - start_s
+    end_s.append(time.perf_counter())
 
 
 def median_ratio(seconds: Sequence[float], reference_s: Sequence[float]) -> float:
