@@ -87,6 +87,10 @@ class Others(Protocol):
         """Which of them is lost, and how that is known; None while all are there."""
         ...
 
+    def gone(self) -> str | None:
+        """The same once ranks here have failed, for which a lost machine may be the reason."""
+        ...
+
     def newcomer(self) -> str | None:
         """A machine that the ranks here are to stop for, so that it can be taken in; or None."""
         ...
@@ -97,6 +101,10 @@ class NoOthers:
 
     def lost(self) -> str | None:
         """As ``Others.lost``."""
+        return None
+
+    def gone(self) -> str | None:
+        """As ``Others.gone``."""
         return None
 
     def newcomer(self) -> str | None:
@@ -259,6 +267,8 @@ class _Watch:
         while any(rank.process.poll() is None for rank in ranks):
             if self._end_s == float("inf"):
                 self._look(ranks)
+            elif self._lost is None:
+                self._lost = self._place.others.gone()
             if self._hung_s is not None or time.monotonic() > self._end_s:
                 return
             time.sleep(POLL_S)

@@ -95,12 +95,15 @@ class Meeting:
             return self._lost
         self._read_reports()
         failed = (self._told_failed(machine) for machine in self._reports)
-        self._lost = next(filter(None, failed), None)
-        for machine in self._unheard(LOST_S) if self._lost is None else ():
-            self._lost = self._told_lost(machine, LOST_S)
-            self._store.set(LOST, json.dumps(self._lost))  # for ranks that wait for it
-            break
+        self._lost = next(filter(None, failed), None) or self._silent(LOST_S)
         return self._lost
+
+    def gone(self) -> str | None:
+        """As ``Others.gone``."""
+        if self._is_too_soon():
+            return None
+        self._read_reports()
+        return self._silent(GONE_S)
 
     def newcomer(self) -> str | None:
         """As ``Others.newcomer``; is asked from the first step on."""
@@ -168,6 +171,14 @@ class Meeting:
             for machine in self.machines[1:]
             if machine not in self._reports and self._listening.silent_s(machine) >= silent_s
         ]
+
+    def _silent(self, silent_s: float) -> str | None:
+        """Which machine is; ranks that wait for it are told."""
+        told = [self._told_lost(machine, silent_s) for machine in self._unheard(silent_s)]
+        if not told:
+            return None
+        self._store.set(LOST, json.dumps(told[0]))
+        return told[0]
 
     def _told_lost(self, machine: int, silent_s: float) -> str:
         first = self.machines.index(machine) * self._config.num_processes

@@ -35,7 +35,7 @@ def standing_of(store: Path | Address, reference: str) -> Standing | None:
     Raises InputError where several experiments have one of that id, DataFormatError where its
     ``run.json`` is damaged, and StorageError.
     """
-    folder = store if isinstance(store, Path) else refresh_view(store, reference)
+    folder = store if isinstance(store, Path) else refresh_view(store, reference, is_listed=True)
     pattern = f"*/{glob.escape(reference)}"
     paths = [folder / reference] if "/" in reference else sorted(folder.glob(pattern))
     runs = [run for run in map(RunDirectory, paths) if run.run_json.is_file()]

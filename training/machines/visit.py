@@ -71,6 +71,10 @@ class Visit:
             return self._stopping
         return f"the machine at {self._note.host} that the run was started on is lost"
 
+    def gone(self) -> str | None:
+        """As ``Others.gone``: the other machine looks for them."""
+        return None
+
     def newcomer(self) -> str | None:
         """As ``Others.newcomer``: the other machine looks for them."""
         return None

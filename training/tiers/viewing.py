@@ -93,6 +93,7 @@ def refresh_view(
     *,
     also: tuple[str, ...] = (),
     is_fresh: bool = False,
+    is_listed: bool = False,
 ) -> Path:
     """The store's runs as they are now, below a folder of this machine; returns that folder.
 
@@ -102,11 +103,12 @@ def refresh_view(
             read; None for all, and of each no more than a list of runs shows.
         also: what the paths of further files begin with that are read; ``ALL`` for all.
         is_fresh: read every byte again, also what was read before.
+        is_listed: read no more than a list of runs shows.
 
     Raises StorageError where the bucket does not answer, InputError where there is none.
     """
     root = tier_folder(address, "view")
-    store, wanted = open_store(address), Wanted(reference is None, also)
+    store, wanted = open_store(address), Wanted(is_listed or reference is None, also)
     heads = listed_heads(store)
     asked = [
         listed
