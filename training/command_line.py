@@ -187,6 +187,7 @@ def run_stage_process(name: str, outcome_file: Path | None, options: dict[str, A
     hold_signals()
     if (seat := own_seat()) is not None:
         end_with_launcher(seat)
+        outcome_file = seat.outcome_file
     if outcome_file is not None:
         outcome_file = outcome_file.absolute()  # the experiment may change the folder
     try:

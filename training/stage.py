@@ -7,6 +7,7 @@ until it is done or a notice comes, and ends with a ``StageOutcome``.
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from holdfast.training.configuration.loading import (
     resolve_config,
 )
 from holdfast.training.configuration.schema import Json, RunConfig, Split
-from holdfast.training.distributed.stopping import AgreedMonitor, sources_of_rank
+from holdfast.training.distributed.stopping import monitor_of
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import set_up_torch
@@ -40,7 +41,6 @@ from holdfast.training.experiment.loading import (
 )
 from holdfast.training.experiment.protocol import Experiment, require_map_style
 from holdfast.training.preemption.notices import Notice, PreemptionMonitor, reclaim_signals
-from holdfast.training.preemption.sources import build_sources
 from holdfast.training.runs.directory import (
     RunDirectory,
     RunRecord,
@@ -54,6 +54,7 @@ from holdfast.training.runs.progress import Progress, ProgressFormat, as_text
 from holdfast.training.runs.segment_log import SegmentLog
 from holdfast.training.storage.address import address_in
 from holdfast.training.tiers.late_files import await_files
+from holdfast.training.told_errors import error_line
 from holdfast.training.weights.identity import weight_files
 
 EXIT_PREEMPTED = 75
@@ -222,7 +223,7 @@ def prepared_stage(
     progress = Progress(arguments.progress_format, config.logging.every_s)
     if world is not None and world.rank > 0:
         progress.format = "none"
-    with _monitor(located, world) as monitor:
+    with monitor_of(located.preemption, world) as monitor:
         if rehearse is not None and not run.run_json.exists():
             rehearse(arguments, config, monitor, progress)
         seeds = run_seeds(run, config)
@@ -244,11 +245,10 @@ def prepared_stage(
             own_log.close()
 
 
-def _monitor(config: RunConfig, world: World | None) -> PreemptionMonitor:
-    if world is None:
-        return PreemptionMonitor(build_sources(config.preemption))
-    sources = build_sources(sources_of_rank(config.preemption, world))
-    return AgreedMonitor(sources, world)
+def tell_error(outcome: StageOutcome) -> None:
+    """What has ended other processes of this one's, in one line on standard error."""
+    if outcome.error is not None:
+        print(error_line(outcome.error["message"]), file=sys.stderr)
 
 
 def failed_outcome(error: BaseException) -> StageOutcome:

@@ -33,6 +33,7 @@ from holdfast.training.stage import (
     prepared_stage,
     resolve_arguments,
     resolve_told,
+    tell_error,
 )
 from holdfast.training.tiers.late_files import await_all
 from holdfast.training.told_errors import error_line
@@ -74,10 +75,10 @@ def _outcome_of(
     seat = own_seat()
     try:
         with strictness(arguments.is_strict):
-            if seat is not None:
-                return _outcome_of_rank(arguments, log, seat)
             if is_script(arguments.experiment):
                 return _script_stage(name, arguments, log)
+            if seat is not None:
+                return _outcome_of_rank(arguments, log, seat)
             return _experiment_stage(name, arguments, log, command_line)
     except NoticeCameError as error:
         return _preempted(error)
@@ -140,8 +141,7 @@ def _outcome_of_ranks(
         with PreemptionMonitor(build_sources(config.preemption)) as monitor:
             rehearse_before_run(arguments, config, monitor, progress)
     outcome = run_in_ranks(arguments, config, progress, command_line)
-    if outcome.error is not None:
-        print(error_line(outcome.error["message"]), file=sys.stderr)
+    tell_error(outcome)
     return outcome
 
 

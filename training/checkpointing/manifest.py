@@ -6,6 +6,7 @@ digest, and ends with a digest of its own fields, so that a changed digit is fou
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -217,6 +218,14 @@ def manifest_of(folder: Folder, migrations: Mapping[int, Migration] = MIGRATIONS
     if step is not None and step != manifest.step:
         raise CheckpointCorruptError(f"{path} is of step {manifest.step}, not of {step}")
     return manifest
+
+
+def manifest_digest(folder: Folder) -> str:
+    """What tells a checkpoint apart from every other one of its run, of the same step too.
+
+    Raises what ``manifest_of`` raises.
+    """
+    return hashlib.sha256(manifest_of(folder).to_bytes()).hexdigest()
 
 
 def verified_files(folder: Folder, manifest: Manifest) -> Iterator[tuple[str, Tensor]]:

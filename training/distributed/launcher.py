@@ -139,7 +139,12 @@ class _Rank:
     """A rank's process, and what it says."""
 
     def __init__(
-        self, seat: Seat, command: Sequence[str], environment: Mapping[str, str], folder: Path
+        self,
+        seat: Seat,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        output: IO[str] | None,
     ) -> None:
         self.seat = seat
         self.is_killed = False
@@ -148,11 +153,11 @@ class _Rank:
         is_first = seat.rank == 0
         with signals_held():  # let through by the rank itself, once it can save
             self.process = subprocess.Popen(
-                [*command, "--outcome-file", str(seat.outcome_file)],
+                command,
                 env={**without_seat(environment), **seat.environment()},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
-                stdout=None if is_first else subprocess.DEVNULL,
+                stdout=output if is_first else subprocess.DEVNULL,
                 stderr=None if is_first else subprocess.PIPE,
                 text=True,
                 errors="replace",
@@ -197,6 +202,7 @@ def run_ranks(
     folder: Path,
     hang_timeout_s: float,
     on_started: Callable[[list[int]], None] = lambda _: None,
+    output: IO[str] | None = None,
 ) -> Ended:
     """Start the ranks that belong here, and return when all of them have ended.
 
@@ -206,11 +212,12 @@ def run_ranks(
 
     Args:
         place: which ones.
-        command: of each rank; ``--outcome-file PATH`` is added.
-        environment: of each rank; its seat is added.
+        command: of each rank.
+        environment: of each rank; its seat is added, which names the file for its outcome.
         folder: where they start.
         hang_timeout_s: as configured.
         on_started: is told the process ids, by rank.
+        output: where rank 0 prints; by default where this process does.
     """
     if place.interface is not None:
         environment = {**environment, "GLOO_SOCKET_IFNAME": place.interface}
@@ -222,7 +229,7 @@ def run_ranks(
         ranks: list[_Rank] = []
         try:
             for seat in seats:
-                ranks.append(_Rank(seat, command, environment, folder))
+                ranks.append(_Rank(seat, command, environment, folder, output))
             on_started([rank.process.pid for rank in ranks])
             with _signals_passed_on(ranks):
                 watch.until_end(ranks)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from holdfast.training.configuration.schema import PreemptionConfig
 from holdfast.training.distributed.world import NEWCOMER, World
 from holdfast.training.preemption.notices import Notice, PreemptionMonitor, PreemptionSource
+from holdfast.training.preemption.sources import build_sources
 
 STOP = "stop"
 NEWCOMER_CAME = "newcomer"
@@ -73,7 +74,14 @@ class AgreedMonitor(PreemptionMonitor):
             self.agree()
 
 
-def sources_of_rank(config: PreemptionConfig, world: World) -> PreemptionConfig:
+def monitor_of(config: PreemptionConfig, world: World | None) -> PreemptionMonitor:
+    """What listens for notices, in a process alone or in one of several. Raises ConfigError."""
+    if world is None:
+        return PreemptionMonitor(build_sources(config))
+    return AgreedMonitor(build_sources(_sources_of_rank(config, world)), world)
+
+
+def _sources_of_rank(config: PreemptionConfig, world: World) -> PreemptionConfig:
     """What a rank listens to: the first of each machine to everything, the others to signals.
 
     How long the run may take is for rank 0 to know.

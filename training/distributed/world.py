@@ -174,6 +174,11 @@ class World:
             self.begin_sum(values)()
         return values
 
+    def copy_from_first(self, values: Tensor) -> None:
+        """Collective. Put there what rank 0 has."""
+        with self._lost_ranks_told():
+            dist.broadcast(values, 0)
+
     def begin_sum(self, values: Tensor) -> Wait:
         """Collective. As ``sum_of``, on its way until the result is waited for."""
         with self._lost_ranks_told():
@@ -225,11 +230,16 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            told = str(error).lower()
-            is_of_others = "gloo" in told or "connection" in told
-            if not is_of_others:
+            if (lost := self.lost_by(error)) is None:
                 raise
-            raise self._lost(self._errors_of_others(), _short(error)) from error
+            raise lost from error
+
+    def lost_by(self, error: BaseException) -> RankLostError | None:
+        """That the others are gone, where torch says so by an error of its own."""
+        told = str(error).lower()
+        if not isinstance(error, RuntimeError) or not ("gloo" in told or "connection" in told):
+            return None
+        return self._lost(self._errors_of_others(), _short(error))
 
     def _waiting(self, work: Any) -> Wait:
         def wait() -> None:

@@ -33,6 +33,12 @@ def users_place(error: BaseException) -> str:
     return _place([frame for frame in _frames(error) if is_users(Path(frame.filename))])
 
 
+def with_users_place(error: BaseException) -> str:
+    """What an error says, and behind it where it came from."""
+    place = users_place(error)
+    return f"{error} ({place})" if place else str(error)
+
+
 def _frames(error: BaseException) -> list[traceback.FrameSummary]:
     """Those that are lines of files."""
     frames = traceback.extract_tb(error.__traceback__)

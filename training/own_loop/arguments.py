@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from holdfast.training.errors import InputError, kind_of
 from holdfast.training.runs.shown_text import shown
@@ -73,6 +73,12 @@ def function(what: str, value: object) -> None:
     """A function, or None."""
     if value is not None and not callable(value):
         raise InputError(f"{what}: expected a function, found {found(value)}")
+
+
+def module(what: str, value: object) -> None:
+    """A module."""
+    if not isinstance(value, nn.Module):
+        raise InputError(f"{what}: expected a module, found {found(value)}")
 
 
 def mapping(what: str, value: object, of_what: str) -> Mapping[Any, Any]:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn, TextIO
 
+from holdfast.training.distributed.seat import own_seat
 from holdfast.training.errors import HoldfastError, InputError
-from holdfast.training.experiment.error_places import users_place
+from holdfast.training.experiment.error_places import with_users_place
 from holdfast.training.told_errors import error_line
 
 End = Callable[[BaseException | None], HoldfastError | None]
+Cause = Callable[[BaseException], BaseException]
 
 
 current: Ending | None = None
@@ -38,6 +40,7 @@ class Ending:
         global current  # whoever started the script knows the exit code that it leaves with
         current = self
         self._end: End = lambda _: None
+        self._cause: Cause = lambda error: error
         self._pid = os.getpid()
         self._theirs = sys.excepthook
         self._has_raised = False
@@ -46,13 +49,15 @@ class Ending:
         threading.excepthook = self._on_thread_error
         atexit.register(self._on_exit)
 
-    def watch(self, end: End) -> None:
-        """Call this at the end."""
-        self._end = end
+    def watch(self, end: End, cause: Cause) -> None:
+        """Call ``end`` at the end, with what ``cause`` says of the error that was raised."""
+        self._end, self._cause = end, cause
 
     def _on_error(
         self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> None:
+        if os.getpid() == self._pid:
+            error = self._cause(error)
         is_ours = isinstance(error, HoldfastError)
         if not is_ours:
             self._theirs(kind, error, traceback)
@@ -61,8 +66,8 @@ class Ending:
             self._end(error)
         if is_ours:
             assert isinstance(error, HoldfastError)
-            place = users_place(error)
-            print(error_line(f"{error}{place and f' ({place})'}"), file=_stderr())
+            if own_seat() is None:  # else it is told by whoever started the processes
+                print(error_line(with_users_place(error)), file=_stderr())
             _leave(error.exit_code)
 
     def _on_thread_error(self, failed: threading.ExceptHookArgs) -> None:

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from holdfast.training.distributed.seat import own_seat
+
 STORE = "HOLDFAST_STORE"
 EXPERIMENT = "HOLDFAST_EXPERIMENT"
 RUN_ID = "HOLDFAST_RUN_ID"
@@ -20,7 +22,13 @@ OUTCOME = "HOLDFAST_OUTCOME"
 
 
 def note_outcome(**values: str | int | bool) -> None:
-    """Tell ``holdfast exec``, which started this process, what came of it so far."""
+    """Tell ``holdfast exec``, which started this process, what came of it so far.
+
+    Of several processes of a script, the first one does.
+    """
+    seat = own_seat()
+    if seat is not None and seat.rank > 0:
+        return
     if path := os.environ.get(OUTCOME):
         file = Path(path)
         known = json.loads(file.read_text()) if file.exists() else {}

@@ -11,7 +11,6 @@ from holdfast.training.loop.experiment_state import Stateful, experiment_checkpo
 from holdfast.training.own_loop.kept import Kept
 from holdfast.training.own_loop.opening import Opened
 from holdfast.training.own_loop.state import Place, Whole, state_of
-from holdfast.training.runs.directory import RunDirectory, read_segments
 
 
 class FinishedTraining:
@@ -33,9 +32,3 @@ class FinishedTraining:
     def step(self) -> int:
         """Steps that are done."""
         return self.state.counters.step
-
-
-def has_ended(run: RunDirectory) -> bool:
-    """Whether the newest segment of a run was its last."""
-    segments = read_segments(run)
-    return bool(segments) and segments[-1].outcome == "completed"

@@ -35,6 +35,7 @@ from holdfast.training.own_loop.environment import (
 from holdfast.training.own_loop.host import ChampionReachedError, Host, become_host
 from holdfast.training.own_loop.run import Run
 from holdfast.training.preemption.notices import PreemptionMonitor
+from holdfast.training.replicas.starting import EndedInProcessesError
 from holdfast.training.runs.directory import RunRecord, read_run_record
 from holdfast.training.runs.progress import Progress, as_text
 from holdfast.training.runs.segment_log import SegmentLog
@@ -44,6 +45,7 @@ from holdfast.training.stage import (
     Stage,
     StageArguments,
     StageOutcome,
+    tell_error,
 )
 
 STDOUT, STDERR = 1, 2
@@ -86,13 +88,14 @@ def run_script_segment(arguments: StageArguments, log: SegmentLog) -> StageOutco
         try:
             code = _run_script(arguments)
             error = _failed(code)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            if host.run is not None:
-                error = host.run.end(error) or error
-                host.run.opened.monitor.stop()
+        except EndedInProcessesError as ended:
+            tell_error(ended.outcome)
+            return ended.outcome
+        except BaseException as raised:  # noqa: BLE001  # below, once it is recorded
+            error = raised if host.run is None else host.run.cause(raised)
+        if host.run is not None:
+            error = host.run.end(error) or error
+            host.run.opened.monitor.stop()
         if error is not None:
             raise error
     return _segment_outcome(host, code)

@@ -17,8 +17,9 @@ from holdfast.training.errors import InputError, UnsupportedStateError, kind_of
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.optimizers.building import CONFIGURED, parameters_of
 from holdfast.training.own_loop.arguments import indexed
+from holdfast.training.replicas.copies import own_module
 
-SEVERAL_PROCESSES = "it trains in several processes: keep the module that it wraps"
+SEVERAL_PROCESSES = "it trains in several processes: write run.parallel(model) in its place"
 REFUSED = {
     "DataParallel": "use one process for each device; keep the module that it wraps",
     "DistributedDataParallel": SEVERAL_PROCESSES,
@@ -54,6 +55,7 @@ class Kept:
         """Take an object. Raises InputError, which names it, where it cannot be kept."""
         if name in self.names:
             raise InputError(f"run.keep({name}=…): something is kept under that name already")
+        kept = own_module(kept)
         kept = getattr(kept, "_orig_mod", kept)  # a compiled module has the names of its own
         _require_no_refused(name, kept)
         for other, known in (*self.modules.items(), *self.optimizers.items()):

@@ -13,6 +13,7 @@ from holdfast.training.data.own_order import own_permutation
 from holdfast.training.data.sampled_plan import SampledPlan
 from holdfast.training.errors import InputError, kind_of
 from holdfast.training.own_loop import arguments
+from holdfast.training.replicas.copies import Copies
 
 Collate = Callable[[list[Any]], Any]
 TAKEN = (
@@ -143,8 +144,12 @@ def build_loader(  # noqa: PLR0913  # the names of torch's DataLoader
     worker_init_fn: WorkerInit | None,
     pin_memory: bool,
     seed: int,
+    copies: Copies | None = None,
 ) -> RunLoader:
-    """A loader that is part of the run. Raises InputError where the data set has no items."""
+    """A loader that is part of the run; with ``copies``, its batches are this process's parts.
+
+    Raises InputError where the data set has no items, or no equal parts.
+    """
     _require_items("run.loader(…)", dataset)
     batch_size = arguments.whole_number("run.loader(batch_size=…)", batch_size, 1)
     drop_last = arguments.flag("run.loader(drop_last=…)", drop_last)
@@ -165,6 +170,7 @@ def build_loader(  # noqa: PLR0913  # the names of torch's DataLoader
         should_pin=arguments.flag("run.loader(pin_memory=…)", pin_memory),
         worker_init_fn=worker_init_fn,
         start_method="fork",  # as DataLoader: a script rarely guards its main module
+        shares=None if copies is None else copies.shares(batch_size, len(dataset), drop_last),
     )
     return RunLoader(run, plan, loader)
 

@@ -10,7 +10,8 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from holdfast.training.configuration.loading import (
     validated,
 )
 from holdfast.training.configuration.schema import RunConfig, TrainConfig
+from holdfast.training.distributed.seat import own_seat
+from holdfast.training.distributed.stopping import AgreedMonitor, monitor_of
 from holdfast.training.errors import InputError, UnsupportedStateError
 from holdfast.training.exactness.reproducibility import (
     default_num_threads,
@@ -45,11 +48,19 @@ from holdfast.training.own_loop.environment import (
 )
 from holdfast.training.own_loop.host import Host, current_host
 from holdfast.training.preemption.notices import PreemptionMonitor
-from holdfast.training.preemption.sources import build_sources
+from holdfast.training.ranks.segment import require_same_run
+from holdfast.training.replicas.copies import Copies
+from holdfast.training.replicas.starting import (
+    EndedInProcessesError,
+    join_others,
+    require_for_scripts,
+    run_in_processes,
+)
 from holdfast.training.runs.directory import (
     RunDirectory,
     RunRecord,
     Script,
+    has_ended,
     read_run_record,
     utc_now,
     validate_run_id,
@@ -57,6 +68,7 @@ from holdfast.training.runs.directory import (
 from holdfast.training.runs.paths import checked_store
 from holdfast.training.runs.progress import Progress
 from holdfast.training.runs.segment_log import SegmentLog
+from holdfast.training.stage import StageOutcome, failed_outcome
 from holdfast.training.storage.address import is_address, parse_address
 from holdfast.training.tiers.companion import Companion
 from holdfast.training.tiers.scratch import tier_folder
@@ -69,7 +81,6 @@ VALIDATING = (
 )
 OWN = (
     "data",
-    "distributed",
     "spikes",
     "optimizer",
     "scheduler",
@@ -107,6 +118,8 @@ class Opened:
         script: its file.
         log: of the process, where it is not the script's own.
         companion: who keeps the run in a bucket, where that is not the starter's matter.
+        copies: what is done together with the other processes that run the script, if any do.
+        closing: is closed when the script ends.
     """
 
     run: RunDirectory
@@ -119,6 +132,13 @@ class Opened:
     script: Path | None = None
     log: SegmentLog | None = None
     companion: Companion | None = None
+    copies: Copies | None = None
+    closing: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def rank(self) -> int:
+        """Of the processes that run the script; 0 is the run's writer."""
+        return 0 if self.copies is None else self.copies.world.rank
 
     @property
     def seed(self) -> int:
@@ -134,7 +154,7 @@ def _opened_store(store: str, name: str) -> tuple[Path, Companion | None]:
     if not is_address(store):
         return checked_store(Path(store.removeprefix("file://")).absolute()), None
     folder = tier_folder(parse_address(store), "work")
-    return folder, Companion.start(store, name)
+    return folder, None if own_seat() is not None else Companion.start(store, name)
 
 
 def open_run(
@@ -163,15 +183,21 @@ def open_run(
     asked = str(os.environ.get(STORE) or store)
     folder, companion = _opened_store(asked, f"{experiment}/{run_id}")
     run = RunDirectory(folder / experiment / run_id)
+    host, script = current_host(), _script()
     num_threads = _num_threads(run, resolved)
+    progress = _progress(host, resolved.logging.every_s)
+    if _needs_processes(run, resolved, host):
+        outcome = run_in_processes(resolved, num_threads, progress)
+        raise EndedInProcessesError(_brought_up(outcome, companion))
     set_up_torch(resolved.train.mode, num_threads)
     if not is_environment_set(num_threads):
         warn_of_inexactness(
             "the script was not started by holdfast exec: the order of sets of text may differ "
             f"from one start to the next. Write: holdfast exec {Path(sys.argv[0]).name}"
         )
-    host, script = current_host(), _script()
-    monitor = PreemptionMonitor(build_sources(resolved.preemption))
+    closing = ExitStack()
+    world = join_others(closing)
+    monitor = monitor_of(resolved.preemption, world)
     monitor.start()
     seed_generators(seed)
     record = RunRecord(
@@ -188,19 +214,41 @@ def open_run(
         experiment_digest=None if script is None else code_digest(script),
         script=Script(path=str(script or ""), arguments=sys.argv[1:], overrides=_asked(SETTINGS)),
     )
-    _warn_of_other_code(run, record)
+    copies = None
+    if world is not None:
+        assert isinstance(monitor, AgreedMonitor)
+        require_same_run(record, world)
+        copies = Copies(world, seed, monitor)
+    if world is not None and world.rank > 0:
+        progress = Progress("none")
+    else:
+        _warn_of_other_code(run, record)
     return Opened(
         run=run,
         record=record,
         config=resolved,
         monitor=monitor,
-        progress=_progress(host, resolved.logging.every_s),
+        progress=progress,
         is_mismatch_allowed=os.environ.get(ALLOW_MISMATCH) == "1",
         trial=asked_trial(),
         script=script,
         log=None if host is None else host.log,
         companion=companion,
+        copies=copies,
+        closing=closing,
     )
+
+
+def _needs_processes(run: RunDirectory, config: RunConfig, host: Host | None) -> bool:
+    """Whether the script is to be run by several processes, and this is none of them yet."""
+    is_training = host is None or (host.is_training and not has_ended(run))
+    return config.distributed.num_processes > 1 and is_training and own_seat() is None
+
+
+def _brought_up(outcome: StageOutcome, companion: Companion | None) -> StageOutcome:
+    """How several processes ended, and what is wrong with the bucket that should have it all."""
+    behind = None if companion is None else companion.finish()
+    return outcome if behind is None or outcome.error is not None else failed_outcome(behind)
 
 
 def _warn_of_other_code(run: RunDirectory, here: RunRecord) -> None:
@@ -252,6 +300,8 @@ def run_config(seed: int, config: object, settings: Mapping[str, Any] | None) ->
                 f"settings: {key!r} is no key of Holdfast's; {nearest(section, allowed)}, such as "
                 f"'checkpoint.every_steps'"
             )
+        if section == "distributed":
+            require_for_scripts(name, value)
         table.setdefault(section, {})[name] = value
     table = {**table, "seed": seed, "experiment": _plain(config)}
     return validated(RunConfig, table, prefix="settings: ")
@@ -301,7 +351,11 @@ def _num_threads(run: RunDirectory, config: RunConfig) -> int:
         known = read_run_record(run).num_threads
     except FileNotFoundError:
         known = None
-    return known or config.train.num_threads or default_num_threads()
+    if known or config.train.num_threads:
+        return known or config.train.num_threads or 1
+    if own_seat() is not None:  # its launcher has set it
+        return default_num_threads()
+    return max(1, default_num_threads() // config.distributed.num_processes)
 
 
 def _script() -> Path | None:
@@ -329,5 +383,6 @@ def _require_one_process() -> None:
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size != "1":
         raise InputError(
-            f"WORLD_SIZE={world_size}: own loops train in one process so far; start one"
+            f"WORLD_SIZE={world_size}: start the script once, without torchrun; it starts its "
+            f"processes by itself, as distributed.num_processes says (docs/own_loop.md)"
         )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from holdfast.training.data.loader import WorkerInit
@@ -28,7 +28,8 @@ from holdfast.training.own_loop.champion import (
 )
 from holdfast.training.own_loop.ending import Ending, leave_fork, tell_in_one_line
 from holdfast.training.own_loop.environment import note_outcome
-from holdfast.training.own_loop.finished import FinishedTraining, has_ended
+from holdfast.training.own_loop.finished import FinishedTraining
+from holdfast.training.own_loop.following import FollowingSegment
 from holdfast.training.own_loop.host import ChampionReachedError, current_host
 from holdfast.training.own_loop.kept import Kept, as_handed_over
 from holdfast.training.own_loop.loader import (
@@ -42,7 +43,10 @@ from holdfast.training.own_loop.opening import Opened, open_run, require_main_th
 from holdfast.training.own_loop.replayed import ReplayedSegment
 from holdfast.training.own_loop.segment import ScriptSegment
 from holdfast.training.own_loop.state import Place, Whole
-from holdfast.training.stage import EXIT_PREEMPTED, NoticeCameError
+from holdfast.training.replicas.copies import Copies, own_module
+from holdfast.training.replicas.starting import EndedInProcessesError
+from holdfast.training.runs.directory import has_ended
+from holdfast.training.stage import EXIT_PREEMPTED, NoticeCameError, tell_error
 
 
 class Run:
@@ -90,6 +94,25 @@ class Run:
     def directory(self) -> Path:
         """Where the run lies."""
         return self._opened.run.path
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, of those that ``distributed.num_processes`` asks for."""
+        return self._opened.rank
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model as each of several processes trains it; in one process, the model itself.
+
+        Its gradients are the means over all processes. To be called with a model whose weights
+        are the same in each, before the first step. ``run.keep`` takes either.
+
+        Raises InputError, which says why, where it cannot be trained so.
+        """
+        self._require_here("run.parallel(…)")
+        arguments.module("run.parallel(…)", model)
+        if self._segment is not None:
+            raise InputError("run.parallel(…) came after training had begun: call it before")
+        return model if self._copies is None else self._copies.of(model)
 
     def keep(self, *unnamed: Any, **objects: Any) -> None:
         """Hand over what changes while training, each under a name of its own.
@@ -146,6 +169,7 @@ class Run:
             worker_init_fn=worker_init_fn,
             pin_memory=pin_memory,
             seed=derive_seed(self._opened.seed, name),
+            copies=self._copies,
         )
         return self._added(name, loader)
 
@@ -154,6 +178,11 @@ class Run:
 
         Its sampler draws each epoch from (seed, epoch), its items from (seed, epoch, position).
         """
+        if self._copies is not None:
+            raise InputError(
+                f"{self._copies.world.size} processes train, and a trainer with a loop of its own "
+                f"is taken over in one: leave distributed.num_processes out"
+            )
         name = f"loader-{len(self._loaders) + 1}"
         seed = derive_seed(self._opened.seed, name)
         adopted = adopted_loader(self, loader, seed, self._opened.trial.num_workers)
@@ -199,6 +228,8 @@ class Run:
         self._require_here("a step of the run")
         with _named_as_handed_over():
             self._answer_notice(self._training())
+        if self._copies is not None:
+            self._copies.begin_step(self.step)
         self._is_in_step = True
 
     def end_step(self, num_steps: int | None = None) -> None:
@@ -208,6 +239,8 @@ class Run:
         self._is_in_step = False
         self._place.step += 1
         logged, self._logged = self._logged, {}
+        if self._copies is not None:
+            logged = self._copies.end_step(self.step, logged, is_over=self._place.is_over)
         with _named_as_handed_over():
             segment.after_step(logged, num_steps)
             if not self._save_validated(segment):
@@ -284,11 +317,12 @@ class Run:
         for name, value in values.items():
             self._logged[name] = arguments.scalar(f"run.log({name}=…)", value)
 
-    def validated(self, **metrics: float | Tensor) -> None:
+    def validated(self, **metrics: float | Tensor) -> dict[str, float]:
         """Validation metrics of the weights as they are now, where selection may choose.
 
         They are saved with the next state, and go into the history. To be called at places that
-        depend on the step alone.
+        depend on the step alone. Returns them; of several processes, the means of what each has
+        measured.
         """
         self._require_here("run.validated(…)")
         if not (self._is_in_step or self._is_in_epochs):
@@ -298,10 +332,15 @@ class Run:
             )
         if not metrics:
             raise InputError("run.validated(): expected metrics by name, such as loss=…")
+        taken: dict[str, float] = {}
         for name, value in metrics.items():
             found = arguments.scalar(f"run.validated({name}=…)", value)
             number = found.item() if isinstance(found, Tensor) else found
-            self._metrics[name] = float(arguments.scalar(f"run.validated({name}=…)", number))
+            taken[name] = float(arguments.scalar(f"run.validated({name}=…)", number))
+        if self._copies is not None:
+            taken = self._copies.metrics(taken)
+        self._metrics |= taken
+        return taken
 
     @contextmanager
     def averaged(self, decay: float) -> Iterator[None]:
@@ -338,6 +377,8 @@ class Run:
         if isinstance(self._segment, ScriptSegment) and not self._is_finished:
             self._is_finished = True
             with _named_as_handed_over(), self._failure_recorded(self._segment):
+                if self._copies is not None:
+                    self._copies.require_same(self._segment.state)
                 self._segment.finish()
 
     def champion(  # what an experiment has six methods for
@@ -376,7 +417,7 @@ class Run:
             )
         whole, kept = Whole(self._kept, self._loaders, self._place), self._kept.model()
         found = HandedOver(
-            build=model,
+            build=own_module(model),
             evaluate=evaluate,
             inputs=example_inputs,
             metric=self._opened.config.selection.metric,
@@ -403,6 +444,10 @@ class Run:
         return self._opened
 
     @property
+    def _copies(self) -> Copies | None:
+        return self._opened.copies
+
+    @property
     def _has_ended(self) -> bool:
         return self._is_finished or isinstance(self._segment, FinishedTraining)
 
@@ -426,7 +471,9 @@ class Run:
             return ReplayedSegment
         host = current_host()
         is_over = host is not None and (not host.is_training or has_ended(self._opened.run))
-        return FinishedTraining if is_over else ScriptSegment
+        if is_over:
+            return FinishedTraining
+        return ScriptSegment if self.rank == 0 else FollowingSegment
 
     def _training(self) -> ScriptSegment:
         segment = self._begin()
@@ -435,6 +482,8 @@ class Run:
         return segment
 
     def _answer_notice(self, segment: ScriptSegment) -> None:
+        if self._copies is not None and not segment.has_begun:
+            self._copies.vote()
         notice = segment.before_step()
         if notice is not None:
             self._is_finished = True
@@ -456,6 +505,8 @@ class Run:
     def _save_validated(self, segment: ScriptSegment) -> bool:
         metrics, self._metrics = self._metrics, {}
         if metrics:
+            if self._copies is not None:
+                self._copies.require_same(segment.state)
             segment.validated(metrics)
         return bool(metrics)
 
@@ -467,7 +518,14 @@ class Run:
         """
         wrong, companion = self._end(error), self._opened.companion
         behind = None if companion is None else companion.finish()
+        if self._copies is not None and (told := error or wrong) is not None:
+            self._copies.tell_end(told)
+        self._opened.closing.close()
         return wrong or behind
+
+    def cause(self, error: BaseException) -> BaseException:
+        """What ended the script: another process has, where torch says so in words of its own."""
+        return error if self._copies is None else self._copies.cause(error)
 
     def _end(self, error: BaseException | None) -> InputError | None:
         if error is None:
@@ -577,10 +635,16 @@ def run(
         )
     host = current_host()
     ending = Ending() if host is None else None
-    _current = Run(open_run(experiment, run_id, store, seed, config, settings))
+    try:
+        _current = Run(open_run(experiment, run_id, store, seed, config, settings))
+    except EndedInProcessesError as ended:
+        if host is not None:
+            raise
+        tell_error(ended.outcome)
+        sys.exit(ended.outcome.exit_code)
     note_outcome(run=str(_current.directory))
     if ending is not None:
-        ending.watch(_current.end)
+        ending.watch(_current.end, _current.cause)
     elif host is not None:
         host.run = _current
     return _current

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from holdfast.training.checkpointing.loading import RestoredCheckpoint
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
+from holdfast.training.checkpointing.manifest import local_folder, manifest_digest
 from holdfast.training.checkpointing.policy import (
     build_crossings,
     build_retention,
@@ -33,7 +35,6 @@ from holdfast.training.loop.segment_record import RecordKeeper
 from holdfast.training.loop.state import Counters, EpochRecord
 from holdfast.training.loop.state_validation import validate_state
 from holdfast.training.own_loop.environment import note_outcome
-from holdfast.training.own_loop.finished import has_ended
 from holdfast.training.own_loop.host import current_host
 from holdfast.training.own_loop.kept import VALUES, Kept, require_plain
 from holdfast.training.own_loop.looking import Traced, seen_variables
@@ -44,6 +45,7 @@ from holdfast.training.preemption.notices import Notice, reclaim_signals
 from holdfast.training.preemption.signals import current_signal_flag
 from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.directory import (
+    has_ended,
     read_segments,
     run_identity,
     write_run_record_once,
@@ -56,6 +58,9 @@ from holdfast.training.tracking.sending import Trackers
 from holdfast.training.tracking.tracker import check_trackers
 
 logger = logging.getLogger(__name__)
+
+BEGIN = "begin"
+"""What other processes of the script begin with: the segment, and the checkpoint."""
 
 
 class ScriptSegment:
@@ -123,7 +128,8 @@ class ScriptSegment:
             await_files=partial(await_checkpoint, opened.run, opened.monitor),
         )
         with self._costs.measured("restore"):
-            self._restore(is_allowed or bool(record.taken_over))
+            restored = self._restore(is_allowed or bool(record.taken_over))
+        self._tell_begin(restored)
         if is_allowed:
             place = self._keeper.number, self.step
             take_over(opened.run, self._lease, record, opened.record, place)
@@ -134,11 +140,17 @@ class ScriptSegment:
         """Steps that are done."""
         return self.state.counters.step
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a step has."""
+        return self._pace is not None
+
     def before_step(self) -> Notice | None:
         """Begin the segment's record at its first step. The notice that there is."""
         if self._pace is None:
             reclaim_signals("before the first step")
-            self._keeper.begin(self.step)
+            copies = self._opened.copies
+            self._keeper.begin(self.step, None if copies is None else copies.world.size)
             note_outcome(run=str(self._opened.run.path), start_step=self.step)
             self._opened.progress.emit("started", step=self.step, segment=self._keeper.number)
             self._mark_beginning()
@@ -161,10 +173,17 @@ class ScriptSegment:
             self._tell(logged, num_steps)
         self._keeper.advance(self.step)
         self._tracing.close()
-        self._opened.trial.after_step(self.step)
+        self._stop_trial()
 
     def _mark_beginning(self) -> None:
         self._pace, self._start_step = (time.monotonic(), self.step), self.step
+
+    def _stop_trial(self) -> None:
+        trial, copies = self._opened.trial, self._opened.copies
+        if copies is None:
+            trial.after_step(self.step)
+        else:
+            trial.after_step(self.step, copies.world.rank, copies.world.launcher_pid)
 
     def _count(self) -> None:
         state, counters = self.state, self.state.counters
@@ -299,13 +318,25 @@ class ScriptSegment:
             "progress", step=self.step, num_steps=num_steps, **scalars, steps_per_s=pace
         )
 
-    def _restore(self, should_allow_mismatch: bool) -> None:
+    def _tell_begin(self, restored: RestoredCheckpoint | None) -> None:
+        if self._opened.copies is None:
+            return
+        folder = None if restored is None else local_folder(restored.path)
+        told = {
+            "segment": self._keeper.number,
+            "step": None if restored is None else restored.manifest.step,
+            "digest": None if folder is None else manifest_digest(folder),
+        }
+        self._opened.copies.world.tell(BEGIN, told)
+
+    def _restore(self, should_allow_mismatch: bool) -> RestoredCheckpoint | None:
         restored = self._manager.restore(
             should_allow_mismatch=should_allow_mismatch, validate=validate_state
         )
         if restored is not None:
             self.state.restore(restored.tensors, restored.state)
             self._opened.progress.emit("restored", step=self.step, path=str(restored.path))
+        return restored
 
     def _build_saver(self) -> Saver:
         config = self._config

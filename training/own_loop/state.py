@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.configuration.schema import RunConfig
@@ -15,8 +16,8 @@ from holdfast.training.errors import InputError
 from holdfast.training.loop.evaluation import model_device
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.loop.state import TrainState
+from holdfast.training.optimizers.rate_trace import RateTrace
 from holdfast.training.own_loop.kept import Kept
-from holdfast.training.own_loop.rates import KeptRates
 
 
 @dataclass
@@ -66,6 +67,35 @@ class Whole:
         for name, loader in self._loaders.items():
             loader.load_state_dict(state["loaders"][name])
         vars(self._place).update(state["place"])
+
+
+class KeptRates:
+    """Records what the rate was. The schedulers are the script's, and move when it says so."""
+
+    def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
+        self._optimizer = next(iter(optimizers.values()), None)
+        self._num_steps = 0
+        self.trace = RateTrace()
+        self.trace.record(0, self.rate)
+
+    @property
+    def rate(self) -> float:
+        """The rate of the first optimizer's first group; 0 where there is none."""
+        return 0.0 if self._optimizer is None else float(self._optimizer.param_groups[0]["lr"])
+
+    def after_step(self) -> None:
+        """Take the rate that the next step will have."""
+        self._num_steps += 1
+        self.trace.record(self._num_steps, self.rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps taken, and the trace."""
+        return {"num_steps": self._num_steps, "scheduler": {}, "trace": self.trace.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
+        self._num_steps = state["num_steps"]
+        self.trace = RateTrace.restored(state["trace"])
 
 
 def state_of(kept: Kept, config: RunConfig, whole: Whole) -> TrainState:

@@ -17,7 +17,12 @@ from holdfast.training.checkpointing.finite import is_slice
 from holdfast.training.checkpointing.json_state import encode
 from holdfast.training.checkpointing.loading import RestoredCheckpoint, load_checkpoint
 from holdfast.training.checkpointing.manager import told_differences
-from holdfast.training.checkpointing.manifest import local_folder, manifest_of, verify
+from holdfast.training.checkpointing.manifest import (
+    local_folder,
+    manifest_digest,
+    manifest_of,
+    verify,
+)
 from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
     build_schedule,
@@ -42,6 +47,8 @@ from holdfast.training.ranks.slice_files import (
     saving_of_other,
 )
 from holdfast.training.runs.costs import Costs
+from holdfast.training.runs.directory import RunRecord
+from holdfast.training.runs.segment_log import log_path
 from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
 from holdfast.training.tiers.scratch import address_of
 
@@ -65,7 +72,7 @@ def run_rank(stage: Stage) -> StageOutcome:
     world = stage.world
     assert world is not None
     answer_for_stacks()
-    require_same_stage(stage, world)
+    require_same_run(stage.record, world)
     num_machines = len({*world.gathered(world.first_here)})
     carrier = _carrier(stage, world)
     if world.rank > 0:
@@ -82,10 +89,10 @@ def run_rank(stage: Stage) -> StageOutcome:
     return run_segment(stage, together)
 
 
-def require_same_stage(stage: Stage, world: World) -> None:
+def require_same_run(record: RunRecord, world: World) -> None:
     """Collective. Raises InputError where ranks have different code, data or configurations."""
-    record = stage.record.model_dump(mode="json")
-    mine = {key: record[key] for key in COMPARED}
+    known = record.model_dump(mode="json")
+    mine = {key: known[key] for key in COMPARED}
     for rank, theirs in enumerate(world.gathered(mine)):
         found = next(told_differences(theirs, mine), None)
         if found is not None:
@@ -137,7 +144,7 @@ def _follow(stage: Stage, world: World, carrier: Carrier | None) -> StageOutcome
     _prepare(trainer, world)
     begin = world.told(BEGIN)
     if not is_guest(world):  # what others say is told by the command that has started them
-        stage.log.open(stage.run.logs / f"segment-{begin['segment']:04d}-rank-{world.rank}.log")
+        stage.log.open(log_path(stage.run.logs, begin["segment"], world.rank))
     restored = _restore(stage, trainer, begin)
     with closing(trainer.loader):
         if trainer.is_finished():
@@ -175,13 +182,10 @@ def _tell_begin(stage: Stage, world: World, segment: int, info: CheckpointInfo |
     told: dict[str, Any] = {"segment": segment, "checkpoint": None, "manifest_digest": None}
     if info is not None:
         folder = stage.run.checkpoint(info.step)
-        told |= {"checkpoint": folder.name, "manifest_digest": _manifest_digest(folder)}
+        digest = manifest_digest(local_folder(folder))
+        told |= {"checkpoint": folder.name, "manifest_digest": digest}
     world.tell(BEGIN, told)
     carry(world, None if info is None else folder, is_here=True)
-
-
-def _manifest_digest(folder: Path) -> str:
-    return hashlib.sha256(manifest_of(local_folder(folder)).to_bytes()).hexdigest()
 
 
 def is_guest(world: World) -> bool:
@@ -202,7 +206,7 @@ def _restore(stage: Stage, trainer: Trainer, begin: Any) -> RestoredCheckpoint |
     else:
         _require_common_folder(stage, path)
         carry(stage.world, path, is_here=True)
-    digest = _manifest_digest(path)
+    digest = manifest_digest(local_folder(path))
     if digest != begin["manifest_digest"]:
         raise RankLostError(
             f"{path} is not the checkpoint that rank 0 has restored: its manifest has the "
@@ -223,10 +227,10 @@ def _has_own_scratch(stage: Stage) -> bool:
     return is_guest(stage.world) and address_of(stage.run.path.parent.parent) is not None
 
 
-def _is_digest(path: Path, manifest_digest: str) -> bool:
+def _is_digest(path: Path, digest: str) -> bool:
     """Whether this very checkpoint has been carried here before, and is whole."""
     try:
-        return _manifest_digest(path) == manifest_digest and verify(path).step >= 0
+        return manifest_digest(local_folder(path)) == digest and verify(path).step >= 0
     except (FileNotFoundError, HoldfastError):
         return False
 

@@ -319,6 +319,12 @@ def read_segments(run: RunDirectory) -> list[SegmentRecord]:
     return segments_among(_segment_names(run), run, read_json)
 
 
+def has_ended(run: RunDirectory) -> bool:
+    """Whether the newest segment of a run was its last."""
+    segments = read_segments(run)
+    return bool(segments) and segments[-1].outcome == "completed"
+
+
 def segments_among(
     names: Iterable[str], run: RunDirectory, read: Callable[[Path], Json]
 ) -> list[SegmentRecord]:

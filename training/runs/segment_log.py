@@ -30,9 +30,10 @@ LEFT_OUT = b"\n[... %d bytes left out: the log of a segment keeps its beginning 
 STDIN, STDERR = 0, 2
 
 
-def log_path(folder: Path, segment: int) -> Path:
-    """Where the log of a segment lies; numbers begin with 1."""
-    return folder / f"segment-{segment:04d}.log"
+def log_path(folder: Path, segment: int, rank: int = 0) -> Path:
+    """Where the log of a segment lies, or of a later rank of it; segments begin with 1."""
+    of_rank = f"-rank-{rank}" if rank else ""
+    return folder / f"segment-{segment:04d}{of_rank}.log"
 
 
 class SegmentLog:

@@ -29,17 +29,21 @@ ADDRESS = Address("s3", "runs", "own")
 SCRIPT = """
 import sys
 import torch, holdfast
-often = {"checkpoint.every_steps": 5}
+often = {"checkpoint.every_steps": 5, "distributed.strategy": "ddp"}
 run = holdfast.run("toy", "one", store="s3://runs/own", seed=1, settings=often)
-model = torch.nn.Linear(60, 60)
+model = run.parallel(torch.nn.Linear(60, 60))
 optimizer = torch.optim.AdamW(model.parameters())
 run.keep(model=model, optimizer=optimizer)
 for step in run.steps(20):
     optimizer.zero_grad()
     model(torch.randn(8, 60)).square().mean().backward()
     optimizer.step()
-torch.save(model.state_dict(), sys.argv[1])
+if run.rank == 0:
+    torch.save(model.state_dict(), sys.argv[1])
 """
+
+
+SEVERAL = '["distributed.num_processes=3"]'
 
 
 @pytest.fixture
@@ -74,9 +78,11 @@ def start(script: Path, scratch: str, trial: Trial | None = None, **environment:
     return begin(script, scratch, trial, **environment).wait()
 
 
+@pytest.mark.parametrize("settings", ["[]", SEVERAL], ids=["one process", "several"])
 def test_it_goes_on_on_machines_that_share_nothing_and_ends_with_the_same_bytes(
-    script: Path, tmp_path: Path
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: str
 ) -> None:
+    monkeypatch.setenv("HOLDFAST_SETTINGS", settings)
     assert start(script, "first", Trial(stop_at=7, stop_signal="SIGTERM")) == 75
     killed = start(script, "second", Trial(stop_at=13, stop_signal="SIGKILL"))
     assert killed == -signal.SIGKILL
