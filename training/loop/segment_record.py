@@ -6,7 +6,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -37,8 +38,8 @@ class RecordKeeper:
     A segment that lost its lease writes nothing any more. A record that cannot be written once
     training has begun costs the record alone: it is told, and training goes on.
 
-    While training it is written every ``write_every_s`` seconds, at least once a second: of a
-    segment that is killed, no more than that is unknown.
+    While training it is written every ``write_every_s`` seconds, at least once a second, beside the
+    training: of a segment that is killed, no more than that and a write is unknown.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class RecordKeeper:
         self._write_every_s = min(write_every_s, MAX_WRITE_EVERY_S)
         self._written_s = float("-inf")
         self._is_failing = False
+        self._thread = ThreadPoolExecutor(1, "holdfast-record")
+        self._writing: Future[None] | None = None
         self._record = SegmentRecord(
             number=next_segment_number(run),
             started_at=utc_now(),
@@ -77,9 +80,18 @@ class RecordKeeper:
         self._write()
 
     def advance(self, step: int) -> None:
-        """Note how far training has come, if the last note is old enough."""
-        if time.monotonic() - self._written_s >= self._write_every_s:
-            self._rewrite(end_step=step)
+        """Note how far training has come, if the last note is old enough.
+
+        Raises LeaseLostError where another process writes this run now.
+        """
+        if time.monotonic() - self._written_s < self._write_every_s:
+            return
+        if self._writing is not None:
+            if not self._writing.done():
+                return
+            self._settle()
+        self._change(end_step=step)
+        self._writing = self._thread.submit(self._write)
 
     def end(self, outcome: str, step: int, notice: Notice | None, save_s: dict[str, float]) -> None:
         """Write the record for the last time."""
@@ -106,10 +118,22 @@ class RecordKeeper:
         described: Any = {**outcome.error, "exit_code": outcome.exit_code}
         self._rewrite(outcome="failed", error=SegmentError(**described), ended_at=utc_now())
 
+    def _settle(self) -> None:
+        """Let the note that is on its way arrive."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self._tell_failure(writing.result)
+
     def _rewrite(self, **changes: Any) -> None:
+        """For the last time."""
+        self._settle()
+        self._thread.shutdown()
         self._change(**changes)
+        self._tell_failure(self._write)
+
+    def _tell_failure(self, write: Callable[[], None]) -> None:
         try:
-            self._write()
+            write()
         except StorageError as error:
             if not self._is_failing:
                 logger.warning("this segment's record is out of date, training goes on: %s", error)

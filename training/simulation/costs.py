@@ -19,7 +19,7 @@ from holdfast.training.runs.directory import (
 from holdfast.training.runs.ledger import Life, lives
 from holdfast.training.runs.stored_json import read_json
 
-TAKEOVER_S = 35.0
+TAKEOVER_S = 15.0
 """From a machine's end without a word to the next segment: docs/coming_back.md."""
 HANDOVER_S = 8.0
 """From the end of a segment that was told before to the next one: the engine and the child."""
