@@ -268,7 +268,7 @@ SPEED = (
     ),
     Section(
         "Export, parity and bundle",
-        "memory: a small multiple of the model",
+        "memory grows by at most 4 times the weights and 64 MB",
         (("export_cost.py", f"{DATA}/cmapss"),),
     ),
     Section(
