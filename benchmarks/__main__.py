@@ -268,7 +268,7 @@ SPEED = (
     ),
     Section(
         "Export, parity and bundle",
-        "memory grows by at most 4 times the weights and 64 MB",
+        "memory grows by at most 4 times the weights and a constant",
         (("export_cost.py", f"{DATA}/cmapss"),),
     ),
     Section(
@@ -396,7 +396,7 @@ What is assumed:
 - A machine is told `--notice-s` before it goes (`preemption.grace_period_s`), and saves if that is
   time enough; `--without-notice` is the share of those that vanish.
 - The next segment begins `--takeover-s` after a machine vanished, `--handover-s` after one that was
-  told: the medians of the run's own pauses, or 35 and 8 s where it had none
+  told: the medians of the run's own pauses, or 15 and 8 s where it had none
   ([coming_back.md](coming_back.md)).
 - The online interval is that of Young and Daly as training computes it, from a save's cost and the
   lives so far. The best one is a fixed interval that is known afterwards; ends of epochs are saved

@@ -6,7 +6,7 @@ The models are not trained: what an export costs does not depend on the weights.
 holds C-MAPSS; without it, turbofan is left out. A wide digits model shows how memory grows with
 the model. The peak is that of the largest process, which is the stage itself or the fresh one that
 checks. Nearly all of the first row's are the libraries; the other rows say by how many times the
-further weights the peak is higher, beside CONSTANT_MB: what kernels take for a batch of any size.
+further weights the peak is higher.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 
 from holdfast.training.bundles.consumer import read_manifest
 
-CONSTANT_MB = 64
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 CHOOSE_UNTRAINED = """
 import sys
@@ -92,9 +91,8 @@ def measure(name: str, overrides: tuple[str, ...]) -> Cost:
 def row(cost: Cost, first: Cost) -> str:
     growth = "-"
     if cost is not first:
-        growth_mb = cost.peak_mb - first.peak_mb - CONSTANT_MB
-        times = max(0.0, growth_mb) / (cost.weights_mb - first.weights_mb)
-        growth = f"{times:.1f} times the weights and {CONSTANT_MB} MB"
+        times = (cost.peak_mb - first.peak_mb) / (cost.weights_mb - first.weights_mb)
+        growth = f"{times:.1f} times the weights"
     return (
         f"| {cost.name} | {cost.weights_mb:.2f} | {cost.bundle_mb:.2f} | {cost.duration_s:.1f} "
         f"| {cost.peak_mb:.0f} | {growth} |"

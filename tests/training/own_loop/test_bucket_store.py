@@ -96,7 +96,10 @@ def test_it_goes_on_on_machines_that_share_nothing_and_ends_with_the_same_bytes(
     assert first.end_step == 7 or (settings == SEVERAL and first.end_step == 8)
     assert (second.outcome, second.start_step) == ("running", first.end_step)
     assert (third.outcome, third.end_step) == ("completed", 20)
-    assert third.start_step in (first.end_step, 10)  # what was being written was lost with the machine
+    assert third.start_step in (
+        first.end_step,
+        10,
+    )  # what was being written was lost with the machine
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
 
