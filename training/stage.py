@@ -190,8 +190,8 @@ def await_checkpoint(
 
     Raises NoticeCameError, or StorageError where its files do not come.
     """
-    if not await_files(run, lambda: monitor.notice is not None, checkpoint, names):
-        raise NoticeCameError(monitor.notice)
+    if not await_files(run, lambda: monitor.own_notice() is not None, checkpoint, names):
+        raise NoticeCameError(monitor.own_notice())
 
 
 Resolved = tuple[RunConfig, type[Experiment]]

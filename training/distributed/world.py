@@ -177,7 +177,8 @@ class World:
     def copy_from_first(self, values: Tensor) -> None:
         """Collective. Put there what rank 0 has."""
         with self._lost_ranks_told():
-            dist.broadcast(values, 0)
+            work = dist.broadcast(values, 0, async_op=True)
+        self._waiting(work)()
 
     def begin_sum(self, values: Tensor) -> Wait:
         """Collective. As ``sum_of``, on its way until the result is waited for."""

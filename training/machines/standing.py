@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.training.errors import InputError
-from holdfast.training.runs.directory import RunRecord, read_run_record, read_segments
+from holdfast.training.runs.directory import RunRecord, has_ended, read_run_record
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.storage.address import Address
 from holdfast.training.tiers.scratch import run_name
@@ -43,9 +43,7 @@ def standing_of(store: Path | Address, reference: str) -> Standing | None:
         names = ", ".join(map(run_name, runs))
         raise InputError(f"run {reference!r} is ambiguous: {names}; name one of them in full")
     for run in runs:
-        record, segments = read_run_record(run), read_segments(run)
-        is_trained = bool(segments) and segments[-1].outcome == "completed"
-        return Standing(run_name(run), is_trained, _max_machines(record))
+        return Standing(run_name(run), has_ended(run), _max_machines(read_run_record(run)))
     return None
 
 

@@ -14,6 +14,7 @@ from holdfast.training.loop.saving import NothingSaved
 from holdfast.training.own_loop.segment import BEGIN, ScriptSegment
 from holdfast.training.preemption.notices import Notice, reclaim_signals
 from holdfast.training.runs.segment_log import SegmentLog, log_path
+from holdfast.training.stage import NoticeCameError
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +23,12 @@ class FollowingSegment(ScriptSegment):
     """Restores what rank 0 has restored, takes the same steps, and leaves writing to rank 0."""
 
     def _take_over(self) -> None:
-        """Take nothing over: rank 0 has the run. Raises RankLostError."""
+        """Take nothing over: rank 0 has the run. Raises NoticeCameError or RankLostError."""
         opened = self._opened
         assert opened.copies is not None
-        begin = opened.copies.world.told(BEGIN)
+        begin = opened.copies.world.awaited(BEGIN)
+        if begin is None:
+            raise NoticeCameError(None)
         log = opened.log or SegmentLog()
         log.open(log_path(opened.run.logs, begin["segment"], opened.rank))
         if opened.log is None:

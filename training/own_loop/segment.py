@@ -60,7 +60,7 @@ from holdfast.training.tracking.tracker import check_trackers
 logger = logging.getLogger(__name__)
 
 BEGIN = "begin"
-"""What other processes of the script begin with: the segment, and the checkpoint."""
+"""What other processes of the script begin with: the segment, and the checkpoint; or nothing."""
 
 
 class ScriptSegment:
@@ -231,6 +231,8 @@ class ScriptSegment:
     def _leave(self, notice: Notice | None) -> None:
         """Let the run go before the first step; there is nothing to save."""
         assert notice is not None
+        if self._opened.copies is not None:
+            self._opened.copies.world.tell(BEGIN, None)
         self._tell_notice(notice)
         self.close()
 

@@ -128,6 +128,10 @@ class PreemptionMonitor:
             return None
         return min(tuple(self._arrived), key=_urgency)
 
+    def own_notice(self) -> Notice | None:
+        """The notice that this machine goes away, whatever other machines know of it."""
+        return self.notice
+
     def take_advance(self) -> Notice | None:
         """An advance notice that was not taken yet: save soon, and go on."""
         return self._advances.popleft() if self._advances else None

@@ -49,7 +49,7 @@ from holdfast.training.ranks.slice_files import (
 from holdfast.training.runs.costs import Costs
 from holdfast.training.runs.directory import RunRecord
 from holdfast.training.runs.segment_log import log_path
-from holdfast.training.stage import EXIT_PREEMPTED, Stage, StageOutcome
+from holdfast.training.stage import EXIT_PREEMPTED, NoticeCameError, Stage, StageOutcome
 from holdfast.training.tiers.scratch import address_of
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,11 @@ def run_rank(stage: Stage) -> StageOutcome:
         saving=lambda trainer, saver: saving_of_first(trainer.state, saver, world),
         others=lambda trainer: others_of_first(trainer.state, world, stage.run.path, carrier),
     )
-    return run_segment(stage, together)
+    try:
+        return run_segment(stage, together)
+    except NoticeCameError:
+        world.tell(BEGIN, None)
+        raise
 
 
 def require_same_run(record: RunRecord, world: World) -> None:
@@ -142,7 +146,9 @@ def _follow(stage: Stage, world: World, carrier: Carrier | None) -> StageOutcome
     """Train along with rank 0, which restores, saves and records."""
     trainer = build_trainer(stage, Costs())
     _prepare(trainer, world)
-    begin = world.told(BEGIN)
+    begin = world.awaited(BEGIN)
+    if begin is None:
+        raise NoticeCameError(None)
     if not is_guest(world):  # what others say is told by the command that has started them
         stage.log.open(log_path(stage.run.logs, begin["segment"], world.rank))
     restored = _restore(stage, trainer, begin)
@@ -167,7 +173,6 @@ def _follow(stage: Stage, world: World, carrier: Carrier | None) -> StageOutcome
 
 def _own_notice(stage: Stage) -> dict[str, Any] | None:
     """That this rank's machine goes away, for the command that has joined the run on it."""
-    assert isinstance(stage.monitor, AgreedMonitor)
     own = stage.monitor.own_notice()
     return None if own is None else own.as_record(time.monotonic())
 
