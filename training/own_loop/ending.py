@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import io
 import os
 import sys
@@ -60,7 +61,8 @@ class Ending:
             error = self._cause(error)
         is_ours = isinstance(error, HoldfastError)
         if not is_ours:
-            self._theirs(kind, error, traceback)
+            with contextlib.redirect_stderr(_stderr()):  # at once, while there is a log
+                self._theirs(kind, error, traceback)
         if os.getpid() == self._pid:
             self._has_raised = True
             self._end(error)
