@@ -41,13 +41,15 @@ from holdfast.flows.fleet.rescue_policy import (
 from holdfast.flows.fleet.rescue_watch import Watches, see_engine
 from holdfast.tasks.attempts import newest_step
 from holdfast.tasks.news import tell_of_stuck
-from holdfast.training.errors import InputError
+from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.experiment.loading import experiment_name
 from holdfast.training.runs.directory import RunDirectory
 from holdfast.training.runs.run_ids import fill_run_id
 from holdfast.training.runs.shown_text import ShownFormatter, shown
-from holdfast.training.tiers.scratch import parsed_store
-from holdfast.training.tiers.viewing import refresh_view
+from holdfast.training.storage.opening import open_store
+from holdfast.training.tiers.letting_go import let_go_of_dead
+from holdfast.training.tiers.scratch import address_of, parsed_store, run_name
+from holdfast.training.tiers.viewing import refresh_view, seen_tag
 
 logger = logging.getLogger("holdfast.rescue")
 
@@ -160,9 +162,26 @@ class Rescuer:
             result.status.value,
         )
         if verdict.action == "crash":
+            self._let_go(flow_run)
             crashed = client.read_flow_run(flow_run.id)
             if crashed.state is not None and crashed.state.type is StateType.CRASHED:
                 self._attend(client, crashed)  # it may be started again at once
+
+    def _let_go(self, flow_run: FlowRun) -> None:
+        """Spare the next engine its own watch of a head in a bucket that was watched from here."""
+        try:
+            run = run_of(flow_run)
+            address = None if run is None else address_of(run.path.parent.parent)
+            if run is not None and address is not None:
+                tag, unchanged_s = self._watched_head(str(flow_run.id), run)
+                let_go_of_dead(open_store(address), run_name(run), tag, unchanged_s)
+        except HoldfastError as error:
+            logger.info("the next engine of %s watches for itself: %s", flow_run.id, error)
+
+    def _watched_head(self, key: str, run: RunDirectory) -> tuple[str, float]:
+        """The tag of a run's head in a bucket, and for how long it was seen not to move."""
+        tag = seen_tag(run)
+        return tag, self._watches.unchanged_s((key, "head"), tag, time.monotonic())
 
     def _give_up(self, flow_run: FlowRun, verdict: Verdict) -> None:
         assert flow_run.state is not None
@@ -177,6 +196,8 @@ class Rescuer:
         state, key, now_s = flow_run.state, str(flow_run.id), time.monotonic()
         unchanged_s = self._watches.unchanged_s((key, "state"), str(state.id), now_s)
         run = run_of(flow_run)
+        if run is not None and address_of(run.path.parent.parent) is not None:
+            self._watched_head(key, run)
         if state.type is StateType.CRASHED:
             history = client.read_flow_run_states(flow_run.id)
             ordered = sorted(history, key=lambda past: past.timestamp)

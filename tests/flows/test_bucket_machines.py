@@ -77,6 +77,7 @@ def test_machines_that_vanish_are_replaced_by_ones_that_share_nothing_with_them(
         took_s = began.timestamp() - vanished_s
         machines.note(f"{name}: its segment began {took_s:.1f} s after")
         assert took_s <= ELSEWHERE_S
+        assert "watching for" not in replacement.log(), "the rescuer has watched the dead one"
         training = replacement
     assert machines.wait_for_state(flow_run, "Completed", "Failed") == "Completed"
     print(machines.timeline(flow_run))

@@ -144,6 +144,12 @@ def has_report(run: RunDirectory) -> bool:
     return run.report_html.is_file() or (seen is not None and bool(seen["has_report"]))
 
 
+def seen_tag(run: RunDirectory) -> str:
+    """The tag of the head with which a run was read last; empty for a run that was not."""
+    seen = _seen(run)
+    return "" if seen is None else str(seen["tag"])
+
+
 def _refresh(store: ObjectStore, root: Path, listed: Listed, wanted: Wanted) -> None:
     run = RunDirectory(root / name_of(listed))
     seen = _seen(run)

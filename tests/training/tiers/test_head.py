@@ -13,6 +13,7 @@ from holdfast.training.errors import DataFormatError, LeaseHeldError, LeaseLostE
 from holdfast.training.runs.process_identity import ProcessIdentity, current_process
 from holdfast.training.storage.protocol import Expected, Object
 from holdfast.training.tiers.head import HeadLease, head_key, parse_head, read_head
+from holdfast.training.tiers.letting_go import let_go_of_dead
 from tests.contracts.memory_objects import MemoryObjects
 
 NAME = "digits/first"
@@ -104,6 +105,33 @@ def _taken(store: MemoryObjects) -> tuple[object, str]:
     found = read_head(store, NAME)
     assert found is not None
     return found
+
+
+def test_who_follows_a_holder_that_was_watched_from_elsewhere_need_not_watch_it() -> None:
+    store = MemoryObjects()
+    first = HeadLease(store, NAME, *_taken(store))
+    tag = store.list("heads")[0].tag
+    assert not let_go_of_dead(store, NAME, tag, TTL_S), "not watched for longer than its lease"
+    assert not let_go_of_dead(store, NAME, "another", 2 * TTL_S)
+    assert let_go_of_dead(store, NAME, tag, 2 * TTL_S)
+    tag = store.list("heads")[0].tag
+    assert not let_go_of_dead(store, NAME, tag, 2 * TTL_S), "it is let go of once"
+    start_s = time.monotonic()
+    second = HeadLease.acquire(store, NAME, TTL_S, identity=machine("b"))
+    assert time.monotonic() - start_s < TTL_S / 2
+    with pytest.raises(LeaseLostError, match="on b took over from generation 1"):
+        first.commit(tree(1), DIGEST)
+    second.release()
+
+
+def test_a_holder_that_was_let_go_of_and_lives_takes_its_head_back() -> None:
+    store = MemoryObjects()
+    first = HeadLease(store, NAME, *_taken(store))
+    assert let_go_of_dead(store, NAME, store.list("heads")[0].tag, 2 * TTL_S)
+    first.commit(tree(1), DIGEST)
+    found = read_head(store, NAME)
+    assert found is not None
+    assert (found[0].tree, found[0].generation, found[0].is_released) == (tree(1), 1, False)
 
 
 def test_a_process_that_is_seen_to_be_gone_is_not_waited_for() -> None:
