@@ -6,13 +6,14 @@
 # make wheel   build the wheel, and try it in a fresh environment of ENVIRONMENT's Python
 # make bench   the benchmarks that take minutes; DATA=folder with real data
 # make chaos KILLS=1000   kill training that many times and compare bytes; PROCESSES=3 for several,
-#                         EXPERIMENT=language_model for that one
+#                         STRATEGY=fsdp in slices, EXPERIMENT=language_model for that one
 # make chaos-store KILLS=200   the same, of the process that keeps a bucket up to date
 # make digests   the bytes that small runs of every experiment end with
 
 PYTHON ?= python3
 KILLS ?= 50
 PROCESSES ?= 1
+STRATEGY ?= ddp
 FILES ?= tests
 # A third of the time tests wait: for leases, servers, and processes that start.
 WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) * 3 / 2 )))
@@ -54,7 +55,7 @@ bench: setup
 	$(BIN)/python -m benchmarks $(if $(DATA),--data $(DATA))
 
 chaos: setup
-	$(BIN)/python -m tests.faults.chaos --kills $(KILLS) --processes $(PROCESSES) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
+	$(BIN)/python -m tests.faults.chaos --kills $(KILLS) --processes $(PROCESSES) --strategy $(STRATEGY) $(if $(EXPERIMENT),--experiment $(EXPERIMENT))
 
 chaos-store: setup
 	$(BIN)/python -m tests.faults.store_chaos --kills $(KILLS)

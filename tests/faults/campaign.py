@@ -36,6 +36,7 @@ from tests.warm_start import WarmProcess
 HARD = f"{Path(__file__).with_name('hard_experiment.py')}:Hard"
 Ranking = tuple[str, Literal["min", "max"]]
 HARD_IN_SHARDS = f"{HARD}InShards"  # the class Hard, in shards
+SPREAD = "distributed.strategy=fsdp"
 MAX_SEGMENTS = 60
 # Each training is a run of its own, and is killed where it trains.
 UNREHEARSED = {"HOLDFAST_REHEARSAL_DEPTH": "none"}
@@ -47,7 +48,8 @@ class Training:
     """A training that is to be killed: what to run, and where.
 
     ``is_cold`` starts Python anew for each of its segments, as users do; see ``WarmProcess``. With
-    ``most_processes`` each segment has another number of them, and any of them may be killed.
+    ``most_processes`` each segment has another number of them, in slices the next power of two, and
+    any of them may be killed.
     """
 
     store: Path
@@ -60,6 +62,13 @@ class Training:
     @property
     def run(self) -> RunDirectory:
         return RunDirectory(self.store / experiment_name(self.experiment) / self.run_id)
+
+    @property
+    def widths(self) -> list[int]:
+        """How many processes segments have, one after the other, and then again."""
+        widths = range(self.most_processes, 0, -1)
+        is_any = SPREAD not in self.overrides
+        return [width for width in widths if is_any or width.bit_count() == 1]
 
     def start(
         self,
@@ -74,7 +83,7 @@ class Training:
             told += ["--set", override]
         if self.most_processes > 1:
             number = len(list(self.run.segments.glob("*.json")))
-            width = self.most_processes - number % self.most_processes
+            width = self.widths[number % len(self.widths)]
             told += ["--set", f"distributed.num_processes={width}"]
         surroundings = {**child_environment(1), **UNREHEARSED, **(environment or {})}
         if not self.is_cold:

@@ -11,13 +11,16 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from holdfast.training.runs.faultpoints import FAULT_POINTS
+from holdfast.training.runs.faultpoints import FAULT_POINTS, SLICE_POINTS
 from tests.faults.campaign import (
     HARD_IN_SHARDS,
+    SPREAD,
     Training,
     complete,
     differences,
@@ -31,6 +34,10 @@ POINTS = [name for name in sorted(FAULT_POINTS) if not name.startswith(RARE)]
 
 
 NUM_SHARDS = 4
+STRATEGIES = {
+    "ddp": ("distributed.strategy=ddp",),
+    "fsdp": (SPREAD, "data.should_drop_last=true"),
+}
 SMALL = {
     "language_model": (
         "experiment.num_generated=500",
@@ -55,16 +62,17 @@ def the_training(
     name: str,
     overrides: tuple[str, ...],
     processes: int,
+    strategy: str,
     experiment: str | None = None,
 ) -> Training:
     """What is killed: one process, or up to ``processes``, another number in each segment."""
+    shards = (f"distributed.num_shards={NUM_SHARDS}", *STRATEGIES[strategy])
     if experiment is not None:
-        shards = (f"distributed.num_shards={NUM_SHARDS}", "distributed.strategy=ddp")
         own = (*SMALL[experiment], *(shards if processes > 1 else ()), *overrides)
         return Training(folder, name, experiment, own, True, processes)
     if processes == 1:
         return Training(folder, name, overrides=overrides, is_cold=True)
-    overrides = (f"distributed.num_shards={NUM_SHARDS}", "train.num_epochs=8", *overrides)
+    overrides = (*shards, "train.num_epochs=8", *overrides)
     return Training(folder, name, HARD_IN_SHARDS, overrides, True, processes)
 
 
@@ -73,16 +81,19 @@ def campaign(
     folder: Path,
     num_kills: int,
     calm: dict[str, bytes],
-    processes: int,
-    experiment: str | None,
+    build: Callable[[Path, str, tuple[str, ...]], Training],
 ) -> tuple[int, str]:
-    """Kill one run; returns how many kills it got, and what went wrong or nothing."""
+    """Kill one run; returns how many kills it got, and what went wrong or nothing.
+
+    ``build`` is ``the_training`` as it was asked for.
+    """
     rng = random.Random(seed)
     overrides = (f"checkpoint.every_steps={rng.randint(2, 9)}",)
     overrides += (f"data.num_workers={rng.choice([0, 2])}",)
-    training = the_training(folder, f"seed-{seed}", overrides, processes, experiment)
+    training = build(folder, f"seed-{seed}", overrides)
+    points = [*POINTS, *SLICE_POINTS] if SPREAD in training.overrides else POINTS
     try:
-        deeds = kill_until_complete(training, rng, num_kills, 0.6, POINTS)
+        deeds = kill_until_complete(training, rng, num_kills, 0.6, points)
     except AssertionError as error:
         return 0, str(error)
     wrong = differences(calm, final_state(training.run))
@@ -95,6 +106,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="kills in all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first campaign")
     parser.add_argument("--processes", type=int, default=1, help="most processes of a segment")
+    parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="of several")
     parser.add_argument("--experiment", choices=list(SMALL), help="kill trainings of this one")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
@@ -103,8 +115,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="holdfast-chaos-") as name:
         folder = Path(name)
         processes, experiment = arguments.processes, arguments.experiment
-        calm_training = the_training(folder, "calm", (), processes, experiment)
-        calm_training = replace(calm_training, most_processes=1)
+        strategy = arguments.strategy
+        build = partial(the_training, processes=processes, strategy=strategy, experiment=experiment)
+        calm_training = replace(build(folder, "calm", ()), most_processes=1)
         complete(calm_training)
         calm = final_state(calm_training.run)
         with ThreadPoolExecutor(arguments.jobs) as pool:
@@ -113,8 +126,7 @@ def main() -> int:
                 num_missing = arguments.kills - num_kills
                 seeds = range(seed, seed - (-num_missing // KILLS_PER_RUN))
                 results = pool.map(
-                    lambda seed: campaign(seed, folder, KILLS_PER_RUN, calm, processes, experiment),
-                    seeds,
+                    lambda seed: campaign(seed, folder, KILLS_PER_RUN, calm, build), seeds
                 )
                 for seed, (num_done, problem) in zip(seeds, results, strict=True):
                     num_runs += 1
@@ -122,7 +134,7 @@ def main() -> int:
                     if problem:
                         num_failed += 1
                         repeat = f"python -m tests.faults.chaos --kills 1 --seed {seed}"
-                        repeat += f" --processes {processes}"
+                        repeat += f" --processes {processes} --strategy {strategy}"
                         repeat += f" --experiment {experiment}" if experiment else ""
                         print(f"FAILED seed {seed}: {problem}; repeat with: {repeat}", flush=True)
                 seed += 1
