@@ -10,6 +10,9 @@ import pytest
 
 from holdfast.training.configuration.schema import DistributedConfig
 from holdfast.training.distributed.launcher import Ended, RankEnd
+from holdfast.training.distributed.seat import Seat
+from holdfast.training.distributed.world import World
+from holdfast.training.errors import MachineLostError
 from holdfast.training.machines.meeting import Meeting, opened_meeting
 from holdfast.training.machines.note import FolderBoard
 from holdfast.training.machines.visit import Visit, visited
@@ -88,6 +91,24 @@ def test_a_machine_that_is_silent_is_lost(
         reports, lost = meeting.reports(BADLY)
         assert reports == []
         assert "rank 1 is lost" in (lost or "")
+
+
+def test_a_rank_that_waits_for_a_machine_hears_that_it_is_gone(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("holdfast.training.machines.meeting.GONE_S", 1.0)
+    with opened_meeting(run, "digits", RANGE) as meeting, ExitStack() as stack:
+        come(stack, meeting)
+        assert meeting.gather(lambda: False)
+        place = meeting.begin({})
+        world = World(0, place.size, place.store.clone())
+        world.seat = Seat(0, place.size, place.host, place.store.port, 0, "", 30.0, 0, 1)
+        assert meeting.gone() is None
+        stack.pop_all().close()
+        soon(meeting.gone)
+        for wait in (world.told, world.awaited):
+            with pytest.raises(MachineLostError, match=r"another machine is lost.* with rank 1 is"):
+                wait("what that machine does not write any more")
 
 
 def test_the_others_hear_that_the_ranks_of_one_have_failed(run: RunDirectory) -> None:
