@@ -2,7 +2,7 @@
 
 Whether a process has a notice is one more number in the vector of losses that a step sums anyway.
 Beside it is what asking apart would cost in each step: a sum of its own, and a look into the store
-over which the processes meet. As they are asked one after the other nothing is computed beside.
+over which the processes meet. Nothing is computed beside.
 
     python benchmarks/stop_step.py [--processes N] [--repetitions N]
 """
@@ -22,7 +22,6 @@ from holdfast.training.distributed.world import World
 
 NUM_LOSSES = 64
 NUM_CALLS = 20  # of one repetition
-LOSSES, WITH_NOTICE = "sum of the losses alone", "with one more number: whether there is a notice"
 
 
 def rank(arguments: argparse.Namespace, world: World) -> None:
@@ -42,8 +41,8 @@ def rank(arguments: argparse.Namespace, world: World) -> None:
             world.told_so_far("stop")
 
     cases = {
-        LOSSES: summed(NUM_LOSSES),
-        WITH_NOTICE: summed(NUM_LOSSES + 1),
+        "sum of the losses alone": summed(NUM_LOSSES),
+        "with one more number: whether there is a notice": summed(NUM_LOSSES + 1),
         "apart: a sum of its own": summed(1),
         "apart: a look into the store": looked,
     }
@@ -59,9 +58,6 @@ def rank(arguments: argparse.Namespace, world: World) -> None:
         ]
         title = f"{world.size} processes, {NUM_LOSSES} losses"
         print(markdown_table([title, "µs", "95 of 100 below"], rows))
-        more = zip(seconds[WITH_NOTICE], seconds[LOSSES], strict=True)
-        more_us = 1e6 * median(one - other for one, other in more) / NUM_CALLS
-        print(f"\nThe agreement adds {more_us:.1f} µs to a step, as the median of the differences.")
 
 
 def main() -> None:
