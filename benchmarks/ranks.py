@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +13,6 @@ from holdfast.training.distributed.world import World
 from holdfast.training.exactness.reproducibility import child_environment
 
 HANG_TIMEOUT_S = 600.0
-OUTCOME = "--outcome-file"
-"""What the launcher tells each rank; a benchmark has no use for it."""
 
 
 def is_rank() -> bool:
@@ -49,12 +47,3 @@ def joined_world() -> Iterator[World]:
 def slowest_s(world: World, seconds: float) -> float:
     """Collective. Of what all did at once, as long as it took the last one."""
     return max(world.gathered(seconds))
-
-
-def without_outcome(arguments: Sequence[str]) -> list[str]:
-    """The arguments that are the benchmark's own."""
-    told = list(arguments)
-    if OUTCOME in told:
-        place = told.index(OUTCOME)
-        del told[place : place + 2]
-    return told

@@ -17,7 +17,6 @@ import argparse
 import os
 import random
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed.checkpoint as dcp
 from interleaving import markdown_table, median_ratio, timed
-from ranks import is_rank, joined_world, run_in_ranks, slowest_s, without_outcome
+from ranks import is_rank, joined_world, run_in_ranks, slowest_s
 from torch import Tensor, nn
 
 from holdfast.training.checkpointing.finite import local_part
@@ -365,7 +364,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--phase", help=argparse.SUPPRESS)
     parser.add_argument("--meeting", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(without_outcome(sys.argv[1:]))
+    arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module=r"torch\.distributed")
     if is_rank():
         with joined_world() as world:

@@ -11,7 +11,6 @@ a process cost two smaller passes; so there is also a plain loop that does two.
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from interleaving import interleaved, markdown_table, median_ratio
-from ranks import is_rank, joined_world, run_in_ranks, without_outcome
+from ranks import is_rank, joined_world, run_in_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -167,7 +166,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40, help="steps of one repetition")
     parser.add_argument("--repetitions", type=int, default=15)
-    arguments = parser.parse_args(without_outcome(sys.argv[1:]))
+    arguments = parser.parse_args()
     if is_rank():
         with joined_world() as world:
             rank(arguments, world)

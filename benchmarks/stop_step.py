@@ -10,13 +10,12 @@ over which the processes meet. Nothing is computed beside.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from statistics import median, quantiles
 
 import torch
 from interleaving import interleaved, markdown_table
-from ranks import is_rank, joined_world, run_in_ranks, without_outcome
+from ranks import is_rank, joined_world, run_in_ranks
 
 from holdfast.training.distributed.world import World
 
@@ -65,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=200)
-    arguments = parser.parse_args(without_outcome(sys.argv[1:]))
+    arguments = parser.parse_args()
     if is_rank():
         with joined_world() as world:
             rank(arguments, world)
