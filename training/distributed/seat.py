@@ -63,10 +63,21 @@ class Seat:
         return self.first_rank > 0
 
 
+_taken: Seat | None = None
+
+
 def own_seat() -> Seat | None:
     """The seat of this process; None for one that trains alone, or is none of a training's."""
     text = os.environ.get(VARIABLE)
-    return Seat(**json.loads(text)) if text else None
+    return Seat(**json.loads(text)) if text else _taken
+
+
+def take_seat() -> Seat | None:
+    """As ``own_seat``. Processes that this one starts from here on are no ranks."""
+    global _taken  # as the variable was: of this process
+    _taken = own_seat()
+    os.environ.pop(VARIABLE, None)
+    return _taken
 
 
 def without_seat(environment: Mapping[str, str]) -> dict[str, str]:

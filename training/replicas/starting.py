@@ -12,7 +12,7 @@ from pathlib import Path
 
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.distributed.launcher import place_of_all, run_ranks
-from holdfast.training.distributed.seat import end_with_launcher, own_seat
+from holdfast.training.distributed.seat import end_with_launcher, take_seat
 from holdfast.training.distributed.watchdog import answer_for_stacks
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import InputError
@@ -87,7 +87,7 @@ def join_others(closing: ExitStack) -> World | None:
 
     It is left when ``closing`` is closed. Raises RankLostError where not all come.
     """
-    seat = own_seat()
+    seat = take_seat()
     if seat is None:
         return None
     end_with_launcher(seat)
