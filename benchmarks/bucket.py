@@ -232,7 +232,7 @@ def tree_of(store: ObjectStore, name: str) -> Tree:
     found = read_head(store, name)
     if found is None or found[0].tree is None or found[0].tree_digest is None:
         return Tree()
-    return read_tree(store, found[0].tree, found[0].tree_digest, run_folder(name)) or Tree()
+    return read_tree(store, found[0].tree, found[0].tree_digest, run_folder(name))
 
 
 def requests(folder: Path) -> None:

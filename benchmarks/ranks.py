@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +13,15 @@ from holdfast.training.distributed.world import World
 from holdfast.training.exactness.reproducibility import child_environment
 
 HANG_TIMEOUT_S = 600.0
+
+
+def train_together(size: int, rank: Callable[[World], None]) -> None:
+    """Start this program so many times, or be one of them."""
+    if is_rank():
+        with joined_world() as world:
+            rank(world)
+    else:
+        run_in_ranks(size)
 
 
 def is_rank() -> bool:

@@ -14,13 +14,14 @@ import argparse
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from interleaving import interleaved, markdown_table, median_ratio
-from ranks import is_rank, joined_world, run_in_ranks
+from ranks import train_together
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -167,11 +168,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps of one repetition")
     parser.add_argument("--repetitions", type=int, default=15)
     arguments = parser.parse_args()
-    if is_rank():
-        with joined_world() as world:
-            rank(arguments, world)
-    else:
-        run_in_ranks(arguments.processes)
+    train_together(arguments.processes, partial(rank, arguments))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from statistics import median, quantiles
 
 import torch
 from interleaving import interleaved, markdown_table
-from ranks import is_rank, joined_world, run_in_ranks
+from ranks import train_together
 
 from holdfast.training.distributed.world import World
 
@@ -65,11 +66,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=200)
     arguments = parser.parse_args()
-    if is_rank():
-        with joined_world() as world:
-            rank(arguments, world)
-    else:
-        run_in_ranks(arguments.processes)
+    train_together(arguments.processes, partial(rank, arguments))
 
 
 if __name__ == "__main__":
