@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from holdfast.training.distributed.seat import Seat, own_seat
+from holdfast.training.distributed.seat import Seat, own_seat, take_seat
 from holdfast.training.errors import HoldfastError, LoaderError
 from holdfast.training.exactness.strictness import strictness
 from holdfast.training.experiment.error_places import described
@@ -72,7 +72,7 @@ def run_stage(name: str, options: dict[str, Any], command_line: Sequence[str] = 
 def _outcome_of(
     name: str, arguments: StageArguments, log: SegmentLog, command_line: Sequence[str]
 ) -> StageOutcome:
-    seat = own_seat()
+    seat = take_seat()
     try:
         with strictness(arguments.is_strict):
             if is_script(arguments.experiment):

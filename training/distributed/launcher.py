@@ -23,7 +23,7 @@ from typing import IO, Any, Protocol
 
 from torch._C._distributed_c10d import TCPStore
 
-from holdfast.training.distributed.seat import Beats, Seat, without_seat
+from holdfast.training.distributed.seat import Beats, Seat
 from holdfast.training.distributed.watchdog import STACKS_S, STARTING_S, Silence, ask_for_stacks
 from holdfast.training.distributed.world import ERROR, HOST, NEWCOMER
 from holdfast.training.errors import StorageError
@@ -32,6 +32,7 @@ from holdfast.training.preemption.signals import (
     current_signal_flag,
     signals_held,
 )
+from holdfast.training.runs.progress import write_line
 
 POLL_S = 0.02
 END_S = 10.0
@@ -154,7 +155,7 @@ class _Rank:
         with signals_held():  # let through by the rank itself, once it can save
             self.process = subprocess.Popen(
                 command,
-                env={**without_seat(environment), **seat.environment()},
+                env={**environment, **seat.environment()},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output if is_first else subprocess.DEVNULL,
@@ -192,7 +193,7 @@ class _Rank:
             for line in stream:
                 self._tail.append(line.rstrip("\n"))
                 if self._prefix is not None:  # it has no log in the run's folder
-                    print(f"{self._prefix}{self._tail[-1]}", file=sys.stderr, flush=True)
+                    write_line(f"{self._prefix}{self._tail[-1]}", sys.stderr)
 
 
 def run_ranks(

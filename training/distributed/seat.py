@@ -12,7 +12,6 @@ import os
 import signal
 import struct
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,11 +77,6 @@ def take_seat() -> Seat | None:
     _taken = own_seat()
     os.environ.pop(VARIABLE, None)
     return _taken
-
-
-def without_seat(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment for processes that a rank starts: they are no ranks."""
-    return {name: value for name, value in environment.items() if name != VARIABLE}
 
 
 def end_with_launcher(seat: Seat) -> None:

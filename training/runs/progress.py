@@ -48,9 +48,9 @@ class Progress:
     def _write(self, event: str, values: dict[str, Json]) -> None:
         if self.format == "jsonl":
             line = json.dumps(without_nan({"event": event, **values}), allow_nan=False)
-            _write_line(line, self.stream or sys.stdout)
+            write_line(line, self.stream or sys.stdout)
         elif self.format == "text":
-            _write_line(as_text(event, values), self.stream or sys.stderr)
+            write_line(as_text(event, values), self.stream or sys.stderr)
 
     def is_due(self) -> bool:
         """Whether a ``progress`` event should be told; True at most once in ``every_s``."""
@@ -61,8 +61,8 @@ class Progress:
         return True
 
 
-def _write_line(line: str, stream: TextIO) -> None:
-    """In one piece, as ``print`` does not where output is unbuffered, as in many containers.
+def write_line(line: str, stream: TextIO) -> None:
+    """A line in one piece, as ``print`` does not where output is unbuffered, as in containers.
 
     Whoever is killed in between would leave half a line to the process that writes there next.
     """
