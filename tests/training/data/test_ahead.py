@@ -103,10 +103,14 @@ def test_several_are_fetched_in_a_row_and_none_of_the_next_epoch(
     assert ("epoch", 1) in dataset.told
 
 
-@pytest.mark.parametrize(("kind", "is_ahead"), [(Slow, True), (OneBuffer, True), (Drawn, False)])
+@pytest.mark.parametrize(
+    ("kind", "is_ahead", "ahead_s"),
+    [(Slow, True, ahead.AHEAD_S), (OneBuffer, True, 60.0), (Drawn, False, 60.0)],
+)
 def test_what_is_slow_or_not_its_own_is_fetched_in_its_turn(
-    kind: type[Drawn], is_ahead: bool
+    kind: type[Drawn], is_ahead: bool, ahead_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ahead, "AHEAD_S", ahead_s)
     dataset = kind()
     steps = loader_of(dataset, is_ahead=is_ahead).steps(0, 0)
     next(steps)
