@@ -36,7 +36,8 @@ def run_in_ranks(size: int, *arguments: str) -> None:
     """
     command = [sys.executable, *sys.argv, *arguments]
     with place_of_all(size) as place:
-        ended = run_ranks(place, command, child_environment(1), Path.cwd(), HANG_TIMEOUT_S)
+        environments = [child_environment(1)] * place.num_here
+        ended = run_ranks(place, command, environments, Path.cwd(), HANG_TIMEOUT_S)
     for rank in ended.ranks:
         if rank.exit_code:
             print("\n".join([f"rank {rank.rank}: {rank.exit_code}", *rank.tail]), file=sys.stderr)

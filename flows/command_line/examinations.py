@@ -228,15 +228,27 @@ def examine_processes(_store: Path, _grace_period_s: float) -> Finding:
     subject, found = "processes", _asked_of_torch()
     if isinstance(found, str):
         return Finding(subject, "warning", "not tried: torch does not start")
-    if "problem" in found:
+    if "cpu_problem" in found:
         return Finding(
             subject,
             "warning",
-            f"two of this machine cannot train together ({found['problem']}): "
+            f"two of this machine cannot train together ({found['cpu_problem']}): "
             f"distributed.num_processes must be 1 until 127.0.0.1 can be reached",
         )
-    sum_s, num_bytes = found["sum_s"], found["sum_bytes"]
+    sum_s, num_bytes = found["cpu_sum_s"], found["sum_bytes"]
     told = f"two meet, and sum {num_bytes / 2**20:.0f} MiB in {sum_s * 1000:.0f} ms"
+    if "cuda_problem" in found:
+        return Finding(
+            subject,
+            "warning",
+            f"{told}; on two GPUs they cannot ({found['cuda_problem']}): train with "
+            f"distributed.num_processes=1 or train.device=cpu until NCCL can sum",
+        )
+    if "cuda_sum_s" in found:
+        told += f", on two GPUs by NCCL in {found['cuda_sum_s'] * 1000:.1f} ms"
+    if found["apart"]:
+        pairs = ", ".join(f"{one} and {other}" for one, other in found["apart"])
+        told += f"; without access to each other's memory, so slower: GPUs {pairs}"
     set_here = [name for name in MACHINES_VARIABLES if name in os.environ]
     if set_here:
         return Finding(

@@ -41,6 +41,7 @@ second, and rank 0 lets the save in flight end."""
 NUM_BEATS_OF_START = 3  # when it has met the others, and around its first step
 NUM_TAIL_LINES = 400
 GOOD_CODES = (0, 75)
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Place:
         num_here: how many are started here.
         host: the address of the store, as it is reached from here.
         store: over which they meet.
-        interface: of the network that they sum over; None lets gloo choose.
+        interface: of the network that they sum over; None lets gloo and NCCL choose.
         others: the other machines.
     """
 
@@ -199,7 +200,7 @@ class _Rank:
 def run_ranks(
     place: Place,
     command: Sequence[str],
-    environment: Mapping[str, str],
+    environments: Sequence[Mapping[str, str]],
     folder: Path,
     hang_timeout_s: float,
     on_started: Callable[[list[int]], None] = lambda _: None,
@@ -214,23 +215,22 @@ def run_ranks(
     Args:
         place: which ones.
         command: of each rank.
-        environment: of each rank; its seat is added, which names the file for its outcome.
+        environments: by rank; its seat is added, which names the file for its outcome.
         folder: where they start.
         hang_timeout_s: as configured.
         on_started: is told the process ids, by rank.
         output: where rank 0 prints; by default where this process does.
     """
-    if place.interface is not None:
-        environment = {**environment, "GLOO_SOCKET_IFNAME": place.interface}
-    with tempfile.TemporaryDirectory(prefix="holdfast-ranks-", ignore_cleanup_errors=True) as own:
-        seats = _seats(place, own, 2 * max(hang_timeout_s, STARTING_S))  # after our own
+    network = {} if place.interface is None else dict.fromkeys(INTERFACES, place.interface)
+    with tempfile.TemporaryDirectory(prefix="holdfast-ranks-", ignore_cleanup_errors=True) as told:
+        seats = _seats(place, told, 2 * max(hang_timeout_s, STARTING_S))  # after our own
         watch = _Watch(
-            place, Silence(Beats(Path(own), len(seats)), hang_timeout_s, NUM_BEATS_OF_START)
+            place, Silence(Beats(Path(told), len(seats)), hang_timeout_s, NUM_BEATS_OF_START)
         )
         ranks: list[_Rank] = []
         try:
-            for seat in seats:
-                ranks.append(_Rank(seat, command, environment, folder, output))
+            for seat, own in zip(seats, environments, strict=True):
+                ranks.append(_Rank(seat, command, {**own, **network}, folder, output))
             on_started([rank.process.pid for rank in ranks])
             with _signals_passed_on(ranks):
                 watch.until_end(ranks)

@@ -1,7 +1,7 @@
 """What ``holdfast doctor`` asks of torch: ``python -m holdfast.training.distributed.probing``.
 
 Prints one JSON object: the GPUs, and how long two processes of this machine take to meet and to
-sum, over the same store and the same gloo as a training's.
+sum, over the same store and the same gloo, and NCCL, as a training's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import time
 import traceback
 from datetime import timedelta
+from itertools import combinations
 from statistics import median
 from typing import Any
 
@@ -29,23 +30,34 @@ TIMEOUT = timedelta(seconds=30)
 def main() -> None:
     """Print what was found."""
     found: dict[str, Any] = {"sum_bytes": SUM_BYTES}
-    try:
-        found["sum_s"] = measured_sum_s()
-    except RuntimeError as error:
-        found["problem"] = " ".join(str(error).split())[:300]
-    found["gpus"] = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    gpus = range(torch.cuda.device_count())
+    devices = ("cpu", "cuda") if len(gpus) >= NUM_RANKS else ("cpu",)
+    for device in devices:
+        try:
+            found[f"{device}_sum_s"] = measured_sum_s(device)
+        except RuntimeError as error:
+            found[f"{device}_problem"] = " ".join(str(error).split())[:300]
+    found["gpus"] = [torch.cuda.get_device_name(k) for k in gpus]
+    found["apart"] = [
+        [k, other]
+        for k, other in combinations(gpus, 2)
+        if not torch.cuda.can_device_access_peer(k, other)
+    ]
     print(json.dumps(found))
 
 
-def measured_sum_s() -> float:
-    """Seconds of a sum of ``SUM_BYTES`` over two processes. Raises RuntimeError, which says why."""
+def measured_sum_s(device: str = "cpu") -> float:
+    """Seconds of a sum of ``SUM_BYTES`` over two processes. Raises RuntimeError, which says why.
+
+    With ``cuda`` each process has a GPU.
+    """
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
     reading, writing = os.pipe()
     pids = []
     for rank in range(NUM_RANKS):
         pid = os.fork()  # no other thread of this process holds anything
         if pid == 0:
-            _be_rank(rank, store.port, writing)
+            _be_rank(rank, store.port, writing, device)
         pids.append(pid)
     os.close(writing)
     with os.fdopen(reading) as answers:
@@ -56,18 +68,22 @@ def measured_sum_s() -> float:
     return max(float(line) for line in told)
 
 
-def _be_rank(rank: int, port: int, writing: int) -> None:
+def _be_rank(rank: int, port: int, writing: int, device: str) -> None:
     """Meet, sum, write how long it took, and end."""
     try:
         torch.set_num_threads(1)
         store = TCPStore(HOST, port, is_master=False, timeout=TIMEOUT)
+        backend = "gloo" if device == "cpu" else "nccl"
+        if device != "cpu":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=TIMEOUT
+            backend, store=store, rank=rank, world_size=NUM_RANKS, timeout=TIMEOUT
         )
-        world, values, seconds = World(rank, NUM_RANKS, store), torch.ones(SUM_BYTES // 4), []
+        world, values = World(rank, NUM_RANKS, store), torch.ones(SUM_BYTES // 4, device=device)
+        seconds = []
         for _ in range(NUM_SUMS):
             start_s = time.perf_counter()
-            world.sum_of(values)
+            world.sum_of(values).sum().item()  # the GPU is waited for
             seconds.append(time.perf_counter() - start_s)
         os.write(writing, f"{median(seconds)}\n".encode())
         os._exit(0)

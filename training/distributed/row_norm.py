@@ -32,7 +32,8 @@ class RowNorm:
         gradients = [p.grad for p in parameters if p.grad is not None]
         local = [local_part(gradient) for gradient in gradients]
         lengths = [gradient.shape[0] if gradient.dim() else 1 for gradient in gradients]
-        squares = torch.zeros(sum(lengths), dtype=torch.float64)
+        device = local[0].device if local else None
+        squares = torch.zeros(sum(lengths), dtype=torch.float64, device=device)
         rows = torch.split(squares, lengths)
         for gradient, own, place in zip(gradients, local, rows, strict=True):
             found = squares_of_rows(own)

@@ -126,6 +126,6 @@ def _by_slices(own: list[Tensor], num_slices: int, row: Row) -> Tensor:
     if len(own) == 1:
         return own[0]
     if not own:
-        return torch.empty(0, dtype=row.dtype)
+        return torch.empty(0, dtype=row.dtype, device=row.device)
     width = row.size // num_slices
     return torch.stack(own).view(len(own), num_slices, width).transpose(0, 1).reshape(-1)

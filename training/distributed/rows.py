@@ -55,13 +55,18 @@ class Row:
         """The type of all tensors."""
         return self._like.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where a row lies."""
+        return self._like.device
+
     def take(self) -> Memory:
         """Memory for one row: what is extra is zero, all else is to be written."""
         if self._free:
             memory = self._free.pop()
             memory.extra.zero_()
             return memory
-        flat = torch.zeros(self.size, dtype=self.dtype, device=self._like.device)
+        flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         tensors = {name: flat.as_strided(*place) for name, place in self._places.items()}
         return Memory(flat, tensors, flat[self._num : self._num + self._num_extra])
 

@@ -285,7 +285,7 @@ class ShardedStep(Generic[P]):
         self._lent = [*zip(self._rows, totals, strict=True)]
         for row, total in self._lent:
             if row.has_extra:
-                values = total.extra.double()
+                values = total.extra.double().cpu()
         self._put(totals, values, done.num_shards)
         return values
 

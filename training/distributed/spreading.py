@@ -52,7 +52,8 @@ class Spread:
         require_sliceable(model)
         self._rank, self._size = world.rank, world.size
         self.first_digest = _digest(model)
-        mesh = init_device_mesh("cpu", (world.size,))
+        kinds = [parameter.device.type for parameter in model.parameters()]
+        mesh = init_device_mesh(kinds[0] if kinds else "cpu", (world.size,))
         if parallelize is None:
             for part in parts_of(model):
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
@@ -219,6 +220,6 @@ def require_sliceable(model: nn.Module) -> None:
 def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        flat: Any = parameter.detach().view(-1).view(torch.uint8).numpy()
+        flat: Any = parameter.detach().cpu().view(-1).view(torch.uint8).numpy()
         digest.update(flat.data)
     return digest.hexdigest()

@@ -1,8 +1,10 @@
 """The ranks of one training: what they tell each other, and what they do together.
 
-Everything of one training goes over the launcher's store and torch.distributed's gloo. A rank that
-waits for another that has ended, or hangs, raises ``RankLostError``. Where that one is on another
-machine, and nobody says why it has ended, the machine is lost: ``MachineLostError``.
+Everything of one training goes over the launcher's store and torch.distributed: gloo for what lies
+in memory, NCCL for what lies on GPUs.
+
+A rank that waits for another that has ended, or hangs, raises ``RankLostError``. Where that one is
+on another machine, and nobody says why it has ended, the machine is lost: ``MachineLostError``.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class World:
             if seat.size > 1:
                 groups = PrefixStore("groups", store)
                 dist.init_process_group(
-                    "gloo", store=groups, rank=seat.rank, world_size=seat.size, timeout=timeout
+                    _backend(), store=groups, rank=seat.rank, world_size=seat.size, timeout=timeout
                 )
         except RuntimeError as error:
             raise RankLostError(
@@ -178,12 +180,12 @@ class World:
         """Collective. Put there what rank 0 has."""
         with self._lost_ranks_told():
             work = dist.broadcast(values, 0, async_op=True)
-        self._waiting(work)()
+        self._waiting(work, values)()
 
     def begin_sum(self, values: Tensor) -> Wait:
         """Collective. As ``sum_of``, on its way until the result is waited for."""
         with self._lost_ranks_told():
-            return self._waiting(dist.all_reduce(values, async_op=True))
+            return self._waiting(dist.all_reduce(values, async_op=True), values)
 
     def begin_exchange(
         self, parts: Tensor, sent: Sequence[int], received: Sequence[int]
@@ -195,13 +197,13 @@ class World:
         taken = parts.new_empty(sum(received))
         with self._lost_ranks_told():
             work = dist.all_to_all_single(taken, parts, list(received), list(sent), async_op=True)
-        return taken, self._waiting(work)
+        return taken, self._waiting(work, parts)
 
     def begin_join(self, slice_: Tensor, whole: Tensor) -> Wait:
         """Collective. Put the slices of all ranks, of one size each, together into ``whole``."""
         gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self._lost_ranks_told():
-            return self._waiting(gather(whole, slice_, async_op=True))
+            return self._waiting(gather(whole, slice_, async_op=True), slice_)
 
     def send(self, content: Tensor, rank: int) -> None:
         """Send bytes to a rank, which must ``receive`` them."""
@@ -238,14 +240,18 @@ class World:
     def lost_by(self, error: BaseException) -> RankLostError | None:
         """That the others are gone, where torch says so by an error of its own."""
         told = str(error).lower()
-        if not isinstance(error, RuntimeError) or not ("gloo" in told or "connection" in told):
+        is_theirs = any(word in told for word in ("gloo", "nccl", "connection"))
+        if not isinstance(error, RuntimeError) or not is_theirs:
             return None
         return self._lost(self._errors_of_others(), _short(error))
 
-    def _waiting(self, work: Any) -> Wait:
+    def _waiting(self, work: Any, values: Tensor) -> Wait:
         def wait() -> None:
             with self._lost_ranks_told():
-                self._finish(work)
+                if values.is_cuda:
+                    work.wait()  # the GPU waits; a machine that is lost then, the launcher sees
+                else:
+                    self._finish(work)
 
         return wait
 
@@ -305,6 +311,12 @@ class World:
         keys = {rank: ERROR.format(rank) for rank in range(self.size) if rank != self.rank}
         found = {rank: key for rank, key in keys.items() if self._store.check([key])}
         return [f"rank {rank}: {json.loads(self._store.get(key))}" for rank, key in found.items()]
+
+
+def _backend() -> str:
+    """For each kind of memory; NCCL begins with the first sum on GPUs."""
+    has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
+    return "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
 
 
 def _short(error: Exception) -> str:

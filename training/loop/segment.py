@@ -302,24 +302,19 @@ def _ended_by_trial(config: RunConfig) -> RunConfig:
 def sharded_step(
     stage: Stage, state: TrainState, device: torch.device
 ) -> ShardedStep[Microbatch] | None:
-    """What does the shards of steps; None where steps have none. Raises ConfigError."""
+    """What does the shards of steps; None where steps have none."""
     config = stage.config.distributed
     if config.strategy == "none":
         return None
     world = stage.world or World.alone()
-    if device.type != "cpu" and world.size > 1:
-        raise ConfigError(
-            f"distributed.num_processes={world.size} train on a CPU, and train.device is "
-            f"{device.type!r} here: several GPUs are not there yet; write train.device=cpu, or one "
-            f"process"
-        )
+    is_on_gpus = device.type == "cuda" and world.size > 1
     monitor = stage.monitor if isinstance(stage.monitor, AgreedMonitor) else None
     return ShardedStep(
         state.model,
         world,
         stage.seed("training"),
         num_shards=config.num_parts,
-        is_in_tree=config.num_shards is not None,
+        is_in_tree=config.num_shards is not None or is_on_gpus,  # NCCL's order is the machine's
         are_alike=has_shards_in_slices(stage.config),
         monitor=monitor,
         spread=state.spread,
@@ -399,6 +394,11 @@ def _spread(stage: Stage, model: nn.Module) -> Spread | None:
     require_sliceable(model)
     if is_alone:
         return None
+    if stage.config.train.precision == "fp16":
+        raise ConfigError(
+            "train.precision=fp16 scales losses by what each process finds in its own slices: with "
+            "distributed.strategy=fsdp write bf16 or fp32"
+        )
     return Spread(model, world, hook(stage.experiment, "parallelize"), is_in_tree=is_in_tree)
 
 
@@ -441,7 +441,10 @@ def build_manager(
 
 def build_overlap(config: CheckpointConfig, state: TrainState) -> Overlap | None:
     """What copies snapshots of this state beside the computation; None where nothing can."""
-    stream = copy_stream(state.loss_sum.device) if config.should_overlap else None
+    is_asked_for = (
+        config.should_overlap and state.spread is None
+    )  # slices are copied by all at once
+    stream = copy_stream(state.loss_sum.device) if is_asked_for else None
     if stream is None:
         return None
     overlap = Overlap(stream)

@@ -127,7 +127,7 @@ class TrainStep:
             return
         if self._shards is not None:
             step = state.counters.step
-            self.last_loss = self._shards(step, microbatches, self._backward)
+            self.last_loss = self._shards(step, microbatches, self._backward).to(self._device)
         else:
             losses = [self._backward(microbatch) for microbatch in microbatches]
             self.last_loss = losses[0] if len(losses) == 1 else torch.stack(losses).sum()

@@ -18,12 +18,13 @@ from holdfast.training.code.archive import kept_code, unpack_code
 from holdfast.training.configuration.schema import Json
 from holdfast.training.distributed.launcher import Ended, run_ranks
 from holdfast.training.errors import ExperimentError, InputError, StorageError
-from holdfast.training.exactness.reproducibility import child_environment, python_command
+from holdfast.training.exactness.reproducibility import python_command
 from holdfast.training.experiment.loading import own_file, with_file
 from holdfast.training.machines.note import Board, FolderBoard, Note, board_in, note_of, own_machine
 from holdfast.training.machines.standing import standing_of
 from holdfast.training.machines.visit import Visit, visited
 from holdfast.training.preemption.signals import SignalFlag, install_signal_flag
+from holdfast.training.ranks.gpus import environments_of_ranks
 from holdfast.training.ranks.launching import as_report
 from holdfast.training.runs.durable_json import write_json_durably
 from holdfast.training.runs.paths import RunDirectory
@@ -185,10 +186,9 @@ class _Guest:
             _copy_record(run, told["record"])
         with _experiment_here(note.experiment, run) as experiment:
             command = _command(experiment, note, self._joined.store, told)
-            environment = child_environment(told["num_threads"])
-            ended = run_ranks(
-                visit.place(), command, environment, Path.cwd(), told["hang_timeout_s"]
-            )
+            place, device = visit.place(), told["config"]["train"]["device"]
+            environments = environments_of_ranks(place.num_here, told["num_threads"], device)
+            ended = run_ranks(place, command, environments, Path.cwd(), told["hang_timeout_s"])
         visit.report(as_report(ended))
         self._has_notice = any((rank.outcome or {}).get("notice") for rank in ended.ranks)
         self._say(_told_end(ended))

@@ -14,12 +14,13 @@ from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.distributed.launcher import Ended, Place, RankEnd, place_of_all, run_ranks
 from holdfast.training.distributed.stopping import NEWCOMER_CAME
 from holdfast.training.errors import HoldfastError, MachineLostError, RankLostError
-from holdfast.training.exactness.reproducibility import child_environment, python_command
+from holdfast.training.exactness.reproducibility import python_command
 from holdfast.training.machines.meeting import Meeting, opened_meeting
 from holdfast.training.machines.note import note_trained
 from holdfast.training.preemption.notices import PreemptionMonitor
 from holdfast.training.preemption.signals import current_signal_flag
 from holdfast.training.preemption.sources import build_sources
+from holdfast.training.ranks.gpus import environments_of_ranks
 from holdfast.training.runs.directory import read_run_record, read_segments
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.runs.progress import Progress
@@ -43,8 +44,8 @@ def run_in_ranks(
     """Have a segment done by the configured number of processes; the outcome is that of all.
 
     ``command_line`` are the arguments of this process, which each rank here gets, too. Raises
-    InputError where other machines cannot come to this one, NoticeCameError where a notice comes
-    before enough of them are there, and StorageError.
+    InputError where other machines cannot come to this one or GPUs are too few, NoticeCameError
+    where a notice comes before enough machines are there, and StorageError.
     """
     step = finished_step(arguments.run, config)
     if step is not None:
@@ -54,12 +55,15 @@ def run_in_ranks(
             note_trained(arguments.run)
         return StageOutcome("completed", 0, step=step)
     num_threads, distributed = _num_threads(arguments, config), config.distributed
+    environments = environments_of_ranks(
+        distributed.num_processes, num_threads, config.train.device
+    )
 
     def run_here(place: Place) -> Ended:
         return run_ranks(
             place,
             python_command("holdfast.training", *command_line),
-            child_environment(num_threads),
+            environments,
             arguments.folder,
             distributed.hang_timeout_s,
             on_started=lambda pids: progress.emit("ranks", pids=[*pids]),

@@ -33,10 +33,12 @@ from holdfast.training.distributed.watchdog import answer_for_stacks
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import ExperimentError, HoldfastError, InputError, RankLostError
 from holdfast.training.exactness.trial import asked_trial
+from holdfast.training.exactness.versions import device_name
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.loop.saving import NothingSaved
 from holdfast.training.loop.segment import Together, build_trainer, run_segment
 from holdfast.training.loop.state import TrainState
+from holdfast.training.loop.train_step import resolve_device
 from holdfast.training.loop.trainer import Trainer
 from holdfast.training.preemption.notices import Notice
 from holdfast.training.ranks.carrying import Carrier, carry
@@ -72,7 +74,8 @@ def run_rank(stage: Stage) -> StageOutcome:
     world = stage.world
     assert world is not None
     answer_for_stacks()
-    require_same_run(stage.record, world)
+    device = device_name(resolve_device(stage.config.train.device).type)
+    require_same_run(stage.record, world, device)
     num_machines = len({*world.gathered(world.first_here)})
     carrier = _carrier(stage, world)
     if world.rank > 0:
@@ -93,17 +96,20 @@ def run_rank(stage: Stage) -> StageOutcome:
         raise
 
 
-def require_same_run(record: RunRecord, world: World) -> None:
-    """Collective. Raises InputError where ranks have different code, data or configurations."""
+def require_same_run(record: RunRecord, world: World, device: str = "") -> None:
+    """Collective. Raises InputError where ranks have different code, data, configurations or GPUs.
+
+    ``device`` is the name of what this rank trains on, where that is known.
+    """
     known = record.model_dump(mode="json")
-    mine = {key: known[key] for key in COMPARED}
+    mine = {"device": device, **{key: known[key] for key in COMPARED}}
     for rank, theirs in enumerate(world.gathered(mine)):
         found = next(told_differences(theirs, mine), None)
         if found is not None:
             raise InputError(
                 f"rank {rank} differs from rank {world.rank} in {found}; all processes of a "
-                f"training need the same configuration, code and data, and nothing of them may "
-                f"depend on the process"
+                f"training need the same configuration, code, data and kind of device, and nothing "
+                f"of them may depend on the process"
             )
 
 

@@ -2,12 +2,13 @@
 
 Gradients are summed by torch's ``DistributedDataParallel``, in a way that resumes exactly: with
 ``find_unused_parameters`` it never lays its buckets out anew, as it does after a process's first
-step else, and gloo's order of additions depends on the place in a bucket.
+step else, and the order of additions depends on the place in a bucket.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
@@ -25,6 +26,7 @@ from holdfast.training.exactness.seeding import seed_shard
 from holdfast.training.experiment.error_places import with_users_place
 from holdfast.training.loop.evaluation import model_device
 from holdfast.training.loop.state import TrainState
+from holdfast.training.ranks.gpus import VISIBLE
 from holdfast.training.ranks.segment import experiment_digest, weights_digest
 from holdfast.training.stage import failed_outcome
 
@@ -58,11 +60,7 @@ class Copies:
 
     def of(self, model: nn.Module) -> Copy:
         """Collective. This process's copy of a model. Raises InputError where there can be none."""
-        if model_device(model).type != "cpu":
-            raise InputError(
-                "run.parallel(model): several processes train on a CPU so far, and the model lies "
-                "on another device: move it there, or train with distributed.strategy=none"
-            )
+        self._require_place(model_device(model))
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise InputError(
                 "run.parallel(model): it has no parameter that is trained; call it as it is"
@@ -71,6 +69,21 @@ class Copies:
             copy = Copy(model, **HOW)
         self._models.append(copy)
         return copy
+
+    def _require_place(self, device: torch.device) -> None:
+        """Raise InputError where the processes' models lie where they cannot be summed."""
+        seen = self.world.gathered([device.type, os.environ.get(VISIBLE)])
+        if device.type == "cuda" and len({gpu for _, gpu in seen}) < self.world.size:
+            raise InputError(
+                f"run.parallel(model): each of {self.world.size} processes needs a GPU of its own, "
+                f"and this machine has {torch.cuda.device_count()}: start fewer, or leave the "
+                f"model on the CPU"
+            )
+        if device.type not in ("cpu", "cuda") or len({kind for kind, _ in seen}) > 1:
+            raise InputError(
+                f"run.parallel(model): the model lies on {device}; several processes train all on "
+                f"the CPU, or each on a GPU of its own: move it there"
+            )
 
     def shares(self, batch_size: int, num_samples: int, drop_last: bool) -> Shares:
         """Which part of each batch is this process's.

@@ -9,6 +9,9 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.distributed.launcher import place_of_all, run_ranks
@@ -16,8 +19,8 @@ from holdfast.training.distributed.seat import end_with_launcher, take_seat
 from holdfast.training.distributed.watchdog import answer_for_stacks
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import InputError
-from holdfast.training.exactness.reproducibility import child_environment
 from holdfast.training.preemption.signals import install_signal_flag
+from holdfast.training.ranks.gpus import environments_of_ranks
 from holdfast.training.ranks.launching import outcome_of
 from holdfast.training.runs.progress import Progress
 from holdfast.training.stage import StageOutcome
@@ -61,7 +64,7 @@ def run_in_processes(config: RunConfig, num_threads: int, progress: Progress) ->
         ended = run_ranks(
             place,
             _own_command(),
-            _environment(num_threads),
+            _environments(distributed.num_processes, num_threads),
             Path.cwd(),
             distributed.hang_timeout_s,
             on_started=lambda pids: progress.emit("ranks", pids=[*pids]),
@@ -77,9 +80,16 @@ def _own_command() -> list[str]:
     return command
 
 
-def _environment(num_threads: int) -> dict[str, str]:
-    """Of each process. Torch warns of what is on purpose; see ``replicas/copies.py``."""
-    return {"TORCH_CPP_LOG_LEVEL": "ERROR", **child_environment(num_threads)}
+def _environments(num_processes: int, num_threads: int) -> list[dict[str, str]]:
+    """Of each process. Torch warns of what is on purpose; see ``replicas/copies.py``.
+
+    Where GPUs are too few for all, the script may want CPUs.
+    """
+    device: Literal["auto", "cpu"] = "auto" if torch.cuda.device_count() >= num_processes else "cpu"
+    return [
+        {"TORCH_CPP_LOG_LEVEL": "ERROR", **own}
+        for own in environments_of_ranks(num_processes, num_threads, device)
+    ]
 
 
 def join_others(closing: ExitStack) -> World | None:
