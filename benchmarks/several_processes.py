@@ -31,7 +31,7 @@ from holdfast.training.distributed.spreading import parts_of
 from holdfast.training.distributed.world import World
 from holdfast.training.loop.evaluation import move
 from holdfast.training.loop.segment import build_trainer
-from holdfast.training.optimizers.building import build_optimizer
+from holdfast.training.optimizers.building import build_optimizers
 from holdfast.training.runs.costs import Costs
 from holdfast.training.stage import Stage, StageArguments, prepared_stage
 
@@ -64,7 +64,7 @@ def plain_loop(stage: Stage, num_steps: int, num_passes: int = 1) -> Callable[[]
     model = experiment.model().train()
     strategy = config.distributed.strategy
     whole = wrapped(model, strategy)
-    optimizer = build_optimizer(config.optimizer, model)
+    optimizers = [*build_optimizers(experiment, config.optimizer, model).values()]
     fetch = getattr(dataset, "fetch")  # noqa: B009  # optional in the protocol
     state = map(local_part, model.state_dict().values())
     live = [tensor for tensor in state if tensor.is_floating_point()]
@@ -83,12 +83,14 @@ def plain_loop(stage: Stage, num_steps: int, num_passes: int = 1) -> Callable[[]
     def run() -> None:
         for _ in range(num_steps):
             own = next(stream)[world.rank :: world.size]
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             for number, part in enumerate(own.chunk(num_passes), 1):
                 one_pass(part, is_last=number == num_passes)
             if config.train.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_norm)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             with torch.no_grad():
                 torch._foreach_lerp_(averages, live, 0.001)
 

@@ -60,7 +60,7 @@ class Spread:
         else:
             parallelize(model, mesh)
         if not isinstance(model, FSDPModule):
-            fully_shard(model, mesh=mesh, reshard_after_forward=True)
+            fully_shard(model, mesh=mesh)  # the backward pass begins with what is whole then
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         for module in self._modules:
             module.set_gradient_divide_factor(1.0)
@@ -79,6 +79,11 @@ class Spread:
         """Before each forward and backward pass of a step: gradients are summed in the last one."""
         for module in self._modules:
             module.set_requires_gradient_sync(is_last, recurse=False)
+
+    def end_scoring(self) -> None:
+        """After forward passes that no backward pass follows: each parameter is a slice again."""
+        for module in self._modules:
+            module.reshard()
 
     def part(self, stem: str, tensors: Mapping[str, Tensor]) -> Part | None:
         """What this rank writes of a stem: its slices, and as rank 0 all that is whole.

@@ -26,11 +26,11 @@ def measured_together(trainer: Trainer, world: World) -> dict[str, float] | None
     monitor = trainer.monitor
     assert isinstance(monitor, AgreedMonitor)
 
-    is_spread = trainer.state.spread is not None
+    spread = trainer.state.spread
 
     def should_stop() -> bool:
         world.beat()
-        return not is_spread and monitor.has_any()  # with slices, each batch needs all ranks
+        return spread is None and monitor.has_any()  # with slices, each batch needs all ranks
 
     def scored(share: tuple[int, int]) -> Records | None:
         with world.lost_ranks_found():
@@ -45,8 +45,10 @@ def measured_together(trainer: Trainer, world: World) -> dict[str, float] | None
 
     own = scored((world.rank, world.size))
     num_batches = -(-len(trainer.validation) // batch_size)
-    if is_spread and world.rank >= num_batches % world.size > 0:
+    if spread is not None and world.rank >= num_batches % world.size > 0:
         scored((0, num_batches))  # along with the ranks that have a batch more
+    if spread is not None:
+        spread.end_scoring()
     world.beat()
     if world.is_any(own is None):
         monitor.agree()

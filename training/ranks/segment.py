@@ -74,8 +74,13 @@ def run_rank(stage: Stage) -> StageOutcome:
     world = stage.world
     assert world is not None
     answer_for_stacks()
-    device = device_name(resolve_device(stage.config.train.device).type)
-    require_same_run(stage.record, world, device)
+    device = resolve_device(stage.config.train.device)
+    require_same_run(stage.record, world, device_name(device.type))
+    if device.type == "cuda" and world.size > 1 and world.rank == 0:
+        logger.warning(
+            "several GPUs: Holdfast's own tests have not run on several so far; see `On GPUs` in "
+            "docs/several_processes.md"
+        )
     num_machines = len({*world.gathered(world.first_here)})
     carrier = _carrier(stage, world)
     if world.rank > 0:
