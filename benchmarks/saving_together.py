@@ -246,9 +246,8 @@ class Holdfast:
             if self._manager is None:
                 path = self._world.told("checkpoint")
                 folder = local_folder(Path(path))
-                found = load_checkpoint(
-                    folder, manifest_of(folder), slicing=self._state.spread or WHOLE
-                )
+                slicing = self._state.spread or WHOLE
+                found = load_checkpoint(folder, manifest_of(folder), slicing=slicing, only_own=True)
             else:
                 taken = self._manager.restore()
                 assert taken is not None

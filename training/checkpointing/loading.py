@@ -26,7 +26,7 @@ from holdfast.training.checkpointing.manifest import (
 )
 from holdfast.training.checkpointing.model_weights import all_laid_out
 from holdfast.training.checkpointing.policy import Kind
-from holdfast.training.checkpointing.slices import WHOLE, Assembly, Slicing
+from holdfast.training.checkpointing.slices import WHOLE, Assembly, Slicing, files_of_own
 from holdfast.training.checkpointing.tensor_file import parse_layout, parse_tensors
 from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError, DataFormatError
@@ -58,18 +58,22 @@ def load_checkpoint(
     manifest: Manifest,
     migrations: Mapping[int, Migration] = MIGRATIONS,
     slicing: Slicing = WHOLE,
+    *,
+    only_own: bool = False,
 ) -> RestoredCheckpoint:
     """Read a checkpoint whose manifest is known.
 
     Of tensors that lie in slices those are taken that ``slicing`` asks for, out of one file after
-    the other.
+    the other. With ``only_own``, where another process has verified all files, those are left out
+    of which nothing is taken.
 
     Raises CheckpointCorruptError that names the file, what was expected and what was found.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     state: Json = None
-    slices = Assembly(manifest.shapes, slicing)
-    for name, parsed in parsed_files(folder, manifest, slices):
+    slices = Assembly(manifest.shapes, slicing, only_own=only_own)
+    read = files_of_own(folder.path, manifest, slicing) if only_own else manifest
+    for name, parsed in parsed_files(folder, read, slices):
         if name == STATE_NAME:
             state = parsed
         else:

@@ -122,12 +122,20 @@ WHOLE: Slicing = Whole()
 class Assembly:
     """Tensors that are put together from files of slices, which come in any order.
 
-    With ``slicing`` those slices are kept that it asks for; without, nothing is.
+    With ``slicing`` those slices are kept that it asks for; without, nothing is. With ``only_own``
+    files may be left out of which nothing is kept.
     """
 
-    def __init__(self, shapes: Mapping[str, Mapping[str, Any]], slicing: Slicing | None) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, Mapping[str, Any]],
+        slicing: Slicing | None,
+        *,
+        only_own: bool = False,
+    ) -> None:
         self._shapes = shapes
         self._slicing = slicing
+        self._kept_of = slicing if slicing is not None and only_own else WHOLE
         self._found: dict[tuple[str, str], list[tuple[Region, str]]] = {}
         self._own: dict[tuple[str, str], tuple[Region, Tensor]] = {}
         self._aliases: dict[str, dict[str, str]] = {stem: {} for stem in shapes}
@@ -161,10 +169,11 @@ class Assembly:
         return kept
 
     def require_whole(self, folder: Path) -> None:
-        """Raise CheckpointCorruptError unless each element of each tensor came exactly once."""
+        """Raise CheckpointCorruptError unless each element came exactly once."""
         for stem, shapes in self._shapes.items():
             for name, shape in shapes.items():
-                problem = _uncovered(shape, self._found.get((stem, name), []))
+                wanted = self._kept_of.region(stem, name, tuple(shape))
+                problem = _uncovered(wanted, self._found.get((stem, name), []))
                 if problem:
                     raise CheckpointCorruptError(f"{folder}: of {stem}.{name} {problem}")
 
@@ -193,8 +202,8 @@ class Assembly:
             ) from error
 
 
-def _uncovered(shape: Sequence[int], found: Sequence[tuple[Region, str]]) -> str | None:
-    """What is wrong with the slices of a tensor; None where each element is in one of them."""
+def _uncovered(wanted: Region, found: Sequence[tuple[Region, str]]) -> str | None:
+    """What is wrong with a tensor's slices; None where each wanted element is in one of them."""
     if not found:
         return "there is no slice in any file"
     ordered = sorted(found)
@@ -204,10 +213,36 @@ def _uncovered(shape: Sequence[int], found: Sequence[tuple[Region, str]]) -> str
                 break
             if region.overlap(other) is not None:
                 return f"the same elements are in {file} and in {other_file}"
-    num = sum(math.prod(region.shape) for region, _ in found)
-    if num != math.prod(shape):
-        return f"{num} of {math.prod(shape)} elements are in {len(found)} files: slices are missing"
+    common = (wanted.overlap(region) for region, _ in found)
+    num, num_wanted = sum(math.prod(part.shape) for part in common if part), math.prod(wanted.shape)
+    if num != num_wanted:
+        return f"{num} of {num_wanted} elements are in {len(found)} files: slices are missing"
     return None
+
+
+def files_of_own(folder: Path, manifest: Manifest, slicing: Slicing) -> Manifest:
+    """The manifest of those files alone of which this process keeps something.
+
+    The first file of slices of each stem has every name, and what all processes have whole.
+
+    Raises CheckpointCorruptError for one that is no safetensors file, or StorageError.
+    """
+    left_out = {
+        name
+        for stem, shapes in manifest.shapes.items()
+        for name in manifest.files_of(f"{stem}{TENSOR_SUFFIX}")[1:]
+        if not _holds_any(MappedFile(folder / name).layout, stem, shapes, slicing)
+    }
+    files = {name: entry for name, entry in manifest.files.items() if name not in left_out}
+    return manifest.model_copy(update={"files": files})
+
+
+def _holds_any(layout: Layout, stem: str, shapes: Mapping[str, Any], slicing: Slicing) -> bool:
+    return any(
+        name not in shapes  # which is told by whoever takes the file
+        or slicing.region(stem, name, tuple(shapes[name])).overlap(Region.stored(layout, name))
+        for name in layout.slots
+    )
 
 
 class MappedSlices:

@@ -230,7 +230,8 @@ def _restore(stage: Stage, trainer: Trainer, begin: Any) -> RestoredCheckpoint |
         )
     folder = local_folder(path)
     manifest = manifest_of(folder)
-    restored = load_checkpoint(folder, manifest, slicing=trainer.state.spread or WHOLE)
+    slicing = trainer.state.spread or WHOLE
+    restored = load_checkpoint(folder, manifest, slicing=slicing, only_own=True)
     lineage = stage.record.lineage
     is_its_begin = lineage is not None and manifest.step == lineage.step
     trainer.state.restore(restored.tensors, restored.state, lineage if is_its_begin else None)

@@ -88,6 +88,25 @@ def test_what_any_number_has_written_any_number_reads(run: RunDirectory, size: i
     assert file_digest(weights_file(folder)).startswith("sha256:")
 
 
+def test_where_all_is_verified_each_reads_the_files_of_its_own_slices_alone(
+    run: RunDirectory,
+) -> None:
+    save_slices(run, 4, odd_contents(5))
+    folder = run.checkpoint(5)
+    manifest = manifest_of(local_folder(folder))
+    damaged = folder / "optimizer-00003-of-00004.safetensors"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for rank in range(4):
+        cut, found = Cut(rank, 4), local_folder(folder)
+        if rank != 2:
+            restored = load_checkpoint(found, manifest, slicing=cut, only_own=True)
+            assert_same(restored.tensors, 5, cut)
+        for only_own in (False, True) if rank == 2 else (False,):
+            with pytest.raises(CheckpointCorruptError, match=r"00003-of-00004.safetensors was"):
+                load_checkpoint(found, manifest, slicing=cut, only_own=only_own)
+
+
 def test_slices_and_whole_files_are_compared_and_averaged_alike(
     run: RunDirectory, tmp_path: Path
 ) -> None:
