@@ -42,7 +42,7 @@ def capture(
             # torch's own LSTM and GRU set this attribute whenever they are moved.
             warnings.filterwarnings("ignore", r"The tensor attributes .*_flat_weights", UserWarning)
             program = torch.export.export(
-                copy.deepcopy(model),
+                _copy_around_weights(model),
                 examples,
                 dynamic_shapes={"inputs": shapes},
                 strict=False,
@@ -55,6 +55,12 @@ def capture(
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # holds the paths of this machine
     return program
+
+
+def _copy_around_weights(model: GuardedModel) -> GuardedModel:
+    """The model's modules once more, for torch to change as it likes, around the same tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _dynamic_shapes(
