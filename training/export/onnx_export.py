@@ -11,7 +11,9 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
+from onnx.external_data_helper import ExternalDataInfo
 from torch import Tensor
 
 from holdfast.training.errors import ExportError
@@ -29,7 +32,14 @@ from holdfast.training.export.specification import Inputs, Interface
 OPSET = 20  # from 23 on, ONNX Runtime fails on the CPU for models with padding masks
 MAX_REASON_CHARS = 300
 MAX_BYTES = 2_000_000_000  # a protobuf file ends at 2 GB
+LENGTH_DELIMITED = 2  # what protobuf calls a field that stands behind its length
+GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
+INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
+RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
+CHUNK_BYTES = 1 << 20
 CHATTY_LOGGERS = ("torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+LINEAGE = "lineage.onnx"  # its tensors are in a file beside it, where each is read by itself
+BESIDE = "optimised.onnx"
 WITHOUT_ONNX = "leave onnx out of export.formats"
 TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 ORT_DTYPES = {
@@ -65,15 +75,9 @@ class OnnxArtifact:
         feed = {name: t.numpy() for name, t in zip(names, inputs, strict=True)}
         return [torch.from_numpy(np.array(output)) for output in self._session.run(None, feed)]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """Initializers of the graph before it was optimised."""
-        if self._lineage is None:
-            return {}
-        graph = onnx.load(self._lineage).graph
-        return {
-            tensor.name.removeprefix(PREFIX): torch.from_numpy(numpy_helper.to_array(tensor).copy())
-            for tensor in graph.initializer
-        }
+        return {} if self._lineage is None else Initializers(self._lineage)
 
     def signature(self) -> tuple[list[PortSignature], list[PortSignature]]:
         """Types and shapes as ONNX Runtime reads them from the file."""
@@ -81,6 +85,32 @@ class OnnxArtifact:
             [_port(port) for port in self._session.get_inputs()],
             [_port(port) for port in self._session.get_outputs()],
         )
+
+
+class Initializers(Mapping[str, Tensor]):
+    """The initializers of a graph whose large ones lie beside it, each read when it is asked for.
+
+    By the champion's names.
+    """
+
+    def __init__(self, path: Path) -> None:
+        graph = onnx.load(path, load_external_data=False).graph
+        self._stored = {tensor.name.removeprefix(PREFIX): tensor for tensor in graph.initializer}
+        self._folder = str(path.parent)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one."""
+        tensor = onnx.TensorProto()
+        tensor.CopyFrom(self._stored[name])  # into which its bytes are read
+        return torch.from_numpy(numpy_helper.to_array(tensor, self._folder).copy())
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._stored)
 
 
 class OnnxFormat:
@@ -100,14 +130,14 @@ class OnnxFormat:
         target = place.bundle / self.path
         target.parent.mkdir(parents=True, exist_ok=True)
         program = translate(source)
-        _write(program.model_proto, place.scratch / "lineage.onnx", source.interface)
         with _quiet():
+            program.save(place.scratch / LINEAGE, external_data=True)
             program.optimize()
-        _write(program.model_proto, target, source.interface)
+            _write(program, target, place.scratch, source.interface)
 
     def load(self, place: Place) -> OnnxArtifact:
         """Load it with ONNX Runtime."""
-        return OnnxArtifact(place.bundle / self.path, place.scratch / "lineage.onnx")
+        return OnnxArtifact(place.bundle / self.path, place.scratch / LINEAGE)
 
 
 def translate(source: Source) -> Any:
@@ -179,17 +209,106 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _write(model: onnx.ModelProto, path: Path, interface: Interface) -> None:
+def _write(program: Any, path: Path, scratch: Path, interface: Interface) -> None:
+    """Write a program as one file.
+
+    In one piece its tensors would be in memory three times more, so torch writes them beside the
+    graph, from where they are copied.
+    """
+    beside = scratch / BESIDE
+    program.save(beside, external_data=True)
+    model = onnx.load(beside, load_external_data=False)
     _strip(model)
     _name_sizes(model, interface)
     written = {entry.domain: entry.version for entry in model.opset_import}
     if written.get("") != OPSET:
         raise ExportError(f"torch.onnx wrote opset {written.get('')}, {OPSET} was asked for")
-    if model.ByteSize() > MAX_BYTES:
+    parts = whole_model(model, scratch)
+    if (num_bytes := _size(parts)) > MAX_BYTES:
         raise ExportError(
-            f"the ONNX file would have {model.ByteSize()} bytes; one file holds at most {MAX_BYTES}"
+            f"the ONNX file would have {num_bytes} bytes; one file holds at most {MAX_BYTES}"
         )
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    with path.open("wb") as file:
+        for part in parts:
+            file.writelines(part.chunks() if isinstance(part, Stretch) else [part])
+    for left in scratch.glob(f"{BESIDE}*"):
+        left.unlink()
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Bytes of a file."""
+
+    path: Path
+    start: int
+    num_bytes: int
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes, a few at a time."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            for done in range(0, self.num_bytes, CHUNK_BYTES):
+                yield file.read(min(CHUNK_BYTES, self.num_bytes - done))
+
+
+Part = bytes | Stretch
+
+
+def whole_model(model: onnx.ModelProto, folder: Path) -> list[Part]:
+    """The file of a model whose tensors lie in a file of ``folder``, as if they were in the model.
+
+    It is what ``SerializeToString(deterministic=True)`` gives: in protobuf the fields of a message
+    lie in the order of their numbers, and a message within another behind a key and its length.
+    Takes the tensors out of the model.
+    """
+    tensors = [_inside(INITIALIZER, _tensor(each, folder)) for each in model.graph.initializer]
+    del model.graph.initializer[:]
+    begin, end = _around(model.graph, INITIALIZER)
+    graph = _inside(GRAPH, [begin, *chain.from_iterable(tensors), end])
+    begin, end = _around(model, GRAPH)
+    return [begin, *graph, end]
+
+
+def _tensor(tensor: onnx.TensorProto, folder: Path) -> list[Part]:
+    if tensor.data_location != onnx.TensorProto.EXTERNAL:
+        return [tensor.SerializeToString(deterministic=True)]
+    place = ExternalDataInfo(tensor)
+    data = Stretch(folder / place.location, place.offset or 0, place.length or 0)
+    tensor.ClearField("data_location")
+    tensor.ClearField("external_data")
+    begin, end = _around(tensor, RAW_DATA)
+    return [begin, *_inside(RAW_DATA, [data]), end]
+
+
+def _inside(number: int, parts: list[Part]) -> list[Part]:
+    """A message or bytes as the field with this number."""
+    return [_varint(number << 3 | LENGTH_DELIMITED) + _varint(_size(parts)), *parts]
+
+
+def _size(parts: list[Part]) -> int:
+    return sum(part.num_bytes if isinstance(part, Stretch) else len(part) for part in parts)
+
+
+def _around(message: Any, number: int) -> tuple[bytes, bytes]:
+    """The bytes of a message's fields before the one with this number, and of those after it."""
+    before, after = type(message)(), type(message)()
+    for part in (before, after):
+        part.CopyFrom(message)
+    for field, _ in message.ListFields():
+        if field.number <= number:
+            after.ClearField(field.name)
+        if field.number >= number:
+            before.ClearField(field.name)
+    return before.SerializeToString(deterministic=True), after.SerializeToString(deterministic=True)
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits to a byte, the lowest first; the eighth is set where another byte follows."""
+    parts = []
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
 
 
 def _strip(model: onnx.ModelProto) -> None:

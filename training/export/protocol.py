@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -75,8 +75,11 @@ class Artifact(Protocol):
         """Outputs in the order of the interface."""
         ...
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Weights by the champion's names, before any optimisation of the graph."""
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Weights by the champion's names, before any optimisation of the graph.
+
+        Each may be read from a file whenever it is asked for.
+        """
         ...
 
     def signature(self) -> tuple[list[PortSignature], list[PortSignature]] | None:
