@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from holdfast.training.checkpointing.json_state import decode
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.model_weights import split_state, take_buffers
-from holdfast.training.checkpointing.tensor_file import parse_layout, parse_tensors
+from holdfast.training.checkpointing.tensor_file import MappedFile, parse_layout, parse_tensors
 from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError, ExportError, StorageError
 from holdfast.training.experiment.model_call import CallForm
@@ -25,7 +25,7 @@ class WeightsArtifact:
     """A fresh model with the weights of the file."""
 
     def __init__(self, path: Path, model: nn.Module, form: CallForm) -> None:
-        self._tensors = read_tensors(path)
+        self._tensors = StoredTensors(path)
         self._model = GuardedModel(load_champion(path, model), form)
 
     def run(self, inputs: Inputs) -> list[Tensor]:
@@ -33,13 +33,42 @@ class WeightsArtifact:
         with torch.no_grad():
             return list(self._model(*inputs))
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """What the file holds."""
         return self._tensors
 
     def signature(self) -> tuple[list[PortSignature], list[PortSignature]] | None:
         """Weights declare no interface."""
         return None
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file under all their names, each read when it is asked for.
+
+    Raises CheckpointCorruptError where it is none, or StorageError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = MappedFile(path)
+        layout = self._file.layout
+        self._stored = {**{name: name for name in layout.slots}, **layout.aliases}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read one."""
+        stored = self._stored[name]
+        tensor = self._file.tensor(stored)
+        read = tensor.clone()
+        if tensor.numel():
+            self._file.release(stored, 0, tensor.numel())
+        return read
+
+    def __iter__(self) -> Iterator[str]:
+        """The names."""
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        """How many names there are."""
+        return len(self._stored)
 
 
 class WeightsFormat:

@@ -29,7 +29,7 @@ from holdfast.training.export.parts import (
 )
 from holdfast.training.export.protocol import Place, Runner
 from holdfast.training.loop.evaluation import as_arrays
-from holdfast.training.parity.champion import Champion
+from holdfast.training.parity.champion import Answers, Champion
 from holdfast.training.parity.golden import write_golden
 from holdfast.training.parity.parity import (
     ArtifactReport,
@@ -68,7 +68,7 @@ class PartChecks:
     ) -> None:
         self._experiment, self._champion_path = experiment, champion
         self._folders, self._batch_size, self._num_golden = folders, batch_size, num_golden
-        self._champion = cache(self._load)
+        self._known: dict[str, tuple[Answers, Place]] = {}
         self._wanted = cache(self._answer)
 
     def check(self, name: str) -> ArtifactReport:
@@ -76,14 +76,27 @@ class PartChecks:
         part, form = name.split(".")
         if part == TOGETHER:
             return self._check_together(name, form)
-        champion, place = self._champion(part)
         if form == "champion":
-            report = check_comparison(champion)
-            write_golden(place.scratch / "golden", champion, self._num_golden)
+            report = self._check_champion(part)
         else:
-            report = check_artifact(champion, form, formats()[form], place, Int8Limits())
+            answers, place = self._answers(part)
+            report = check_artifact(answers, form, formats()[form], place, Int8Limits())
         report.format = name
         return report
+
+    def _check_champion(self, part: str) -> ArtifactReport:
+        champion, place = self._load(part)
+        self._known[part] = champion.answers(), place
+        report = check_comparison(champion)
+        write_golden(place.scratch / "golden", champion, self._num_golden)
+        return report
+
+    def _answers(self, part: str) -> tuple[Answers, Place]:
+        """What artifacts of a part are held to. No model is kept: each has all the weights."""
+        if part not in self._known:
+            champion, place = self._load(part)
+            self._known[part] = champion.answers(), place
+        return self._known[part]
 
     def _load(self, part: str) -> tuple[Champion, Place]:
         path = self._champion_path
@@ -130,7 +143,7 @@ class PartChecks:
 
     def _load_runs(self, form: str) -> dict[str, Runner]:
         parts = part_names(self._experiment)
-        return {part: formats()[form].load(self._champion(part)[1]).run for part in parts}
+        return {part: formats()[form].load(self._answers(part)[1]).run for part in parts}
 
     def _compare_metrics(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.interfaces import open_interface
 from holdfast.training.export.protocol import Runner
 from holdfast.training.export.specification import Inputs, Interface, export_spec
-from holdfast.training.export.weights import load_champion, read_tensors, tied_names
+from holdfast.training.export.weights import StoredTensors, load_champion, tied_names
 from holdfast.training.loop.evaluation import as_arrays
 from holdfast.training.parity.merging import model_apart
 from holdfast.training.parity.numbers import Reference, double_copy, make_reference
@@ -55,11 +55,11 @@ class RunnerModule(nn.Module):
 
 
 @dataclass(frozen=True)
-class Champion:
-    """Weights, eager model, fp64 copy, and the answers of both to every probe.
+class Answers:
+    """What artifacts are held to: the champion's weights, and its answers to every probe.
 
     Attributes:
-        tensors: the file's tensors by name.
+        tensors: the file's tensors by name, each read when it is asked for.
         names: for each tensor, the names of the same (tied) tensor.
         references: answers by the name of the probe.
         test: answers to each batch of the test set, without their inputs.
@@ -69,7 +69,6 @@ class Champion:
 
     experiment: Experiment
     interface: Interface
-    eager: GuardedModel
     tensors: Mapping[str, Tensor]
     names: Mapping[str, list[str]]
     references: Mapping[str, Reference]
@@ -77,6 +76,13 @@ class Champion:
     metrics: Mapping[str, float]
     batch_size: int
     by_size: Mapping[str, Inputs]
+
+
+@dataclass(frozen=True)
+class Champion(Answers):
+    """The answers of the champion and of its fp64 copy, and the eager model that gave them."""
+
+    eager: GuardedModel
 
     @classmethod
     def load(
@@ -111,7 +117,7 @@ class Champion:
             experiment=experiment,
             interface=interface,
             eager=eager,
-            tensors=read_tensors(path),
+            tensors=StoredTensors(path),
             names=names,
             references=references,
             test=tuple(test),
@@ -119,6 +125,10 @@ class Champion:
             batch_size=batch_size,
             by_size=opened.by_size,
         )
+
+    def answers(self) -> Answers:
+        """Without the model, which only the checks of the champion itself need."""
+        return Answers(**{each.name: getattr(self, each.name) for each in fields(Answers)})
 
 
 def moved(value: Any, device: torch.device | None) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from holdfast.training.champion.latency import BATCH_SIZES, measure
 from holdfast.training.configuration.schema import Json
 from holdfast.training.exactness.reproducibility import set_up_torch
+from holdfast.training.experiment.protocol import Experiment
 from holdfast.training.export.formats import formats
 from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.interfaces import open_interface
@@ -19,7 +20,7 @@ from holdfast.training.export.protocol import Place
 from holdfast.training.export.specification import Inputs
 from holdfast.training.export.weights import load_champion
 from holdfast.training.parity.assembly import PartChecks
-from holdfast.training.parity.champion import Champion
+from holdfast.training.parity.champion import Answers, Champion
 from holdfast.training.parity.checking import CheckRequest, read_request
 from holdfast.training.parity.golden import write_golden
 from holdfast.training.parity.parity import (
@@ -52,8 +53,8 @@ def check_parity(request: CheckRequest, names: list[str]) -> None:
     batch_size, num_golden = config.data.evaluation_batch_size, config.export.num_golden
     folders = Path(request.bundle), Path(request.scratch)
     parts = PartChecks(experiment, Path(request.champion), folders, batch_size, num_golden)
-    champion = Champion.load(experiment, Path(request.champion), batch_size, _say)
-    place = Place(*folders, experiment.model, champion.interface)
+    answers = _champion_answers(request, experiment, is_checked="champion" in names)
+    place = Place(*folders, experiment.model, answers.interface)
     table = formats()
     limits = Int8Limits(
         config.export.int8_metric or config.selection.metric,
@@ -61,18 +62,34 @@ def check_parity(request: CheckRequest, names: list[str]) -> None:
         config.export.int8_min_agreement,
     )
     for name in names:
+        gc.collect()  # models are in cycles: each would be there while the next one is checked
+        if name == "champion":
+            continue
         _say(f"parity of {name}")
         if name in request.parts:
             report = parts.check(name)
-        elif name == "champion":
-            report = check_comparison(champion)
-            write_golden(Path(request.scratch) / "golden", champion, num_golden)
-            _say("ranges of validation data")
-            write_ranges(Path(request.scratch) / RANGES, champion)
         else:
-            report = check_artifact(champion, name, table[name], place, limits)
+            report = check_artifact(answers, name, table[name], place, limits)
         write_json_durably(request.report_path("parity", name), report.as_json())
-        gc.collect()  # models are in cycles: each would be there while the next one is checked
+
+
+def _champion_answers(request: CheckRequest, experiment: Experiment, is_checked: bool) -> Answers:
+    """What artifacts are held to; where ``is_checked``, with the report of the comparison itself.
+
+    The model goes: with the champion's and an artifact's in memory, a runtime that loads one in
+    several copies would take more than anything else.
+    """
+    config, scratch = request.build_config(), Path(request.scratch)
+    batch_size = config.data.evaluation_batch_size
+    champion = Champion.load(experiment, Path(request.champion), batch_size, _say)
+    if is_checked:
+        _say("parity of champion")
+        report = check_comparison(champion)
+        write_golden(scratch / "golden", champion, config.export.num_golden)
+        _say("ranges of validation data")
+        write_ranges(scratch / RANGES, champion)
+        write_json_durably(request.report_path("parity", "champion"), report.as_json())
+    return champion.answers()
 
 
 def check_latency(request: CheckRequest, names: list[str]) -> None:
@@ -81,23 +98,25 @@ def check_latency(request: CheckRequest, names: list[str]) -> None:
     num_runs = request.build_config().export.num_latency_runs
 
     @cache
-    def opened(part: str) -> tuple[Inputs, GuardedModel, Place]:
+    def opened(part: str) -> tuple[Inputs, Place]:
         folders = Path(request.bundle), Path(request.scratch)
         experiment, folders = graph_of(whole, part, champion, folders)
         model = load_champion(champion, experiment.model())
         found = open_interface(experiment, model, max(BATCH_SIZES))
-        place = Place(*folders, experiment.model, found.interface)
-        return found.rows, GuardedModel(model, found.form).eval(), place
+        return found.rows, Place(*folders, experiment.model, found.interface)
 
     def measured(name: str) -> dict[str, Json]:
         part, _, form = name.rpartition(".")
-        rows, eager, place = opened(part)
-        artifact = formats()[form].load(place)
+        rows, place = opened(part)
+        artifact = formats()[form].load(place)  # first: a runtime may load it in several copies
+        model = load_champion(champion, place.build())
+        eager = GuardedModel(model, place.interface.form).eval()
         return measure(artifact.run, lambda inputs: list(eager(*inputs)), rows, num_runs)
 
     for name in names:
         _say(f"latency of {name}")
         write_json_durably(request.report_path("latency", name), measured(name))
+        gc.collect()
 
 
 def _say(message: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,19 +148,23 @@ def perturbed_copy(model: GuardedModel, relative_noise: float) -> GuardedModel:
 
 
 def different_tensors(
-    champion: Mapping[str, Tensor], found: Mapping[str, Tensor], names: Mapping[str, list[str]]
-) -> list[str]:
-    """Names of the champion's floating-point tensors that are not there bit by bit.
+    champion: Iterable[tuple[str, Tensor]],
+    found: Mapping[str, Tensor],
+    names: Mapping[str, list[str]],
+) -> tuple[int, list[str]]:
+    """How many floating-point tensors the champion has, and names of those not there bit by bit.
 
-    ``names``: for tied tensors, the other names under which a tensor may stand.
+    ``names``: for tied tensors, the other names under which a tensor may stand. In memory is one
+    of each side at a time, where they are read when they are asked for.
     """
-    wrong = []
-    for name, tensor in champion.items():
+    num, wrong = 0, []
+    for name, tensor in champion:
         if tensor.is_floating_point():
-            candidates = [found[n] for n in names.get(name, [name]) if n in found]
-            if not any(_is_identical(tensor, other) for other in candidates):
+            num += 1
+            candidates = [n for n in names.get(name, [name]) if n in found]
+            if not any(_is_identical(tensor, found[n]) for n in candidates):
                 wrong.append(name if candidates else f"{name} (missing)")
-    return sorted(wrong)
+    return num, sorted(wrong)
 
 
 def _is_identical(a: Tensor, b: Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.protocol import Artifact, Format, Place, PortSignature
 from holdfast.training.export.specification import TensorSpec
-from holdfast.training.parity.champion import Champion, score_test_set
+from holdfast.training.parity.champion import Answers, Champion, score_test_set
 from holdfast.training.parity.numbers import (
     NUM_EPS,
     Comparison,
@@ -100,7 +100,7 @@ class ArtifactReport:
 
 
 def check_artifact(
-    champion: Champion, name: str, form: Format, place: Place, limits: Int8Limits
+    champion: Answers, name: str, form: Format, place: Place, limits: Int8Limits
 ) -> ArtifactReport:
     """Load the artifact of a format and run every check that fits it."""
     report = ArtifactReport(name)
@@ -156,7 +156,7 @@ def noticeable_noise(model: nn.Module) -> float:
     return max(NOTICEABLE_NOISE, NUM_EPS * coarsest)
 
 
-def _by_design(champion: Champion) -> set[int]:
+def _by_design(champion: Answers) -> set[int]:
     """Outputs that say nothing about the weights of an untrained model either.
 
     They do not vary over the samples there, as anchors do not, or are what the champion's are, as
@@ -182,15 +182,15 @@ def _column(references: Sequence[Reference], index: int) -> Tensor:
 
 
 def _check_lineage(
-    champion: Champion, artifact: Artifact, report: ArtifactReport, unused: set[str]
+    champion: Answers, artifact: Artifact, report: ArtifactReport, unused: set[str]
 ) -> None:
-    needed = {name: t for name, t in champion.tensors.items() if name not in unused}
+    needed = ((name, t) for name, t in champion.tensors.items() if name not in unused)
     try:
-        wrong = different_tensors(needed, artifact.tensors(), champion.names)
+        num, wrong = different_tensors(needed, artifact.tensors(), champion.names)
     except Exception as error:  # noqa: BLE001 - an unreadable file is a finding
         report.add("lineage", "file", f"its tensors cannot be read: {_one_line(error)}")
         return
-    report.num_tensors = sum(tensor.is_floating_point() for tensor in needed.values())
+    report.num_tensors = num
     if wrong:
         message = f"differ from the champion's: {', '.join(wrong[:FEW])}"
         report.add("lineage", f"{len(wrong)} of {report.num_tensors} tensors", message)
@@ -198,7 +198,7 @@ def _check_lineage(
         report.add("lineage", "file", "the champion has no floating-point tensor to compare")
 
 
-def _check_signature(champion: Champion, artifact: Artifact, report: ArtifactReport) -> None:
+def _check_signature(champion: Answers, artifact: Artifact, report: ArtifactReport) -> None:
     declared = artifact.signature()
     if declared is None:
         return
@@ -223,7 +223,7 @@ def _port_findings(found: PortSignature, wanted: TensorSpec) -> Iterator[Finding
 
 
 def _check_probe(
-    champion: Champion,
+    champion: Answers,
     artifact: Artifact,
     report: ArtifactReport,
     probe: tuple[str, Reference],
@@ -242,7 +242,7 @@ def _check_probe(
 
 
 def _note(
-    champion: Champion,
+    champion: Answers,
     report: ArtifactReport,
     probe: str,
     answers: list[Comparison],
@@ -267,7 +267,7 @@ def _share(entry: dict[str, float]) -> float:
 
 
 def _check_test_set(
-    champion: Champion,
+    champion: Answers,
     artifact: Artifact,
     report: ArtifactReport,
     is_exact: bool,
@@ -296,9 +296,7 @@ def _check_test_set(
             report.add("task", name, message)
 
 
-def _measure_agreement(
-    champion: Champion, report: ArtifactReport, seen: list[list[Tensor]]
-) -> None:
+def _measure_agreement(champion: Answers, report: ArtifactReport, seen: list[list[Tensor]]) -> None:
     """Top-1 agreement of outputs that look like classes: two or more numbers for each sample."""
     for index, port in enumerate(champion.interface.outputs):
         num_classes = port.shape[0] if len(port.shape) == 1 else 0

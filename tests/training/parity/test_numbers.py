@@ -113,5 +113,6 @@ def test_tensors_are_compared_bit_by_bit_and_by_name() -> None:
     champion = {"a": torch.tensor([0.0, 1.0]), "tied": torch.ones(2), "steps": torch.tensor(3)}
     names = {"tied": ["tied", "other"]}
     found = {"a": torch.tensor([-0.0, 1.0]), "other": torch.ones(2)}
-    assert different_tensors(champion, found, names) == ["a"]
-    assert different_tensors(champion, {"a": champion["a"]}, names) == ["tied (missing)"]
+    assert different_tensors(champion.items(), found, names) == (2, ["a"])
+    only = {"a": champion["a"]}
+    assert different_tensors(champion.items(), only, names) == (2, ["tied (missing)"])
