@@ -138,6 +138,8 @@ class Export:
         )
         if not write_artifacts(source, place, self.formats, self._before_each):
             return None
+        interface = source.interface
+        del source  # each part has all the weights once more
         parts = write_parts(
             experiment,
             champion,
@@ -146,7 +148,7 @@ class Export:
             self.formats,
             self._before_each,
         )
-        return None if parts is None else (source.interface, parts)
+        return None if parts is None else (interface, parts)
 
     def _exported(self) -> tuple[Experiment, Path]:
         """The experiment and the weights of the model that is exported."""

@@ -197,17 +197,27 @@ def write_parts(
     for part in part_names(experiment):
         if not before_each(part):
             return None
-        alone, (bundle, scratch) = graph_of(experiment, part, champion, folders)
-        source, place = open_champion(alone, champion, config, bundle, scratch)
-        write_artifacts(source, place, part_formats(names))
-        if "onnx" in names:
-            text = triton_config(source.interface, config.max_batch_size)
-            (bundle / "config.pbtxt").write_text(text)
-        interfaces[part] = source.interface
+        graph = graph_of(experiment, part, champion, folders)
+        interfaces[part] = _write_part(*graph, champion, config, names)
     if isinstance(experiment, InParts):
         for name, content in experiment.export_files().items():
             (folders[0] / name).write_bytes(content)
     return interfaces
+
+
+def _write_part(
+    alone: Experiment,
+    folders: tuple[Path, Path],
+    champion: Path,
+    config: ExportConfig,
+    names: Sequence[str],
+) -> Interface:
+    source, place = open_champion(alone, champion, config, *folders)
+    write_artifacts(source, place, part_formats(names))
+    if "onnx" in names:
+        text = triton_config(source.interface, config.max_batch_size)
+        (place.bundle / "config.pbtxt").write_text(text)
+    return source.interface
 
 
 def _runner(model: nn.Module) -> Runner:
