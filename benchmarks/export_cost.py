@@ -78,7 +78,8 @@ def measure(name: str, overrides: tuple[str, ...]) -> Cost:
         command += ["--store", store, "--run-id", "cost", "--progress", "none"]
         command += [word for override in overrides for word in ("--set", override)]
         duration_s, peak_mb = run_measured(command)
-        manifest = read_manifest(Path(store) / name / "cost/bundle")
+        (bundle,) = Path(store).glob("*/cost/bundle")
+        manifest = read_manifest(bundle)
     return Cost(
         name=", ".join([name, *(o for o in overrides if not o.startswith("data."))]),
         weights_mb=manifest["formats"]["weights"]["size_bytes"] / 1e6,

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.export_cost import measure
 
+HEAVY = Path(__file__).with_name("heavy_experiments.py")
 # Of wide digits: what lies between two layers for one evaluation batch, 256 samples in fp32, with
 # the copy that a convolution makes of it.
 BATCH_MB = 65.0
+OTHERS_MB = 10.0  # between runs, and of a batch
+
+
+@pytest.mark.slow
+def test_the_largest_process_of_an_export_grows_by_four_times_the_weights() -> None:
+    few = ("export.num_latency_runs=10",)
+    light, heavy = (measure(f"{HEAVY}:{name}", few) for name in ("Light", "Heavy"))
+    growth_mb, weights_mb = heavy.peak_mb - light.peak_mb, heavy.weights_mb - light.weights_mb
+    print(f"{growth_mb:.0f} MB more for {weights_mb:.1f} MB more of weights")
+    assert weights_mb > 60
+    assert growth_mb <= 4 * weights_mb + OTHERS_MB
 
 
 @pytest.mark.slow
