@@ -268,7 +268,7 @@ SPEED = (
     ),
     Section(
         "Export, parity and bundle",
-        "memory grows by at most 4 times the weights and a constant",
+        "memory grows by at most 4 times the weights and 25 MB",
         (("export_cost.py", f"{DATA}/cmapss"),),
     ),
     Section(
