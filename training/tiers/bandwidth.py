@@ -27,9 +27,15 @@ LIMIT_VARIABLE = "HOLDFAST_UPLOAD_LIMIT_MB_PER_S"
 STOP_MARGIN_S = 6.0
 """Of a grace period: to finish a step, to save here, and to begin."""
 LOOK_EVERY_S = 5.0
+LOOK_AT_NEED_EVERY_S = 0.2
 FILE = "bandwidth.json"
 LIMITS = Limits(max_bytes=2**14, max_depth=2)
 MEGABYTE = 1e6
+
+
+def never() -> bool:
+    """For what is needed until it is done."""
+    return False
 
 
 class Throttle:
@@ -44,15 +50,20 @@ class Throttle:
         self._free_s = 0.0
         self._mutex, self._is_lifted = threading.Lock(), threading.Event()
 
-    def take(self, num_bytes: int) -> None:
-        """Wait until so many bytes may be sent."""
+    def take(self, num_bytes: int, is_over: Callable[[], bool] = never) -> None:
+        """Wait until so many bytes may be sent, or need not be sent any more."""
         if math.isinf(self.bytes_per_s):
             return
         with self._mutex:
-            now_s = time.monotonic()
-            start_s = max(now_s, self._free_s)
-            self._free_s = start_s + num_bytes / self.bytes_per_s
-        self._is_lifted.wait(start_s - now_s)
+            start_s = max(time.monotonic(), self._free_s)
+            taken_s = num_bytes / self.bytes_per_s
+            self._free_s = start_s + taken_s
+        while (left_s := start_s - time.monotonic()) > 0 and not self._is_lifted.is_set():
+            if is_over():
+                with self._mutex:
+                    self._free_s -= taken_s
+                return
+            self._is_lifted.wait(min(left_s, LOOK_AT_NEED_EVERY_S))
 
     def lift(self) -> None:
         """From now on there is no limit; whoever waits goes on."""
@@ -68,13 +79,18 @@ class Sending:
         self._throttle, self._mutex = throttle, threading.Lock()
         self._is_given_up = False
 
-    def before_part(self, num_bytes: int) -> None:
-        """For ``upload_file``: keeps to the limit. Raises StorageError once it is given up."""
-        self._throttle.take(num_bytes)
+    def before_part(self, num_bytes: int, is_over: Callable[[], bool] = never) -> None:
+        """For ``upload_file``: keeps to the limit.
+
+        Raises StorageError once it is given up, or once the file ``is_over``.
+        """
+        self._throttle.take(num_bytes, is_over)
         with self._mutex:
             self.left_bytes -= num_bytes
         if self._is_given_up:
             raise StorageError("given up for a newer state, which this machine has time for")
+        if is_over():
+            raise StorageError("given up: another machine has brought it up")
 
     def give_up(self) -> None:
         """Let the next part that would be sent raise."""

@@ -107,6 +107,21 @@ def test_senders_stay_below_the_limit_together_until_it_is_lifted() -> None:
     assert not waiting.is_alive()
 
 
+def test_what_need_not_be_sent_any_more_waits_no_longer_and_takes_nothing_from_others() -> None:
+    throttle, is_over = Throttle(1000.0), threading.Event()
+    throttle.take(1000)
+    waiting = threading.Thread(target=throttle.take, args=(10**9, is_over.is_set))
+    waiting.start()
+    time.sleep(0.2)
+    assert waiting.is_alive()
+    is_over.set()
+    waiting.join(10.0)
+    assert not waiting.is_alive()
+    start_s = time.monotonic()
+    throttle.take(1)
+    assert time.monotonic() - start_s < 5.0
+
+
 def test_the_limit_is_asked_for_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(LIMIT_VARIABLE, raising=False)
     assert asked_limit().bytes_per_s == math.inf
