@@ -51,11 +51,10 @@ from holdfast.training.tiers.companion import Companion
 from holdfast.training.tiers.head import head_key, read_head, run_folder
 from holdfast.training.tiers.keeping import opened_replica
 from holdfast.training.tiers.listing import READ
-from holdfast.training.tiers.replica import newest_steps
 from holdfast.training.tiers.restoring import restore_folder
 from holdfast.training.tiers.scratch import run_name, tier_folder
 from holdfast.training.tiers.transfer import download_file, read_tree, upload_file
-from holdfast.training.tiers.tree import Tree, TreeFile
+from holdfast.training.tiers.tree import Tree, TreeFile, newest_steps
 from tests.contracts.fault_proxy import FaultProxy, hurt_way
 from tests.contracts.object_servers import make_bucket, moto, seaweedfs
 

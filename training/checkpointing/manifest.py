@@ -7,7 +7,6 @@ digest, and ends with a digest of its own fields, so that a changed digit is fou
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from holdfast.training.checkpointing.policy import CheckpointInfo, Kind, Trigger
 from holdfast.training.configuration.schema import Json
 from holdfast.training.errors import CheckpointCorruptError
 from holdfast.training.runs.durable_json import json_bytes, storage_error, without_nan
-from holdfast.training.runs.paths import parse_step
+from holdfast.training.runs.paths import SLICED_NAME, parse_step
 from holdfast.training.runs.stored_json import parse_json
 
 FORMAT_VERSION = 1
@@ -35,7 +34,6 @@ MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
 TENSOR_SUFFIX = ".safetensors"
 DIGEST_KEY = "manifest_digest"
-SLICED_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.safetensors")
 
 Size = Annotated[int, Field(ge=0)]
 StateParts = tuple[dict[str, dict[str, Tensor]], Json]

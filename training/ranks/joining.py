@@ -1,6 +1,7 @@
 """Another machine takes part in a run: it waits for the run's next start, and trains along.
 
-It has no lease and writes nothing to the run's folder but, with fsdp, the slices of its ranks.
+It has no lease and writes nothing to the run's folder, or to its bucket, but, with fsdp, the slices
+of its ranks.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from holdfast.training.machines.note import Board, FolderBoard, Note, board_in, 
 from holdfast.training.machines.standing import standing_of
 from holdfast.training.machines.visit import Visit, visited
 from holdfast.training.preemption.signals import SignalFlag, install_signal_flag
+from holdfast.training.ranks.bringing import Bringing
 from holdfast.training.ranks.gpus import environments_of_ranks
 from holdfast.training.ranks.launching import as_report
 from holdfast.training.runs.durable_json import write_json_durably
 from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.stage import EXIT_PREEMPTED
 from holdfast.training.storage.address import Address
+from holdfast.training.storage.opening import open_store
 from holdfast.training.tiers.scratch import tier_folder
 
 logger = logging.getLogger(__name__)
@@ -81,7 +84,10 @@ def join(joined: Joined, max_wait_s: float) -> int:
     Raises InputError where what this machine has is not fit for the run, and StorageError where the
     run did not start for ``max_wait_s``.
     """
-    return _Guest(joined, install_signal_flag()).until_trained(max_wait_s)
+    guest = _Guest(joined, install_signal_flag())
+    code = guest.until_trained(max_wait_s)
+    guest.finish()
+    return code
 
 
 class _Guest:
@@ -90,6 +96,7 @@ class _Guest:
     def __init__(self, joined: Joined, flag: SignalFlag) -> None:
         self._joined = joined
         self._flag = flag
+        self._bringing: Bringing | None = None
         self._said = self._done_with = ""
         self._has_notice = False
         self._attended_s = time.monotonic()
@@ -116,6 +123,11 @@ class _Guest:
                 )
             time.sleep(self._joined.look_every_s)
         return EXIT_PREEMPTED
+
+    def finish(self) -> None:
+        """Let what is on its way into the bucket come there, if there is time."""
+        if self._bringing is not None:
+            self._bringing.finish(self._is_leaving)
 
     def _is_leaving(self) -> bool:
         return self._has_notice or self._flag.first is not None
@@ -188,11 +200,22 @@ class _Guest:
             command = _command(experiment, note, self._joined.store, told)
             place, device = visit.place(), told["config"]["train"]["device"]
             environments = environments_of_ranks(place.num_here, told["num_threads"], device)
+            self._begin_bringing(run)
             ended = run_ranks(place, command, environments, Path.cwd(), told["hang_timeout_s"])
         visit.report(as_report(ended))
+        if self._bringing is not None and _have_stopped(ended):
+            self._bringing.hurry()
         self._has_notice = any((rank.outcome or {}).get("notice") for rank in ended.ranks)
         self._say(_told_end(ended))
         _require_fit(ended)
+
+    def _begin_bringing(self, run: RunDirectory) -> None:
+        """From now on bring up what the ranks here write, where the store is a bucket."""
+        if isinstance(self._joined.place, Path):
+            return
+        if self._bringing is None:
+            self._bringing = Bringing(open_store(self._joined.place), run)
+        self._bringing.begin()
 
     def _say(self, line: str) -> None:
         if line != self._said:
@@ -242,9 +265,14 @@ def _told_end(ended: Ended) -> str:
     codes = {rank.exit_code for rank in ended.ranks}
     if codes == {0}:
         return "the ranks here have ended"
-    if codes == {EXIT_PREEMPTED}:
+    if _have_stopped(ended):
         return "all have saved and stopped"
     return ended.lost or f"the ranks here have ended with {sorted(codes)}"
+
+
+def _have_stopped(ended: Ended) -> bool:
+    """Whether all ranks have ended after a notice."""
+    return {rank.exit_code for rank in ended.ranks} == {EXIT_PREEMPTED}
 
 
 def _require_fit(ended: Ended) -> None:

@@ -2,13 +2,15 @@
 
 Rank 0 says when to copy. From then on each rank works in the background: it waits for the folder
 that rank 0 stages, writes its files to it, and reports their digests over a connection of its own.
-Where a machine has no folder in common with rank 0, they go to its own disk, and are carried.
+Where a machine has no folder in common with rank 0, they go to its own disk, and are carried; large
+ones are brought into the bucket from there, too.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -32,9 +34,13 @@ from holdfast.training.errors import (
 from holdfast.training.loop.state import TrainState
 from holdfast.training.loop.trainer import Saving
 from holdfast.training.preemption.notices import Notice
+from holdfast.training.ranks.bringing import leave
 from holdfast.training.ranks.carrying import Carrier
 from holdfast.training.runs.durable_json import storage_error
 from holdfast.training.runs.faultpoints import reach
+from holdfast.training.runs.paths import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 AGAIN, DONE = "again", "done"
 OWN_DISK = ".slices-of-rank-{}"
@@ -189,6 +195,8 @@ class OwnSlices:
         except BaseException as error:
             self._beside.tell_error(error)  # rank 0 waits for the report
             raise
+        if self._carrier is not None and "files" in report:
+            self._leave(number, [place / name for name in report["files"]])
         reach("slices.before-report")
         self._beside.tell(_report_key(number, self._world.rank), report)
         reach("slices.after-report")
@@ -208,6 +216,13 @@ class OwnSlices:
         except OSError as error:
             return {"error": str(storage_error("write", folder, error, self._num_bytes()))}
         return {"files": {name: entry.model_dump() for name, entry in written.items()}}
+
+    def _leave(self, number: int, files: Sequence[Path]) -> None:
+        """Let this machine bring up what it has written, if it can: else the first one does."""
+        try:
+            leave(RunDirectory(self._run), self._world.rank, number, self._step, files)
+        except StorageError as error:
+            logger.warning("the first machine brings up what was written here: %s", error)
 
     def _num_bytes(self) -> int:
         return sum(image.size_bytes for image in self._images.values())

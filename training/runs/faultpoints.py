@@ -80,7 +80,17 @@ SLICE_POINTS = {
 }
 """Of a process that writes its slices of a checkpoint, which another one publishes."""
 
-TABLES = (FAULT_POINTS, STORE_POINTS, SPIKE_POINTS, STREAM_POINTS, SLICE_POINTS)
+BROUGHT_POINTS = {
+    "brought.before-file": "before a file of slices is brought into the bucket",
+    "brought.before-part": "before each part of it is sent",
+    "brought.before-told": "it is in the bucket and verified, which nobody knows",
+    "brought.after-told": "it is told; whether a tree will name it is not known",
+    "brought.taken": "the first machine has compared it, and no tree names it yet",
+}
+"""Of ``join`` on another machine than the first, which brings up what its ranks have written; the
+last one of the process that keeps the bucket up to date."""
+
+TABLES = (FAULT_POINTS, STORE_POINTS, SPIKE_POINTS, STREAM_POINTS, SLICE_POINTS, BROUGHT_POINTS)
 _num_reached: Counter[str] = Counter()
 
 

@@ -10,6 +10,7 @@ from holdfast.training.errors import InputError
 
 MAX_RUN_ID_CHARS = 128
 STEP_NAME = re.compile(r"step-([0-9]{8,15})")
+SLICED_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-\d{5}\.safetensors")
 RUN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]*")
 
 
@@ -132,6 +133,12 @@ def parse_step(name: str) -> int | None:
     step = int(found[1])
     # step-000000420 is not how 420 is written: one step has exactly one name.
     return step if name == f"step-{step:08d}" else None
+
+
+def slice_number(file: str) -> int:
+    """2 for ``model-00002-of-00003.safetensors``, which rank 1 has written; 0 for a whole file."""
+    sliced = SLICED_NAME.fullmatch(file)
+    return 0 if sliced is None else int(sliced["number"])
 
 
 def validate_run_id(run_id: str, what: str = "a run id") -> str:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from holdfast.training.checkpointing.digests import digest_of, file_parts
@@ -29,10 +30,11 @@ from holdfast.training.runs.lease_view import (
     generation_path,
     newest_generation,
 )
-from holdfast.training.runs.paths import RunDirectory, parse_step
+from holdfast.training.runs.paths import RunDirectory
 from holdfast.training.runs.process_identity import ProcessIdentity
 from holdfast.training.storage.protocol import PART_BYTES, ObjectStore
-from holdfast.training.tiers.bandwidth import Sending, Throttle, note_bandwidth
+from holdfast.training.tiers.bandwidth import Sending, Throttle, never, note_bandwidth
+from holdfast.training.tiers.brought import Brought
 from holdfast.training.tiers.folder_image import (
     Identity,
     Image,
@@ -95,6 +97,7 @@ class Replica:
         self._should_stop = threading.Event()
         self._thread = threading.Thread(target=self._keep_up, name="holdfast-replica", daemon=True)
         self._late_files = LateFiles(store, run, lambda: self._tree, head.check)
+        self._brought = Brought(store, run, self._folder())
 
     def restore(self, *, can_begin_early: bool = False) -> None:
         """Make the run's folder what the bucket has, and delete what dead holders left there.
@@ -134,6 +137,7 @@ class Replica:
         while True:
             try:
                 self._bring_up(is_final=True)
+                self._drop(self._brought.left_over(self._tree))
                 self._delete_dropped(older_than_s=0.0)
                 return
             except (StorageError, InputError) as error:  # that the bucket is gone is one of these
@@ -240,25 +244,27 @@ class Replica:
             else:
                 files[path] = known
         folder = f"{self._folder()}/{self._num_images:06d}"
-        sending = Sending(sum(image.identities[path][1] for path in new), self._throttle)
-        self._sending = sending
+        sizes = {path: image.identities[path][1] for path in new}
+        self._sending = sending = Sending(sum(sizes.values()), self._throttle)
 
-        def upload(path: str) -> TreeFile:
+        def upload(path: str, is_over: Callable[[], bool] = never) -> TreeFile:
             self.head.check()
             reach("store.before-file")
+
+            def before_part(num_bytes: int) -> None:
+                reach("store.before-part")
+                sending.before_part(num_bytes, is_over)
+
             return self._sent(image.links[path], f"{folder}/{path}", path, before_part)
 
-        def before_part(num_bytes: int) -> None:
-            reach("store.before-part")
-            sending.before_part(num_bytes)
-
         reach("store.before-files")
-        small = [path for path in new if image.identities[path][1] <= PART_BYTES]
+        small = [path for path in new if sizes[path] <= PART_BYTES]
         with ThreadPoolExecutor(FILES_AT_ONCE, "holdfast-upload") as pool:
             files |= zip(small, pool.map(upload, small), strict=True)
-        for path in new:
-            if path not in files:
-                files[path] = upload(path)
+        for path in self._brought.in_order(path for path in new if path not in files):
+            left_bytes = sending.left_bytes - sizes[path]
+            files[path] = self._brought.or_sent(path, image.links[path], partial(upload, path))
+            sending.left_bytes = left_bytes
         reach("store.after-files")
         for path in new:
             self._known[path, image.identities[path]] = files[path]
@@ -291,9 +297,12 @@ class Replica:
         note_base(self._run, digest, is_whole=is_whole)
         gone = self._tree.keys() - tree.keys()
         gone |= {before.tree} if before.tree else set()
-        now_s = time.monotonic()
-        self._dropped += [(now_s, key) for key in sorted(gone)]
+        self._drop(gone | self._brought.useless(tree))
         self._tree = tree
+
+    def _drop(self, keys: Set[str]) -> None:
+        now_s = time.monotonic()
+        self._dropped += [(now_s, key) for key in sorted(keys)]
 
     def _folder(self) -> str:
         return f"{run_folder(self._name)}/{self.head.head.folder}"
@@ -374,9 +383,3 @@ def _write_foreign_lease(run: RunDirectory, winner: ProcessIdentity, ttl_s: floa
         path.write_bytes(content)
     except OSError as error:
         logger.warning("cannot write %s: %s", path, error.strerror)
-
-
-def newest_steps(tree: Tree) -> Iterable[int]:
-    """The steps of the checkpoints that a tree holds."""
-    names = {path.split("/")[1] for path in tree.files if path.startswith("checkpoints/")}
-    return sorted(step for name in names if (step := parse_step(name)) is not None)

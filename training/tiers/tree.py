@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from holdfast.training.errors import DataFormatError
+from holdfast.training.runs.paths import parse_step
 from holdfast.training.runs.stored_json import (
     Kinds,
     Limits,
@@ -82,6 +83,12 @@ class Tree:
 def has_checkpoints(paths: Iterable[str]) -> bool:
     """Whether one of a run's files belongs to a checkpoint."""
     return any(path.startswith("checkpoints/") for path in paths)
+
+
+def newest_steps(tree: Tree) -> list[int]:
+    """The steps of the checkpoints that a tree holds, the newest last."""
+    names = {path.split("/")[1] for path in tree.files if path.startswith("checkpoints/")}
+    return sorted(step for name in names if (step := parse_step(name)) is not None)
 
 
 def all_paths(_path: str) -> bool:

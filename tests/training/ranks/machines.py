@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from holdfast.training.exactness.reproducibility import child_environment, python_command
@@ -37,6 +38,7 @@ class Guest:
         trial: Trial | None = None,
         scratch: str = "",
         name: str = "guest",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.log_path = Path(folder or training.store) / f"guest-{time.monotonic_ns()}.log"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,7 @@ class Guest:
                     "HOLDFAST_HOST": name,
                     "HOLDFAST_SCRATCH": scratch,
                     **(trial.environment() if trial else {}),
+                    **(environment or {}),
                 },
                 cwd=folder,
                 stderr=log,
@@ -81,11 +84,13 @@ def first_of(
     trial: Trial | None = None,
     scratch: str = "",
     name: str = "first",
+    environment: Mapping[str, str] | None = None,
 ) -> Segment:
     """The machine that the run is started on."""
     told = [part for override in (*TWO, *overrides) for part in ("--set", override)]
     named = {"HOLDFAST_ADDRESS": address, "HOLDFAST_HOST": name, "HOLDFAST_SCRATCH": scratch}
-    return training.start({**named, **(trial.environment() if trial else {})}, told)
+    trials = trial.environment() if trial else {}
+    return training.start({**named, **trials, **(environment or {})}, told)
 
 
 def wait_for_steps(segment: Segment, num: int = 3) -> None:
