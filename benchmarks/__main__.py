@@ -307,6 +307,14 @@ SPEED = (
         "up meanwhile, to a server on the same cores.",
     ),
     Section(
+        "A checkpoint of several machines on its way to a bucket",
+        "with N machines 1 / N of the time that one alone needs, and the time to carry and to look",
+        (("bringing_up.py",),),
+        "Machines are commands on the same cores, with one process, a scratch disk and a limit of "
+        "bandwidth each. From when the checkpoint is begun on the first machine's disk, which the "
+        "others' slices are carried to, until the bucket's head names it.",
+    ),
+    Section(
         "Requests to a bucket",
         "what a provider's prices are for",
         (("bucket.py", "requests"),),
