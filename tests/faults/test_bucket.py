@@ -176,11 +176,11 @@ def test_machines_whose_clocks_are_two_hours_apart_share_a_run(
         own = {"HOLDFAST_HOST": name, "HOLDFAST_SCRATCH": str(tmp_path / name)}
         return {**child_environment(1), **own, "PYTHONPATH": path, "CLOCK_OFF_S": str(off_s)}
 
-    sleeping = Trial(stop_at=20, stop_signal="SIGSTOP").environment()
+    sleeping = Trial(stop_at=60, stop_signal="SIGSTOP").environment()
     fast, slow = of_machine("fast", 3600.0), of_machine("slow", -3600.0)
     first = subprocess.Popen(command, env={**fast, **sleeping}, start_new_session=True)
     try:
-        wait_until(lambda: newest_step(seen("clocks")) >= 18, 240.0, "steps in the bucket")
+        wait_until(lambda: newest_step(seen("clocks")) >= 3, 240.0, "steps in the bucket")
         assert summarize(seen("clocks")).state == "training"
         refused = subprocess.run(command, env=slow, capture_output=True, text=True, check=False)
         assert "which renews its lease" in refused.stderr
