@@ -186,7 +186,8 @@ def test_machines_whose_clocks_are_two_hours_apart_share_a_run(
         assert "which renews its lease" in refused.stderr
     finally:
         first.kill()
-    assert first.wait() == -signal.SIGKILL
+        code = first.wait()
+    assert code == -signal.SIGKILL
     assert subprocess.run(command, env=slow, check=False, timeout=300).returncode == 0
     last = RunDirectory(refresh_view(ADDRESS, "clocks", also=(ALL,)) / "digits" / "clocks")
     assert differences(final_state(calm.run), final_state(last)) == []
