@@ -8,7 +8,6 @@ together; what the parts do together is compared on the whole test set: see ``as
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from holdfast.training.configuration.schema import ExportConfig, Split
 from holdfast.training.data.loader import evaluation_batches
-from holdfast.training.exactness.seeding import preserved_generators
 from holdfast.training.experiment.protocol import Batch, Experiment, Records
 from holdfast.training.export.artifacts import open_champion, write_artifacts
 from holdfast.training.export.formats import formats
@@ -84,43 +82,22 @@ class PartExperiment:
         self._part = experiment.export_parts()[name]
 
     def dataset(self, split: Split) -> RecordedInputs:
-        """Recorded inputs, spread over the calls; each sample's target is nothing but its number.
-
-        The parts work twice: how many calls there are is known at the end, and one may be given a
-        cache that is larger than the weights, so that not all are kept.
-        """
-        lengths: list[int] = []
-        with preserved_generators():
-            self._work(split, lambda inputs: lengths.append(len(inputs[0])))
-        spread = torch.linspace(0, sum(lengths) - 1, NUM_RECORDED).long()
-        kept: list[Inputs] = []
-        begins = iter(itertools.accumulate(lengths, initial=0))
-
-        def keep(inputs: Inputs) -> None:
-            places = spread - next(begins)
-            own = places[(places >= 0) & (places < len(inputs[0]))]
-            if len(own):
-                kept.append(tuple(tensor[own] for tensor in inputs))
-
-        self._work(split, keep)
-        return RecordedInputs([torch.cat(column) for column in zip(*kept, strict=True)])
-
-    def _work(self, split: Split, tell: Callable[[Inputs], None]) -> None:
-        """Let the parts work on the first batches of a split, and tell what this one is given."""
+        """Recorded inputs; each sample's target is nothing but its number."""
         runs = eager_runs(self._experiment, self._champion)
-        num_told = 0
+        calls: list[Inputs] = []
 
-        def told(inputs: Inputs) -> list[Tensor]:
-            nonlocal num_told
-            num_told += len(inputs[0])
-            tell(inputs)
+        def recorded(inputs: Inputs) -> list[Tensor]:
+            calls.append(inputs)
             return runs[self._name](inputs)
 
         assert isinstance(self._experiment, InParts)
         for batch in evaluation_batches(self._experiment.dataset(split), BATCH_SIZE):
-            self._experiment.assemble({**runs, self._name: told}, batch)
-            if num_told >= NUM_RECORDED:
-                return
+            self._experiment.assemble({**runs, self._name: recorded}, batch)
+            if sum(len(call[0]) for call in calls) >= NUM_RECORDED:
+                break
+        tensors = [torch.cat(column) for column in zip(*calls, strict=True)]
+        spread = torch.linspace(0, len(tensors[0]) - 1, NUM_RECORDED).long()
+        return RecordedInputs([tensor[spread] for tensor in tensors])
 
     def model(self) -> nn.Module:
         """The part's module."""
