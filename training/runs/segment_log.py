@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import select
 import signal
 import subprocess
@@ -24,7 +23,7 @@ from holdfast.training.exactness.reproducibility import python_command
 HEAD_BYTES = 512 * 1024
 TAIL_BYTES = 512 * 1024
 CHUNK_BYTES = 64 * 1024
-MAX_WAITING = 64
+MAX_WAITING_BYTES = 4 * 1024 * 1024
 CLOSE_S = 2.0
 LEFT_OUT = b"\n[... %d bytes left out: the log of a segment keeps its beginning and its end ...]\n"
 STDIN, STDERR = 0, 2
@@ -133,6 +132,37 @@ class BoundedFile:
         self._tail_start, self._size = len(kept), len(kept) + len(tail)
 
 
+class Waiting:
+    """Bytes on their way to the file. Where a store hangs, those that come too much are left out.
+
+    They are counted, and not in how many pieces they come: a stack comes word by word.
+    """
+
+    def __init__(self) -> None:
+        self._content, self._is_over = bytearray(), False
+        self._changed = threading.Condition()
+
+    def put(self, content: bytes) -> None:
+        """Add what the file is to have, if there is room."""
+        with self._changed:
+            if len(self._content) + len(content) <= MAX_WAITING_BYTES:
+                self._content += content
+                self._changed.notify()
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify()
+
+    def take(self) -> bytes:
+        """All that waits, once there is something; nothing at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._content or self._is_over)
+            content, self._content = bytes(self._content), bytearray()
+        return content
+
+
 def keep(path: Path, reading: int) -> None:
     """Pass on what comes from ``reading``, and keep it, until standard input ends.
 
@@ -140,7 +170,7 @@ def keep(path: Path, reading: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    waiting: queue.Queue[bytes | None] = queue.Queue(MAX_WAITING)
+    waiting = Waiting()
     writer = threading.Thread(target=_write, args=(path, waiting), daemon=True)
     writer.start()
     sources = {reading, STDIN}
@@ -155,10 +185,8 @@ def keep(path: Path, reading: int) -> None:
                 continue
             if source != STDIN:
                 _pass_on(content)
-            with contextlib.suppress(queue.Full):  # a store that hangs: the terminal has it
-                waiting.put_nowait(content)
-    with contextlib.suppress(queue.Full):
-        waiting.put(None, timeout=CLOSE_S)
+            waiting.put(content)
+    waiting.end()
     writer.join(CLOSE_S)
 
 
@@ -169,10 +197,10 @@ def _pass_on(content: bytes) -> None:
             content = content[os.write(STDERR, content) :]
 
 
-def _write(path: Path, waiting: queue.Queue[bytes | None]) -> None:
+def _write(path: Path, waiting: Waiting) -> None:
     file = BoundedFile(path)
     has_failed = False
-    while (content := waiting.get()) is not None:
+    while content := waiting.take():
         try:
             file.append(content)
         except OSError as error:

@@ -12,6 +12,7 @@ from holdfast.training.distributed.seat import Beats
 from holdfast.training.distributed.watchdog import Silence
 from holdfast.training.runs.directory import ledger_outcome, read_segments
 from tests.faults.campaign import Training
+from tests.training.runs.test_segment_log import lines_of
 
 EXPERIMENT = f"{Path(__file__).parents[1] / 'spikes' / 'spiking.py'}:Spiking"
 
@@ -28,8 +29,8 @@ def test_a_process_that_hangs_is_killed_and_the_run_goes_on(
     told = "".join(segment.errors)
     assert "train.hang_timeout_s=1.5 allows: it is killed" in told
     assert "in hang" in told  # the stacks name the function
-    log = (training.run.logs / "segment-0001.log").read_text()
-    assert "in hang" in log
+    path = training.run.logs / "segment-0001.log"
+    assert "in hang" in "".join(lines_of(path, "it is killed"))
     [record] = read_segments(training.run)
     assert ledger_outcome(record, is_alive=False) == "killed"
     assert sorted(int(line) for line in (tmp_path / "calls").read_text().split()) == [*range(1, 21)]

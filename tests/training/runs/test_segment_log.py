@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.training.runs.segment_log import BoundedFile, log_path
+from holdfast.training.runs.segment_log import (
+    MAX_WAITING_BYTES,
+    BoundedFile,
+    Waiting,
+    log_path,
+)
 
 PROGRAM = """
 import faulthandler, logging, os, signal, subprocess, sys
@@ -123,3 +128,14 @@ def test_it_ends_while_somebody_else_holds_the_pipe(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     assert time.monotonic() - start_s < 25
     assert "from a child" in path.read_text()
+
+
+def test_what_waits_for_a_slow_store_is_counted_in_bytes_not_in_pieces() -> None:
+    waiting = Waiting()
+    for _ in range(10_000):  # as a stack comes, word by word
+        waiting.put(b"word ")
+    waiting.put(bytes(MAX_WAITING_BYTES))  # too much: the terminal has it
+    waiting.put(b"last")
+    assert waiting.take() == b"word " * 10_000 + b"last"
+    waiting.end()
+    assert waiting.take() == b""
