@@ -49,11 +49,7 @@ class Block(nn.Module):
         self.feedforward_out = nn.Linear(4 * width, width, bias=has_biases)
         self.drop = nn.Dropout(size.dropout)
 
-    def forward(self, x_BTD: Tensor, rotation: Tensor | None) -> Tensor:
-        """The block's output [B, T, D]."""
-        return self.prefill(x_BTD, rotation)[0]
-
-    def prefill(self, x_BTD: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x_BTD: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The block's output [B, T, D], and its keys and values, both [B, H, T, D / H]."""
         query, keys, values = self._projected(x_BTD, rotation)
         attended = scaled_dot_product_attention(
@@ -116,10 +112,7 @@ class Gpt(nn.Module):
 
     def forward(self, tokens_BT: Tensor, next_BT: Tensor) -> Tensor:
         """What each next token costs in nats, [B, T]."""
-        x_BTD, rotation = self._begun(tokens_BT)
-        for block in self._blocks():
-            x_BTD = block(x_BTD, rotation)
-        logits_BTV = linear(self.norm(x_BTD), self.embedding.weight).float()
+        logits_BTV = linear(self._hidden(tokens_BT)[0], self.embedding.weight).float()
         own_BT1 = logits_BTV.gather(2, next_BT[..., None])
         return logits_BTV.logsumexp(-1) - own_BT1[..., 0]
 
@@ -127,16 +120,12 @@ class Gpt(nn.Module):
         """Logits [B, V] of the token after the first ``length`` of some tokens, and their cache
         [B, L, C, 2D], with zeros after them.
         """
-        x_BCD, rotation = self._begun(tokens_BC)
-        caches = []
-        for block in self._blocks():
-            x_BCD, *keys_values = block.prefill(x_BCD, rotation)
-            caches.append(_cached(*keys_values))
+        hidden_BCD, caches = self._hidden(tokens_BC)
         place_C = torch.arange(tokens_BC.shape[1], device=tokens_BC.device)
         is_last_BC = place_C == length_B[:, None] - 1
-        last_BD = (self.norm(x_BCD) * is_last_BC[..., None]).sum(1)
+        last_BD = (hidden_BCD * is_last_BC[..., None]).sum(1)
         is_after = (place_C >= length_B[:, None])[:, None, :, None]
-        cache = torch.stack(caches, dim=1).masked_fill(is_after, 0)
+        cache = torch.stack([_cached(*pair) for pair in caches], dim=1).masked_fill(is_after, 0)
         return linear(last_BD, self.embedding.weight), cache
 
     def step(self, token_B: Tensor, position_B: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,10 +141,14 @@ class Gpt(nn.Module):
         logits = linear(self.norm(x_B1D)[:, 0], self.embedding.weight)
         return logits, torch.stack(caches, dim=1)
 
-    def _begun(self, tokens_BT: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the first block takes, for tokens that stand at the beginning."""
+    def _hidden(self, tokens_BT: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
         position_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        return self._embedded(tokens_BT, position_1T), self._rotation(position_1T)
+        x_BTD, rotation = self._embedded(tokens_BT, position_1T), self._rotation(position_1T)
+        caches = []
+        for block in self._blocks():
+            x_BTD, *keys_values = block(x_BTD, rotation)
+            caches.append(keys_values)
+        return self.norm(x_BTD), caches
 
     def _embedded(self, tokens_BT: Tensor, position_BT: Tensor) -> Tensor:
         x_BTD = self.embedding(tokens_BT)
