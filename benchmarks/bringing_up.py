@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +29,7 @@ from holdfast.training.storage.opening import open_store
 from holdfast.training.tiers.bandwidth import LIMIT_VARIABLE
 from holdfast.training.tiers.tree import has_checkpoints
 from tests.faults.campaign import Training
+from tests.flows.prefect_server import wait_until
 from tests.training.ranks.machines import Guest, first_of
 
 WIDE = f"{Path(__file__).with_name('saving_together.py')}:Wide"
@@ -37,6 +37,7 @@ OVERRIDES = ("train.num_epochs=1", "train.num_threads=1", "distributed.num_proce
 NOTHING = "0.000001"
 LOOK_EVERY_S = 0.05
 PATIENCE_S = 300.0
+_wait_until = partial(wait_until, timeout_s=PATIENCE_S, every_s=LOOK_EVERY_S)
 
 
 class Measured:
@@ -51,15 +52,6 @@ class Measured:
     def megabytes(self) -> float:
         """Of a checkpoint."""
         return self._num_layers * BYTES_PER_LAYER / 1e6
-
-    @staticmethod
-    def _wait(is_so: Callable[[], bool]) -> float:
-        """When it was so."""
-        deadline_s = time.monotonic() + PATIENCE_S
-        while not is_so():
-            assert time.monotonic() < deadline_s
-            time.sleep(LOOK_EVERY_S)
-        return time.monotonic()
 
     def seconds(self, num_machines: int, limit_of_others: str) -> float:
         """Of one run on so many machines."""
@@ -85,14 +77,18 @@ class Measured:
             environment={LIMIT_VARIABLE: self._limit},
         )
         try:
-            begun_s = self._wait(lambda: any(folder.glob(f"first/*/work/*/{run_id}/.staging/*/*")))
             store, name = open_store(ADDRESS), f"{experiment_name(WIDE)}/{run_id}"
-            ended_s = self._wait(lambda: has_checkpoints(tree_of(store, name).files))
+            begun = f"first/*/work/{name}/.staging/*/*"
+            _wait_until(lambda: any(folder.glob(begun)), what="a checkpoint that is begun")
+            duration_s = _wait_until(
+                lambda: has_checkpoints(tree_of(store, name).files),
+                what="a checkpoint in the bucket",
+            )
             assert segment.finish() == 0, "".join(segment.errors)
         finally:
             for guest in guests:
                 guest.vanish()
-        return ended_s - begun_s
+        return duration_s
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from holdfast.training.tiers.head import HeadLease, run_folder
 from holdfast.training.tiers.scratch import run_name
 from holdfast.training.tiers.tree import Tree, parse_tree
 from tests.contracts.memory_objects import MemoryObjects
+from tests.flows.prefect_server import wait_until
 from tests.training.tiers.test_replica import NAME
 
 PATIENCE_S = 20.0
@@ -66,10 +67,7 @@ class Joined:
         return tree
 
     def wait_until_told(self, num: int) -> Tree:
-        deadline_s = time.monotonic() + PATIENCE_S
-        while len(self.told().files) < num:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.05)
+        wait_until(lambda: len(self.told().files) >= num, PATIENCE_S, f"{num} files", every_s=0.05)
         return self.told()
 
 
