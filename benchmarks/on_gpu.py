@@ -31,6 +31,8 @@ from holdfast.training.checkpointing.manager import CheckpointManager
 from holdfast.training.exactness.reproducibility import set_up_torch
 from holdfast.training.loop.saving import Saver
 from holdfast.training.loop.segment import build_manager, build_saver, build_trainer, restore
+from holdfast.training.loop.state import TrainState
+from holdfast.training.loop.state_validation import validate_state
 from holdfast.training.loop.trainer import Trainer
 from holdfast.training.runs.costs import Costs
 from holdfast.training.stage import Stage, StageArguments, prepared_stage
@@ -146,7 +148,7 @@ def saves(measured: Measured, manager: CheckpointManager) -> list[list[str]]:
 
 
 def restores(measured: Measured, manager: CheckpointManager) -> list[list[str]]:
-    """The newest checkpoint, from the page cache."""
+    """The newest checkpoint, from the page cache; straight to the GPU, and through memory."""
     run, state = measured.stage.run, measured.trainer.state
     newest = sorted(run.checkpoints.iterdir())[-1]
 
@@ -154,16 +156,44 @@ def restores(measured: Measured, manager: CheckpointManager) -> list[list[str]]:
         for path in newest.iterdir():
             path.read_bytes()
 
-    read_ms = min(timed_ms(read) for _ in range(3))
-    restore_ms = min(timed_ms(lambda: restore(measured.stage, manager, state)) for _ in range(3))
+    def straight() -> None:
+        restore(measured.stage, manager, state)
+
+    def through_memory() -> None:
+        restored = manager.restore(validate=validate_state)
+        assert restored is not None
+        state.restore(restored.tensors, restored.state)
+
+    ways: dict[str, Callable[[], None]] = {
+        "reading its bytes": read,
+        "restore, through memory": through_memory,
+        "restore": straight,
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(3):
+        for name, way in ways.items():
+            times[name].append(timed_ms(way))
+    through_memory()
+    expected = copied(state)
+    straight()
+    assert all(torch.equal(found, expected[name]) for name, found in copied(state).items())
     measured._steps = measured.trainer.steps()
     first_ms, second_ms = timed_ms(measured.step), timed_ms(measured.step)
     return [
-        ["reading its bytes", f"{read_ms:.0f}"],
-        ["restore", f"{restore_ms:.0f}"],
+        *([name, f"{min(found):.0f}"] for name, found in times.items()),
         ["the first step after it", f"{first_ms:.1f}"],
         ["the second", f"{second_ms:.1f}"],
     ]
+
+
+def copied(state: TrainState) -> dict[str, Tensor]:
+    """The bytes of all that a checkpoint holds, in memory."""
+    tensors, _ = state.capture()
+    return {
+        f"{stem}.{name}": tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).clone()
+        for stem, inner in tensors.items()
+        for name, tensor in inner.items()
+    }
 
 
 def show(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from holdfast.training.checkpointing.manifest import (
     local_folder,
     manifest_of,
     part_name,
+    read_of_checkpoint,
     verified_files,
     versions_to_migrate,
 )
@@ -29,10 +31,15 @@ from holdfast.training.checkpointing.policy import Kind
 from holdfast.training.checkpointing.slices import WHOLE, Assembly, Slicing, files_of_own
 from holdfast.training.checkpointing.tensor_file import parse_layout, parse_tensors
 from holdfast.training.configuration.schema import Json
+from holdfast.training.device.reading import DeviceReader
 from holdfast.training.errors import CheckpointCorruptError, DataFormatError
 from holdfast.training.runs.stored_json import STATE, parse_json
 
+logger = logging.getLogger(__name__)
+
 MODEL_NAME = f"model{TENSOR_SUFFIX}"
+GENERATORS_NAME = f"state{TENSOR_SUFFIX}"
+"""Its tensors are needed in this machine's memory."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,8 @@ class RestoredCheckpoint:
 
     Attributes:
         manifest: what it says of itself.
-        tensors: file stem -> name -> tensor, on the CPU. Tied ones are the same tensor. The
-            tensors of a file share one storage.
+        tensors: file stem -> name -> tensor, on the CPU or where they were read to. Tied ones are
+            the same tensor. The tensors of a file share one storage.
         state: the content of ``state.json``; None in a checkpoint of weights.
         path: where it lies.
     """
@@ -60,12 +67,13 @@ def load_checkpoint(
     slicing: Slicing = WHOLE,
     *,
     only_own: bool = False,
+    device: DeviceReader | None = None,
 ) -> RestoredCheckpoint:
     """Read a checkpoint whose manifest is known.
 
     Of tensors that lie in slices those are taken that ``slicing`` asks for, out of one file after
     the other. With ``only_own``, where another process has verified all files, those are left out
-    of which nothing is taken.
+    of which nothing is taken. Tensors that lie in no slices are read to ``device``, where all fit.
 
     Raises CheckpointCorruptError that names the file, what was expected and what was found.
     """
@@ -73,6 +81,8 @@ def load_checkpoint(
     state: Json = None
     slices = Assembly(manifest.shapes, slicing, only_own=only_own)
     read = files_of_own(folder.path, manifest, slicing) if only_own else manifest
+    if device is not None and device.has_room(sum(f.size_bytes for f in manifest.files.values())):
+        folder = _on_device(folder, manifest, device)
     for name, parsed in parsed_files(folder, read, slices):
         if name == STATE_NAME:
             state = parsed
@@ -141,10 +151,36 @@ def load_state_part(folder: Path, name: str) -> Any:
 
     Raises CheckpointCorruptError that names what is wrong, or StorageError.
     """
-    restored = load_parts(folder, (STATE_NAME, f"state{TENSOR_SUFFIX}"))
+    restored = load_parts(folder, (STATE_NAME, GENERATORS_NAME))
     state: Any = restored.state
     strides = state.get("layouts", {}).get("state", {})
     return decode(state[name], all_laid_out(restored.tensors["state"], strides))
+
+
+def _on_device(folder: Folder, manifest: Manifest, device: DeviceReader) -> Folder:
+    """The folder, of which most files are read to a device; to memory where that goes wrong."""
+
+    def read(name: str, algorithm: str, size_bytes: int | None) -> tuple[Tensor, str]:
+        if name in (STATE_NAME, GENERATORS_NAME) or part_name(name) != name:
+            return folder.read(name, algorithm, size_bytes)
+        problem = "it gives other bytes back than it was given"
+        try:
+            content, digest = read_of_checkpoint(
+                folder.path, name, algorithm, size_bytes, device=device
+            )
+        except RuntimeError as error:  # torch's
+            problem = " ".join(str(error).split())
+        else:
+            if digest == manifest.files[name].digest:
+                return content, digest
+        content, digest = folder.read(name, algorithm, size_bytes)
+        if digest == manifest.files[name].digest:
+            logger.warning(
+                "%s is read to memory first, not to the device: %s", folder.path / name, problem
+            )
+        return content, digest
+
+    return replace(folder, read=read)
 
 
 def _parse_state(content: Tensor, path: str) -> Json:

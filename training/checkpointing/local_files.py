@@ -28,6 +28,7 @@ from holdfast.training.checkpointing.digests import (
     digest_of,
     new_hasher,
 )
+from holdfast.training.device.reading import DeviceReader
 from holdfast.training.errors import CheckpointCorruptError, StorageError
 from holdfast.training.runs.durable_json import storage_error
 from holdfast.training.runs.faultpoints import reach
@@ -106,6 +107,7 @@ def read_file(
     size_bytes: int | None = None,
     on_bytes: Callable[[int], None] | None = None,
     max_bytes: int | None = None,
+    device: DeviceReader | None = None,
 ) -> tuple[Tensor, str]:
     """The content of a file, uint8, and its digest.
 
@@ -116,6 +118,8 @@ def read_file(
         on_bytes: told the size of each chunk that was read. With it the content is mapped rather
             than held in memory, which stays small however large the file is.
         max_bytes: how large it may be at most, where its size is not known.
+        device: reads it into its memory, where the content is then. The digest is of what lies
+            there; torch's RuntimeError says that it cannot.
 
     Raises:
         CheckpointCorruptError: it is missing, not a plain file, of another size, full of holes
@@ -130,6 +134,11 @@ def read_file(
             )
         if on_bytes is not None:
             return _digest_and_map(file, found_bytes, algorithm, on_bytes)
+        if device is not None:
+            hasher = new_hasher(algorithm)
+            content, end = device.read(file, found_bytes, hasher.update)
+            _require_end(file, end, found_bytes)
+            return content, f"{algorithm}:{hasher.hexdigest()}"
         return _read_and_digest(file, found_bytes, algorithm)
 
 
@@ -161,9 +170,13 @@ def _read_and_digest(file: io.FileIO, num_bytes: int, algorithm: str) -> tuple[T
             end += num_read
     for future in hashed:
         future.result()
+    _require_end(file, end, num_bytes)
+    return content, f"{algorithm}:{hasher.hexdigest()}"
+
+
+def _require_end(file: io.FileIO, end: int, num_bytes: int) -> None:
     if end != num_bytes:
         raise CheckpointCorruptError(f"{file.name!s} ended at byte {end} of {num_bytes}")
-    return content, f"{algorithm}:{hasher.hexdigest()}"
 
 
 def _memory_for(file: io.FileIO, num_bytes: int) -> Tensor:
@@ -189,8 +202,7 @@ def _digest_and_map(
         hasher.update(buffer[:num_read])
         on_bytes(num_read)
         end += num_read
-    if end != num_bytes:
-        raise CheckpointCorruptError(f"{file.name!s} ended at byte {end} of {num_bytes}")
+    _require_end(file, end, num_bytes)
     content = torch.empty(0, dtype=torch.uint8)
     if num_bytes:
         mapped = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_COPY)

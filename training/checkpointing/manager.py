@@ -47,6 +47,7 @@ from holdfast.training.checkpointing.policy import (
 from holdfast.training.checkpointing.snapshot import FileImage, SnapshotBuffers, json_image
 from holdfast.training.checkpointing.storage import NOBODY, LocalStorage, OtherWriters, Storage
 from holdfast.training.configuration.schema import Json
+from holdfast.training.device.reading import DeviceReader
 from holdfast.training.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -347,6 +348,7 @@ class CheckpointManager:
         *,
         should_allow_mismatch: bool = False,
         validate: Callable[[RestoredCheckpoint], None] = lambda _: None,
+        device: DeviceReader | None = None,
     ) -> RestoredCheckpoint | None:
         """The newest full checkpoint that verifies; None for a run without any.
 
@@ -356,6 +358,7 @@ class CheckpointManager:
         Args:
             should_allow_mismatch: take checkpoints of another configuration, too.
             validate: raises CheckpointCorruptError for one whose contents cannot be put back.
+            device: reads tensors to where they are needed.
 
         Raises:
             CheckpointMismatchError: the newest one is of another configuration; names the keys.
@@ -369,7 +372,9 @@ class CheckpointManager:
                     self._check_match(folder, manifest, should_allow_mismatch)
                     self._await_files(name, manifest.files)
                     slicing = self._others.slicing
-                    restored = load_checkpoint(folder, manifest, self._migrations, slicing)
+                    restored = load_checkpoint(
+                        folder, manifest, self._migrations, slicing, device=device
+                    )
                     validate(restored)
                     self._warn_of_differences(manifest)
                     self._finish_slimming()

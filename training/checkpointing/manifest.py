@@ -20,6 +20,7 @@ from holdfast.training.checkpointing.digests import ALGORITHM, HASHERS, digest_o
 from holdfast.training.checkpointing.local_files import read_file
 from holdfast.training.checkpointing.policy import CheckpointInfo, Kind, Trigger
 from holdfast.training.configuration.schema import Json
+from holdfast.training.device.reading import DeviceReader
 from holdfast.training.errors import CheckpointCorruptError
 from holdfast.training.runs.durable_json import json_bytes, storage_error, without_nan
 from holdfast.training.runs.paths import SLICED_NAME, parse_step
@@ -177,10 +178,11 @@ def read_of_checkpoint(
     algorithm: str,
     size_bytes: int | None,
     on_bytes: Callable[[int], None] | None = None,
+    device: DeviceReader | None = None,
 ) -> tuple[Tensor, str]:
     """As ``read_file``; a file whose size nothing tells is a manifest, and small."""
     max_bytes = MAX_MANIFEST_BYTES if size_bytes is None else None
-    return read_file(folder / file, algorithm, size_bytes, on_bytes, max_bytes)
+    return read_file(folder / file, algorithm, size_bytes, on_bytes, max_bytes, device)
 
 
 def _refuse_link(path: Path) -> NoReturn:

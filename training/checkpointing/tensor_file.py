@@ -73,14 +73,17 @@ class Slot:
         """Bytes that the tensor takes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def view(self, data: memoryview) -> Tensor:
+    def view(self, data: memoryview | Tensor) -> Tensor:
         """The tensor within ``data``, all bytes after the header; shares its memory.
 
-        Its storage begins with it: torch's ``Generator.set_state`` reads a storage from its start,
-        whatever the tensor's offset, and ends the process.
+        In memory its storage begins with it: torch's ``Generator.set_state`` reads a storage from
+        its start, whatever the tensor's offset, and ends the process.
         """
         if self.num_bytes == 0:
             return torch.empty(self.shape, dtype=self.dtype)
+        if isinstance(data, Tensor):
+            within = _aligned(data[self.start : self.start + self.num_bytes])
+            return within.view(self.dtype).reshape(self.shape)
         count = self.num_bytes // self.dtype.itemsize
         flat = torch.frombuffer(data, dtype=self.dtype, count=count, offset=self.start)
         return flat.reshape(self.shape)
@@ -213,13 +216,15 @@ def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
     A name of a tied tensor leads to the same tensor as its other names.
 
     Args:
-        content: the whole file, uint8.
+        content: the whole file, uint8, on any device.
         file: its name, for messages.
 
     Raises:
         CheckpointCorruptError: it is not a safetensors file as the format describes it.
     """
-    layout, data = parse_layout(content.numpy().data, file)
+    head = content if content.is_cpu else _head(content).cpu()
+    layout, behind = parse_layout(head.numpy().data, file, content.numel())
+    data = behind if content.is_cpu else content[content.numel() - layout.data_bytes :]
     try:
         tensors = {name: _aligned(slot.view(data)) for name, slot in layout.slots.items()}
         return {**tensors, **{name: tensors[stored] for name, stored in layout.aliases.items()}}
@@ -227,18 +232,29 @@ def parse_tensors(content: Tensor, file: str) -> dict[str, Tensor]:
         raise _not_safetensors(file, error) from error
 
 
-def parse_layout(memory: memoryview, file: str) -> tuple[Layout, memoryview]:
+def _head(content: Tensor) -> Tensor:
+    """The bytes of a file before its first tensor."""
+    num_bytes = int.from_bytes(bytes(content[:LENGTH_BYTES].tolist()), "little")
+    return content[: LENGTH_BYTES + min(num_bytes, MAX_HEADER_BYTES)]
+
+
+def parse_layout(
+    memory: memoryview, file: str, file_bytes: int | None = None
+) -> tuple[Layout, memoryview]:
     """What a file holds, and the bytes of its tensors, which are not looked at.
 
     Args:
-        memory: the whole file.
+        memory: the whole file, or what comes before its first tensor.
         file: its name, for messages.
+        file_bytes: of the whole file, where ``memory`` is not all of it.
 
     Raises:
         CheckpointCorruptError: it is not a safetensors file as the format describes it.
     """
     try:
-        header, data = _split(memory)
+        file_bytes = len(memory) if file_bytes is None else file_bytes
+        header, data = _split(memory, file_bytes)
+        data_bytes = file_bytes - (len(memory) - len(data))
         metadata = header.pop(METADATA, {})
         aliases: Any = parse_json(metadata.get(ALIASES, "{}").encode(), ALIASES)
         extra: Any = parse_json(metadata.get(EXTRA_STATE, "{}").encode(), EXTRA_STATE)
@@ -250,14 +266,14 @@ def parse_layout(memory: memoryview, file: str) -> tuple[Layout, memoryview]:
             if any(type(size) is not int or size < 0 for size in slot.shape):
                 raise ValueError(f"{name} has the shape {entry['shape']}")
             end += slot.num_bytes
-            if entry["data_offsets"] != [slot.start, end] or end > len(data):
+            if entry["data_offsets"] != [slot.start, end] or end > data_bytes:
                 raise ValueError(
-                    f"{name} should lie in bytes {slot.start} to {end} of {len(data)}, the "
+                    f"{name} should lie in bytes {slot.start} to {end} of {data_bytes}, the "
                     f"header says {entry['data_offsets']}"
                 )
             slots[name] = slot
-        if end != len(data):
-            raise ValueError(f"{len(data) - end} bytes follow the last tensor")
+        if end != data_bytes:
+            raise ValueError(f"{data_bytes - end} bytes follow the last tensor")
         if missing := sorted({str(stored) for stored in aliases.values()} - slots.keys()):
             raise ValueError(f"there is no {missing[0]}, which other names lead to")
         offsets = {name: _offsets(name, slots[name], told) for name, told in slices.items()}
@@ -279,10 +295,10 @@ def _not_safetensors(file: str, error: Exception) -> CheckpointCorruptError:
     )
 
 
-def _split(memory: memoryview) -> tuple[dict[str, Any], memoryview]:
+def _split(memory: memoryview, file_bytes: int) -> tuple[dict[str, Any], memoryview]:
     num_bytes = int.from_bytes(memory[:LENGTH_BYTES], "little")
-    if num_bytes > min(MAX_HEADER_BYTES, len(memory) - LENGTH_BYTES):
-        raise ValueError(f"its header would have {num_bytes} bytes, the file {len(memory)}")
+    if num_bytes > min(MAX_HEADER_BYTES, file_bytes - LENGTH_BYTES):
+        raise ValueError(f"its header would have {num_bytes} bytes, the file {file_bytes}")
     header = parse_json(memory[LENGTH_BYTES : LENGTH_BYTES + num_bytes].tobytes(), "its header")
     if not isinstance(header, dict):
         raise ValueError(f"its header is {kind_of(header)}, not an object")

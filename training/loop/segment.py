@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
-from holdfast.training.checkpointing.overlap import Overlap, copy_stream
+from holdfast.training.checkpointing.overlap import Overlap
 from holdfast.training.checkpointing.policy import (
     CheckpointInfo,
     build_crossings,
@@ -41,6 +41,8 @@ from holdfast.training.data.loader import (
     TokenPlan,
 )
 from holdfast.training.data.own_order import own_order, own_permutation
+from holdfast.training.device.copy_stream import copy_stream
+from holdfast.training.device.reading import device_reader
 from holdfast.training.distributed.refusals import refuse_wrappers
 from holdfast.training.distributed.row_norm import RowNorm
 from holdfast.training.distributed.sharded_step import ShardedStep
@@ -539,7 +541,9 @@ def restore(stage: Stage, manager: CheckpointManager, state: TrainState) -> int:
     Raises CheckpointNotFoundError where a fork has lost the one that it began with.
     """
     restored = manager.restore(
-        should_allow_mismatch=stage.arguments.should_allow_mismatch, validate=validate_state
+        should_allow_mismatch=stage.arguments.should_allow_mismatch,
+        validate=validate_state,
+        device=device_reader(state.loss_sum.device),
     )
     if restored is not None:
         forked = stage.record.lineage

@@ -144,16 +144,17 @@ def restore_optimizer(
     parameters = dict(model.named_parameters())
     _rejoin(optimizer, parameters, [group["params"] for group in groups])
     _require_options(optimizer, groups)
+    tensors = {n: t.cpu() if "group-" in n else t for n, t in captured.tensors.items()}
     packed, start = [], 0
     for own, group in zip(optimizer.param_groups, groups, strict=True):
         end = start + len(group["params"])
-        options = _options(own, decode(group["options"], captured.tensors))
+        options = _options(own, decode(group["options"], tensors))
         packed.append({**options, "params": [*range(start, end)]})
         start = end
     # Past a class's own loader, which may expect what its own state_dict() gave.
     Optimizer.load_state_dict(optimizer, {"state": {}, "param_groups": packed})
     odd_places: Any = state.get("odd_places", [])
-    entries: Any = decode(state["parameters"], captured.tensors)
+    entries: Any = decode(state["parameters"], tensors)
     names = {parameter: name for name, parameter in parameters.items()}
     for parameter, group in _with_groups(optimizer):
         name = names[parameter]

@@ -26,6 +26,7 @@ from holdfast.training.checkpointing.policy import (
 )
 from holdfast.training.code.archive import keep_code
 from holdfast.training.configuration.loading import digested_values
+from holdfast.training.device.reading import device_reader
 from holdfast.training.exactness.versions import device_name, library_versions
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.loop.loss_guard import LossGuard
@@ -333,7 +334,9 @@ class ScriptSegment:
 
     def _restore(self, should_allow_mismatch: bool) -> RestoredCheckpoint | None:
         restored = self._manager.restore(
-            should_allow_mismatch=should_allow_mismatch, validate=validate_state
+            should_allow_mismatch=should_allow_mismatch,
+            validate=validate_state,
+            device=device_reader(self.state.loss_sum.device),
         )
         if restored is not None:
             self.state.restore(restored.tensors, restored.state)

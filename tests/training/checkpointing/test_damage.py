@@ -23,6 +23,7 @@ from tests.training.checkpointing.checkpoints import (
     names,
     save_steps,
 )
+from tests.training.far_memory import FarReader
 
 
 class Exploit:
@@ -168,14 +169,18 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.is_file()}
 
 
+@pytest.mark.parametrize("is_far", [False, True], ids=["memory", "device"])
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(
-    run: RunDirectory, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+    run: RunDirectory,
+    damage: Callable[[Path], None],
+    is_far: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     damage(run.checkpoint(20))
     damaged = all_bytes(run.checkpoint(20))
     with managing(run) as manager:
-        restored = manager.restore()
+        restored = manager.restore(device=FarReader() if is_far else None)
         assert restored is not None
         assert restored.manifest.step == 10
         assert_holds(restored.tensors, 10)

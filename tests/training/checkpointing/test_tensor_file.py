@@ -18,16 +18,26 @@ from holdfast.training.checkpointing.tensor_file import (
     plan_layout,
 )
 from holdfast.training.errors import CheckpointCorruptError, UnsupportedStateError
+from tests.training.far_memory import Far
 
 
 def file_bytes(tensors: dict[str, Tensor]) -> bytes:
     return b"".join(SnapshotBuffers().take({"x": tensors})["x.safetensors"].parts)
 
 
-def parse(content: bytes) -> dict[str, Tensor]:
+def in_memory(content: bytes) -> Tensor:
     memory = torch.empty(len(content), dtype=torch.uint8)
     memory.numpy().data[:] = content
-    return parse_tensors(memory, "x.safetensors")
+    return memory
+
+
+def parse(content: bytes) -> dict[str, Tensor]:
+    parsed = parse_tensors(in_memory(content), "x.safetensors")
+    far = parse_tensors(in_memory(content).as_subclass(Far), "x.safetensors")
+    assert {n: as_bytes(t.cpu()) for n, t in far.items()} == {
+        n: as_bytes(t) for n, t in parsed.items()
+    }
+    return parsed
 
 
 def as_bytes(tensor: Tensor) -> bytes:
@@ -179,6 +189,9 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         b"\x02\0\0\0\0\0\0\0\xff\xff",
     ],
 )
-def test_what_is_not_a_safetensors_file_is_refused_by_name(content: bytes) -> None:
+@pytest.mark.parametrize("kind", [Tensor, Far])
+def test_what_is_not_a_safetensors_file_is_refused_by_name(
+    content: bytes, kind: type[Tensor]
+) -> None:
     with pytest.raises(CheckpointCorruptError, match=r"x\.safetensors is not a safetensors file"):
-        parse(content)
+        parse_tensors(in_memory(content).as_subclass(kind), "x.safetensors")

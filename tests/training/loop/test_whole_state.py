@@ -26,6 +26,7 @@ from holdfast.training.errors import CheckpointMismatchError
 from holdfast.training.loop.state import TrainState
 from holdfast.training.optimizers.building import CONFIGURED, build_optimizer
 from holdfast.training.optimizers.schedule import Schedule
+from tests.training.far_memory import FarReader
 
 
 class Changing(nn.Module):
@@ -111,13 +112,17 @@ def advance(state: TrainState, first: int, end: int) -> None:
 
 
 def written_and_read(
-    captured: tuple[dict[str, dict[str, Tensor]], Any], folder: Path
+    captured: tuple[dict[str, dict[str, Tensor]], Any], folder: Path, *, is_far: bool = False
 ) -> tuple[dict[str, dict[str, Tensor]], Any]:
     tensors, values = captured
     for stem, inner in tensors.items():
         (folder / stem).unlink(missing_ok=True)
         write_weights(folder / stem, inner)
-    read = {stem: parse_tensors(read_file(folder / stem, "sha256")[0], stem) for stem in tensors}
+    read = {}
+    for stem in tensors:
+        device = FarReader() if is_far and stem != "state" else None
+        content, _ = read_file(folder / stem, "sha256", device=device)
+        read[stem] = parse_tensors(content, stem)
     return read, json.loads(json.dumps(values))
 
 
@@ -128,15 +133,16 @@ def file_bytes(state: TrainState, folder: Path) -> dict[str, bytes]:
     return {**files, "values": json.dumps(values, sort_keys=True).encode()}
 
 
+@pytest.mark.parametrize("is_far", [False, True], ids=["memory", "device"])
 @pytest.mark.parametrize("build", [Changing, Relaid, Unfreezing])
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_state_that_was_restored_goes_on_with_the_same_bytes(
-    build: Callable[[], nn.Module], stop: int, tmp_path: Path
+    build: Callable[[], nn.Module], stop: int, is_far: bool, tmp_path: Path
 ) -> None:
     calm, cut = state_of(build), state_of(build)
     advance(calm, 0, 6)
     advance(cut, 0, stop)
-    captured = written_and_read(cut.capture(), tmp_path)
+    captured = written_and_read(cut.capture(), tmp_path, is_far=is_far)
     resumed = state_of(build)
     resumed.restore(*captured)
     if isinstance(resumed.model, Unfreezing):
