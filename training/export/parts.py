@@ -33,6 +33,9 @@ OF_THE_WHOLE = ("weights", "onnx_int8")
 """Formats that parts do not have: the weights are the champion's, and int8 has a metric to keep."""
 BATCH_SIZE = 32
 NUM_RECORDED = 192
+LEAST_RECORDED = 33  # as many as the largest of the probes has
+RECORDED_BYTES = 16 * 2**20
+"""With what the part returns. Where samples take more, such as a decoder's caches, it is fewer."""
 
 
 @dataclass(frozen=True)
@@ -80,24 +83,52 @@ class PartExperiment:
         self._experiment, self._name = experiment, name
         self._champion = champion
         self._part = experiment.export_parts()[name]
+        self._sizes: dict[Split, list[tuple[int, int]]] = {}
 
     def dataset(self, split: Split) -> RecordedInputs:
-        """Recorded inputs; each sample's target is nothing but its number."""
+        """Recorded inputs; each sample's target is nothing but its number.
+
+        The first time the parts work together twice: which samples are taken is known once all
+        calls were seen, and to hold all of them takes more than anything else.
+        """
+        if split not in self._sizes:
+            sizes = self._sizes[split] = []
+            self._work_together(split, lambda *call: sizes.append(_size(*call)))
+        num_samples, num_bytes = map(sum, zip(*self._sizes[split], strict=True))
+        fitting = RECORDED_BYTES * num_samples // max(num_bytes, 1)
+        num_taken = min(NUM_RECORDED, max(LEAST_RECORDED, fitting))
+        spread = torch.linspace(0, num_samples - 1, num_taken).long()
+        taken: list[Inputs] = []
+        num_seen = 0
+
+        def take(inputs: Inputs, _: Sequence[Tensor]) -> None:
+            nonlocal num_seen
+            first, num_seen = num_seen, num_seen + len(inputs[0])
+            rows = spread[(spread >= first) & (spread < num_seen)] - first
+            taken.append(tuple(tensor[rows] for tensor in inputs))
+
+        self._work_together(split, take)
+        return RecordedInputs([torch.cat(column) for column in zip(*taken, strict=True)])
+
+    def _work_together(
+        self, split: Split, told: Callable[[Inputs, Sequence[Tensor]], None]
+    ) -> None:
+        """Tell of each call of this part, until it was given ``NUM_RECORDED`` samples."""
         runs = eager_runs(self._experiment, self._champion)
-        calls: list[Inputs] = []
+        num_samples = 0
 
         def recorded(inputs: Inputs) -> list[Tensor]:
-            calls.append(inputs)
-            return runs[self._name](inputs)
+            nonlocal num_samples
+            num_samples += len(inputs[0])
+            outputs = runs[self._name](inputs)
+            told(inputs, outputs)
+            return outputs
 
         assert isinstance(self._experiment, InParts)
         for batch in evaluation_batches(self._experiment.dataset(split), BATCH_SIZE):
             self._experiment.assemble({**runs, self._name: recorded}, batch)
-            if sum(len(call[0]) for call in calls) >= NUM_RECORDED:
+            if num_samples >= NUM_RECORDED:
                 break
-        tensors = [torch.cat(column) for column in zip(*calls, strict=True)]
-        spread = torch.linspace(0, len(tensors[0]) - 1, NUM_RECORDED).long()
-        return RecordedInputs([tensor[spread] for tensor in tensors])
 
     def model(self) -> nn.Module:
         """The part's module."""
@@ -132,6 +163,11 @@ class RecordedInputs:
 
     def __getitem__(self, index: int) -> tuple[Inputs, int]:
         return tuple(tensor[index] for tensor in self._tensors), index
+
+
+def _size(inputs: Inputs, outputs: Sequence[Tensor]) -> tuple[int, int]:
+    """Samples of a call, and bytes of all that went in and came out."""
+    return len(inputs[0]), sum(tensor.nbytes for tensor in (*inputs, *outputs))
 
 
 def part_names(experiment: Experiment) -> tuple[str, ...]:

@@ -68,7 +68,8 @@ class PartChecks:
     ) -> None:
         self._experiment, self._champion_path = experiment, champion
         self._folders, self._batch_size, self._num_golden = folders, batch_size, num_golden
-        self._known: dict[str, tuple[Answers, Place]] = {}
+        self._places: dict[str, Place] = {}
+        self._last: tuple[str, Answers] | None = None
         self._wanted = cache(self._answer)
 
     def check(self, name: str) -> ArtifactReport:
@@ -79,30 +80,40 @@ class PartChecks:
         if form == "champion":
             report = self._check_champion(part)
         else:
-            answers, place = self._answers(part)
-            report = check_artifact(answers, form, formats()[form], place, Int8Limits())
+            answers = self._answers(part)
+            report = check_artifact(
+                answers, form, formats()[form], self._places[part], Int8Limits()
+            )
         report.format = name
         return report
 
     def _check_champion(self, part: str) -> ArtifactReport:
-        champion, place = self._load(part)
-        self._known[part] = champion.answers(), place
+        champion = self._load(part)
         report = check_comparison(champion)
-        write_golden(place.scratch / "golden", champion, self._num_golden)
+        write_golden(self._places[part].scratch / "golden", champion, self._num_golden)
         return report
 
-    def _answers(self, part: str) -> tuple[Answers, Place]:
-        """What artifacts of a part are held to. No model is kept: each has all the weights."""
-        if part not in self._known:
-            champion, place = self._load(part)
-            self._known[part] = champion.answers(), place
-        return self._known[part]
+    def _answers(self, part: str) -> Answers:
+        """What artifacts of a part are held to, of one part at a time."""
+        if self._last is None or self._last[0] != part:
+            self._load(part)
+        assert self._last is not None
+        return self._last[1]
 
-    def _load(self, part: str) -> tuple[Champion, Place]:
+    def _load(self, part: str) -> Champion:
+        """The champion of a part, of which the answers and the place are kept, and no model."""
+        self._last = None
         path = self._champion_path
         alone, (bundle, scratch) = graph_of(self._experiment, part, path, self._folders)
         champion = Champion.load(alone, path, self._batch_size)
-        return champion, Place(bundle, scratch, alone.model, champion.interface)
+        self._last = part, champion.answers()
+        self._places[part] = Place(bundle, scratch, alone.model, champion.interface)
+        return champion
+
+    def _place(self, part: str) -> Place:
+        if part not in self._places:
+            self._load(part)
+        return self._places[part]
 
     def _answer(self) -> list[Mapping[str, Tensor]]:
         runs = eager_runs(self._experiment, self._champion_path)
@@ -143,7 +154,7 @@ class PartChecks:
 
     def _load_runs(self, form: str) -> dict[str, Runner]:
         parts = part_names(self._experiment)
-        return {part: formats()[form].load(self._answers(part)[1]).run for part in parts}
+        return {part: formats()[form].load(self._place(part)).run for part in parts}
 
     def _compare_metrics(
         self,

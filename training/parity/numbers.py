@@ -22,6 +22,7 @@ FP32_EPS = float(torch.finfo(torch.float32).eps)
 ERROR_FACTOR = 8.0
 NUM_EPS = 32.0
 EXACT_SAMPLES = 33  # as many as the largest of the probes has
+NUM_AT_ONCE = 2**20
 ALONE_ERROR = 1e-4  # far above rounding, far below what another sample would change
 
 
@@ -71,13 +72,16 @@ def make_reference(eager: GuardedModel, exact: GuardedModel, inputs: Inputs) -> 
     The fp64 copy answers to few samples at a time: what lies between its layers takes twice the
     memory that it takes in the model itself, and would be the most that a check needs.
     """
-    wide = tuple(t.double() if t.is_floating_point() else t for t in inputs)
+    answers: list[list[Tensor]] = []
     with torch.no_grad():
         eager_outputs = list(eager(*inputs))
         parts = _parts(len(inputs[0]) if _is_answered_alone(eager, inputs, eager_outputs) else 0)
-        with DoublePrecision():
-            answers = [list(exact(*(tensor[part] for tensor in wide))) for part in parts]
-    exact_outputs = [torch.cat(each) for each in zip(*answers, strict=True)]
+        for part in parts:
+            few = [t[part].double() if t.is_floating_point() else t[part] for t in inputs]
+            with DoublePrecision():
+                answers.append(list(exact(*few)))
+    # One output after the other: what is joined is not held in its parts as well.
+    exact_outputs = [torch.cat([each.pop(0) for each in answers]) for _ in range(len(answers[0]))]
     bounds = [
         ERROR_FACTOR * scaled_error(mine, true) + NUM_EPS * FP32_EPS
         for mine, true in zip(eager_outputs, exact_outputs, strict=True)
@@ -112,13 +116,19 @@ def _parts(num_samples: int) -> list[slice]:
 
 
 def scaled_error(found: Tensor, true: Tensor) -> float:
-    """``max|found - true| / max|true|`` over the places where both are finite."""
-    found, true = found.double(), true.double()
-    finite = torch.isfinite(true) & torch.isfinite(found)
-    if not bool(finite.any()):
-        return 0.0
-    scale = float(true[finite].abs().max())
-    return float((found - true)[finite].abs().max()) / (scale if scale > 0 else 1.0)
+    """``max|found - true| / max|true|`` over the places where both are finite; shapes are equal.
+
+    Taken of some numbers after the others: copies of all of them would be the most that a check
+    needs.
+    """
+    error, scale = 0.0, 0.0
+    both = zip(*(torch.split(t.reshape(-1), NUM_AT_ONCE) for t in (found, true)), strict=True)
+    for mine, its in ((a.double(), b.double()) for a, b in both):
+        finite = torch.isfinite(its) & torch.isfinite(mine)
+        if bool(finite.any()):
+            scale = max(scale, float(its[finite].abs().max()))
+            error = max(error, float((mine - its)[finite].abs().max()))
+    return error / (scale if scale > 0 else 1.0)
 
 
 def compare(found: list[Tensor], reference: Reference) -> list[Comparison]:

@@ -130,7 +130,7 @@ def check_comparison(champion: Champion) -> ArtifactReport:
     if not checked - meant:
         meant = set()  # something has to be proved
     for index in sorted(still - meant):
-        num = len(_column(champion.test, index))
+        num = sum(map(len, _column(champion.test, index)))
         report.add("variation", ports[index].name, f"is the same for all {num} test samples")
     for index in sorted(deaf - meant):
         message = f"noise of {noise:g} on every weight would not be noticed"
@@ -169,16 +169,16 @@ def _by_design(champion: Answers) -> set[int]:
     with torch.no_grad():
         outputs = list(fresh(*ordinary.inputs))
     same = {i for i, answer in enumerate(compare(outputs, ordinary)) if answer.is_good}
-    return same | {i for i, values in enumerate(outputs) if not _varies(values)}
+    return same | {i for i, values in enumerate(outputs) if not _varies([values])}
 
 
-def _column(references: Sequence[Reference], index: int) -> Tensor:
-    """What all batches have of an output; where its sizes vary, the least of each."""
+def _column(references: Sequence[Reference], index: int) -> list[Tensor]:
+    """What each batch has of an output; where its sizes vary, the least of each."""
     tensors = [reference.exact[index] for reference in references]
     least = [range(min(sizes)) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
     for dimension, kept in enumerate(least, start=1):
         tensors = [tensor.narrow(dimension, 0, len(kept)) for tensor in tensors]
-    return torch.cat(tensors)
+    return tensors
 
 
 def _check_lineage(
@@ -324,9 +324,11 @@ def _gate_inexact(report: ArtifactReport, limits: Int8Limits) -> None:
             report.add("agreement", name, message)
 
 
-def _varies(values: Tensor) -> bool:
-    finite = values[torch.isfinite(values).reshape(len(values), -1).all(1)]
-    return len(finite) > 1 and scaled_error(finite, finite[:1].expand_as(finite)) > LAST_DIGIT
+def _varies(batches: Sequence[Tensor]) -> bool:
+    """Whether samples that are finite differ from the first of them."""
+    samples = (sample for batch in batches for sample in batch if torch.isfinite(sample).all())
+    first = next(samples, None)
+    return first is not None and any(scaled_error(each, first) > LAST_DIGIT for each in samples)
 
 
 def _prints_the_same(found: float, wanted: float) -> bool:

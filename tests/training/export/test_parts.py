@@ -15,17 +15,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from holdfast.training.bundles import consumer
 from holdfast.training.bundles.stage import run_export
 from holdfast.training.bundles.summary import artifact_rows
 from holdfast.training.configuration.schema import ExportConfig
+from holdfast.training.data.loader import evaluation_batches
 from holdfast.training.experiment.protocol import Context
 from holdfast.training.experiments.digits import Digits, DigitsSettings
 from holdfast.training.experiments.translation.experiment import Translation, TranslationSettings
 from holdfast.training.experiments.translation.model import TranslationModel
 from holdfast.training.experiments.translation.search import greedy
-from holdfast.training.export.parts import part_names, write_parts
+from holdfast.training.export import parts
+from holdfast.training.export.parts import PartExperiment, eager_runs, part_names, write_parts
+from holdfast.training.export.specification import Inputs
 from holdfast.training.parity.assembly import PartChecks, check_names
 from holdfast.training.runs.durable_json import write_json_durably
 from holdfast.training.stage import StageArguments, prepared_stage
@@ -191,6 +195,45 @@ def test_parts_with_other_weights_are_refused(champion: Path, tmp_path: Path) ->
     assert {"lineage", "numbers"} <= refused["encoder.onnx"]
     assert {"lineage", "numbers"} <= refused["decoder_step.onnx"]
     assert "together" in refused["together.onnx"]
+
+
+def calls_of_the_decoder(champion: Path) -> list[Inputs]:
+    found, calls = translation(), []
+    runs = eager_runs(found, champion)
+
+    def recorded(inputs: Inputs) -> list[Tensor]:
+        calls.append(inputs)
+        return runs["decoder_step"](inputs)
+
+    for batch in evaluation_batches(found.dataset("test"), parts.BATCH_SIZE):
+        found.assemble({**runs, "decoder_step": recorded}, batch)
+        if sum(len(inputs[0]) for inputs in calls) >= parts.NUM_RECORDED:
+            break
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "num_recorded"), [(2**30, 192), (1, 33), (None, 50)], ids=["all", "least", "some"]
+)
+def test_a_part_is_checked_on_samples_spread_over_all_that_it_was_given(
+    num_bytes: int | None, num_recorded: int, champion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = calls_of_the_decoder(champion)
+    given = [torch.cat(column) for column in zip(*calls, strict=True)]
+    if num_bytes is None:  # of 50 samples with what the part returns of them
+        outputs = eager_runs(translation(), champion)["decoder_step"](calls[0])
+        sample_bytes = sum(t[0].nbytes for t in (*calls[0], *outputs))
+        num_bytes = num_recorded * sample_bytes
+    monkeypatch.setattr(parts, "RECORDED_BYTES", num_bytes)
+    part = PartExperiment(translation(), "decoder_step", champion)
+    spread = torch.linspace(0, len(given[0]) - 1, num_recorded).long()
+    for _ in range(2):
+        dataset = part.dataset("test")
+        assert len(dataset) == num_recorded
+        for number, row in enumerate(spread.tolist()):
+            inputs, index = dataset[number]
+            assert index == number
+            assert all(map(torch.equal, inputs, [tensor[row] for tensor in given]))
 
 
 def test_a_part_that_is_missing_is_refused(champion: Path, tmp_path: Path) -> None:

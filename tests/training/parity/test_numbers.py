@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from holdfast.training.export.guard import GuardedModel
+from holdfast.training.parity import numbers
 from holdfast.training.parity.numbers import (
     compare,
     different_tensors,
@@ -76,6 +77,25 @@ def test_the_double_copy_sees_few_samples_at_a_time_where_each_is_answered_alone
         [whole], [answer] = exact(inputs.double()), eager(inputs)
     assert scaled_error(reference.exact[0], whole) < 1e-14
     assert compare([answer], reference)[0].is_good
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1,), (7, 5), (3, 4, 6), ()])
+@pytest.mark.parametrize("at_once", [1, 6, 1000])
+def test_the_error_is_that_of_all_numbers_that_are_finite_on_both_sides(
+    shape: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numbers, "NUM_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        true = torch.randn(shape, generator=generator, dtype=torch.float64)
+        found = (true + 1e-3 * torch.randn(shape, generator=generator)).float()
+        for tensor, value in ((true, math.inf), (found, math.nan), (found, -math.inf)):
+            tensor[torch.rand(shape, generator=generator) < 0.1] = value
+        pairs = zip(found.flatten().tolist(), true.flatten().tolist(), strict=True)
+        finite = [pair for pair in pairs if all(map(math.isfinite, pair))]
+        largest = max((abs(its) for _, its in finite), default=1.0)
+        expected = max((abs(mine - its) for mine, its in finite), default=0.0) / largest
+        assert scaled_error(found, true) == expected
 
 
 @settings(max_examples=30, deadline=None)
