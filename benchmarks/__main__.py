@@ -204,6 +204,8 @@ SPEED = (
         (
             ("determinism.py",),
             ("determinism.py", "--steps", "10", *TURBOFAN),
+            ("determinism.py", "--experiment", "language_model"),
+            ("determinism.py", "--experiment", "translation"),
         ),
     ),
     Section(

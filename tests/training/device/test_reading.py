@@ -71,5 +71,20 @@ def test_there_must_be_room_for_the_tensors_that_are_made_of_it() -> None:
     assert not FarReader(free_bytes=1999).has_room(1000)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_bytes", [0, 1, 8 * 2**20, 100 * 2**20 + 3])
+def test_a_file_is_read_to_a_gpu(num_bytes: int, tmp_path: Path) -> None:
+    content = os.urandom(num_bytes)
+    (tmp_path / "file").write_bytes(content)
+    reader = device_reader(torch.device("cuda"))
+    assert reader is not None
+    assert reader.has_room(num_bytes)
+    for _ in range(2):
+        found, digest = read_file(tmp_path / "file", "blake3", num_bytes, device=reader)
+        assert found.is_cuda
+        assert found.cpu().numpy().tobytes() == content
+        assert digest == digest_of([content])
+
+
 def test_nothing_reads_into_this_machines_own_memory() -> None:
     assert device_reader(torch.device("cpu")) is None
