@@ -17,6 +17,7 @@ from holdfast.training.errors import DataFormatError, DataNotFoundError, InputEr
 UNITS = {"milliseconds": 1e-3, "seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 EVENTS = ("add", "remove")
 MAX_AT_S = 1e10  # three hundred years
+MAX_RESOLUTION_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Trace:
     """What was seen of a group of machines, from 0 to ``length_s``; by when they came.
 
     Attributes:
-        resolution_s: of which all times are multiples; 0 where there is none.
+        resolution_s: of which all times are multiples, a minute at most; 0 where there is none.
     """
 
     machines: tuple[Machine, ...]
@@ -108,8 +109,9 @@ def read_trace(path: Path) -> Trace:
 
     Raises:
         DataNotFoundError: there is no such file.
-        DataFormatError: names the line that is wrong: a time that runs backwards, a machine that
-            comes twice or goes without having come; or no machine is in the trace at all.
+        DataFormatError: names the line that is wrong: a time that runs backwards or is one of a
+            clock, a machine that comes twice or goes without having come; or no machine is in the
+            trace at all.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -124,7 +126,9 @@ def _parsed(rows: Iterable[Sequence[str]], path: str) -> Trace:
     there: dict[str, float] = {}
     machines: list[Machine] = []
     last_s = 0.0
+    first: tuple[str, float] | None = None
     for place, at_s, event, name in _events(rows, path):
+        first = first or (place, at_s)
         if at_s < last_s:
             raise DataFormatError(
                 f"{place}: the trace runs backwards, from {last_s:g} s to {at_s:g} s: sort its rows"
@@ -138,9 +142,15 @@ def _parsed(rows: Iterable[Sequence[str]], path: str) -> Trace:
             problem = "comes and is there already" if event == "add" else "goes and was not there"
             raise DataFormatError(f"{place}: the machine {name!r} {problem}")
     machines += [Machine(begin_s, math.inf) for begin_s in there.values()]
-    if not machines:
+    if first is None:
         raise DataFormatError(
             f"the trace {path} is empty: expected rows such as 60000,add,node1 (milliseconds)"
+        )
+    place, first_s = first
+    if first_s > last_s / 2:
+        raise DataFormatError(
+            f"{place}: nobody is there for the first {first_s:g} s of {last_s:g} s, as if these "
+            f"were times of a clock: take the time of its first row from all"
         )
     if all(machine.end_s == machine.begin_s for machine in machines):
         raise DataFormatError(f"in the trace {path} every machine goes when it comes")
@@ -154,7 +164,7 @@ def _order(machine: Machine) -> tuple[float, float]:
 def _resolution_s(machines: Sequence[Machine]) -> float:
     times = [at_s for one in machines for at_s in (one.begin_s, one.end_s) if at_s < math.inf]
     milliseconds = math.gcd(*(round(1000 * at_s) for at_s in times))
-    return milliseconds / 1000
+    return min(milliseconds / 1000, MAX_RESOLUTION_S)
 
 
 def _events(rows: Iterable[Sequence[str]], path: str) -> Iterator[tuple[str, float, str, str]]:

@@ -53,6 +53,9 @@ def test_a_first_row_may_name_the_unit(tmp_path: Path, unit: str, length_s: floa
         ("1e30,add,a\n", "is no number"),
         ("weeks,event,machine\n", "'weeks' is no unit of times; allowed"),
         ("0,add,a\n0,remove,a\n", "every machine goes when it comes"),
+        ("1767225600000,add,a\n1767232800000,remove,a\n", "line 1: nobody is there for the first"),
+        ("seconds,event,machine\n1767225600,add,a\n", "line 2: nobody is there for the first"),
+        ("1767225600,add,a\n1767232800,remove,a\n", "take the time of its first row from all"),
         ("0,add,a\x00\n\udce4", ""),
     ],
 )
@@ -117,6 +120,13 @@ def test_times_are_spread_within_what_was_not_seen() -> None:
     for before, after in zip(trace.machines, found.machines, strict=True):
         assert before.begin_s - 60 <= after.begin_s <= before.begin_s
         assert before.end_s - 60 <= after.end_s <= before.end_s
+
+
+def test_times_are_spread_within_a_minute_at_most(tmp_path: Path) -> None:
+    # Full hours that somebody wrote down are no sign that nobody looked in between.
+    found = read_trace(written(tmp_path, "hours,event,machine\n0,add,a\n10,remove,a\n"))
+    assert found.resolution_s == 60.0
+    assert found.spread(0).machines[0].end_s > 36000 - 60
 
 
 def test_shares_of_notices_are_drawn() -> None:
