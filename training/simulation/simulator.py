@@ -72,21 +72,29 @@ class SaveTimes:
         while done_s < costs.work_s:
             end_s = self._next_end_s(done_s)
             length_s = end_s - done_s
-            num_saves = _num_saves(length_s, first_s, later_s) + 1
-            if wall_s < length_s + num_saves * costs.save_s:
+            part_saving_s = (_num_saves(length_s, first_s, later_s) + 1) * costs.save_s
+            if wall_s < length_s + part_saving_s:
                 work_s, kept_s = _part(wall_s, first_s, later_s, costs.save_s)
                 work_s = min(work_s, length_s)
                 saved_s = done_s + kept_s if kept_s else saved_s
                 return done_s + work_s, saved_s, saving_s + wall_s - work_s
-            wall_s -= length_s + num_saves * costs.save_s
-            saving_s += num_saves * costs.save_s
-            done_s, saved_s, first_s = end_s, end_s, later_s
+            num = 1.0
+            if first_s == later_s and math.isclose(length_s, costs.epoch_s):
+                # A whole epoch, and those after it are as this one.
+                num_left = (costs.work_s - done_s) // length_s
+                num = max(1.0, min(num_left, wall_s // (length_s + part_saving_s)))
+            wall_s = max(0.0, wall_s - num * (length_s + part_saving_s))
+            saving_s += num * part_saving_s
+            done_s = saved_s = min(end_s + (num - 1) * costs.epoch_s, costs.work_s)
+            first_s = later_s
         return done_s, saved_s, saving_s
 
     def _next_end_s(self, done_s: float) -> float:
         """Work that is done at the next end of an epoch, or of the run."""
-        epoch_s = self.costs.epoch_s
-        return min((math.floor(done_s / epoch_s + 1e-9) + 1) * epoch_s, self.costs.work_s)
+        num_epochs = done_s / self.costs.epoch_s
+        is_at_end = math.isclose(num_epochs, round(num_epochs), rel_tol=1e-9, abs_tol=1e-9)
+        num_ended = round(num_epochs) if is_at_end else math.floor(num_epochs)
+        return min((num_ended + 1) * self.costs.epoch_s, self.costs.work_s)
 
     def _whole_steps(self, interval_s: float) -> float:
         """Saves come after steps."""
@@ -128,7 +136,7 @@ class _Life:
 
 def simulate(costs: RunCosts, capacity: Capacity, saving: Saving) -> Ledger | None:
     """What the run's time goes to, from the moment when it is begun; None where it never ends."""
-    at_s = lived_s = furthest_s = kept_s = recomputed_s = 0.0
+    at_s = ended_s = lived_s = waiting_s = furthest_s = kept_s = recomputed_s = 0.0
     lives: list[_Life] = []
     num_idle = 0
     while not lives or not lives[-1].is_last:
@@ -141,10 +149,11 @@ def simulate(costs: RunCosts, capacity: Capacity, saving: Saving) -> Ledger | No
         recomputed_s += max(0.0, min(kept_s + life.worked_s, furthest_s) - kept_s)
         furthest_s = max(furthest_s, kept_s + life.worked_s)
         num_idle = num_idle + 1 if life.kept_s == kept_s else 0
-        at_s, kept_s = begin_s + life.lived_s + life.pause_s, life.kept_s
+        waiting_s += begin_s - ended_s
+        ended_s = begin_s + life.lived_s
+        at_s, kept_s = ended_s + life.pause_s, life.kept_s
         lived_s += life.lived_s
         lives.append(life)
-    total_s = at_s - lives[-1].pause_s
     starting = [life.starting_s for life in lives]
     saving_s = sum(life.saving_s for life in lives)
     return Ledger(
@@ -153,7 +162,7 @@ def simulate(costs: RunCosts, capacity: Capacity, saving: Saving) -> Ledger | No
         saving_s=saving_s,
         starting_s=starting[0],
         restarting_s=sum(starting[1:]),
-        waiting_s=total_s - lived_s,
+        waiting_s=waiting_s,
         num_segments=len(lives),
         num_recomputed_steps=round(recomputed_s / costs.step_s),
     )

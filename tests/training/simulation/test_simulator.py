@@ -136,6 +136,31 @@ def test_what_a_life_saves_is_what_single_steps_save(
         assert done_s - start + saving_s == pytest.approx(wall_s)
 
 
+@given(st.integers(2, 40), st.integers(1, 9), st.floats(0.01, 500.0))
+def test_whole_epochs_are_reckoned_at_once_as_step_by_step(
+    num_steps: int, later: int, wall_s: float
+) -> None:
+    costs = RunCosts(10 * num_steps, 1.0, 0.25, 0.5, 1.0, epoch_steps=num_steps)
+    intervals = Intervals(float(later), float(later))
+    done_s, saved_s, _ = SaveTimes(costs, intervals, 0.0).at(wall_s)
+    assert [done_s, saved_s] == pytest.approx(by_steps(costs, intervals, 0, wall_s))
+
+
+def test_a_run_of_very_many_epochs_is_reckoned_at_once() -> None:
+    costs = replace(COSTS, num_steps=10**12, epoch_steps=10)
+    done_s, saved_s, saving_s = SaveTimes(costs, Intervals(5.0, 5.0), 3.0).at(1e13)
+    assert done_s == saved_s == costs.work_s
+    assert saving_s == 0.5 * 2e11
+
+
+def test_nobody_waits_less_than_no_time() -> None:
+    costs = replace(COSTS, step_s=0.0043, save_s=0.0017, durable_s=0.012, start_s=1.15)
+    for start in exponential_starts(3600.0, 30.0, 0.2, 0, 20):
+        found = simulate(costs, start(), fixed(math.inf))
+        assert found is not None
+        assert found.waiting_s == 0.0
+
+
 def test_the_interval_of_training_comes_close_to_the_best_in_hindsight() -> None:
     costs = replace(COSTS, num_steps=100_000, step_s=0.5, save_s=0.1)
     for mean_s in (1800.0, 3600.0, 4 * 3600.0):
