@@ -5,9 +5,8 @@ from __future__ import annotations
 import click
 
 from holdfast.flows.command_line.stores import DEFAULT_STORE
-from holdfast.training.bundles.consumer import TIME_LIMIT_S
-
-MAX_TIME_LIMIT_S = 30 * 24 * 3600.0
+from holdfast.training.bundles.consumer import MAX_TIME_LIMIT_S, MIN_TIME_LIMIT_S, TIME_LIMIT_S
+from holdfast.training.configuration.option import NumberRange
 
 STORE_OPTION = click.option(
     "--store",
@@ -19,7 +18,7 @@ STORE_OPTION = click.option(
 )
 TIME_LIMIT_OPTION = click.option(
     "--time-limit-s",
-    type=click.FloatRange(min=0.1, max=MAX_TIME_LIMIT_S),
+    type=NumberRange(min=MIN_TIME_LIMIT_S, max=MAX_TIME_LIMIT_S),
     default=TIME_LIMIT_S,
     show_default=True,
     help="End a model that runs longer.",

@@ -58,6 +58,17 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_no_option_takes_nan_for_a_number(name: str) -> None:
+    command = load_command(name)
+    context = click.Context(command)
+    found = [command, *getattr(command, "commands", {}).values()]
+    numbers = [one for each in found for one in each.params if one.type.name.startswith("float")]
+    for option in numbers:
+        with pytest.raises(click.BadParameter):
+            option.type.convert("nan", option, context)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_imports_torch(name: str) -> None:
     script = (
         f"import sys; from holdfast.flows.command_line.group import load_command; "

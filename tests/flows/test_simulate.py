@@ -109,12 +109,18 @@ def test_a_run_that_never_ends_is_told(capsys: pytest.CaptureFixture[str]) -> No
     [
         ([], "machines come from --trace FILE or have --mean-life-s"),
         (["--mean-life-s", "5", "--trace", "x.csv"], "give one"),
-        (["--mean-life-s", "0"], "--mean-life-s must be a number above 0, found 0"),
-        (["--mean-life-s", "nan"], "must be a number above 0"),
+        (["--mean-life-s", "0"], "'--mean-life-s': 0.0 is not in the range"),
+        (["--mean-life-s", "inf"], "'--mean-life-s': inf is not in the range"),
+        (["--mean-life-s", "nan"], "'--mean-life-s': nan is no number"),
         (["--mean-life-s", "9", "--set", "prices.spot_per_hour=0"], "spot_per_hour = 0"),
         (["--mean-life-s", "9", "--set", "prices.spot_per_hour=-2"], "greater than 0"),
         (["--mean-life-s", "9", "--set", "prices.on_demand_per_hour=2"], "set both"),
         (["--mean-life-s", "9", "--without-notice", "2"], "--without-notice"),
+        (["--mean-life-s", "9", "--set", "prices.spot_per_hour=1e300"], "less than or equal to"),
+        (["--mean-life-s", "9", "--without-notice", "nan"], "--without-notice"),
+        (["--mean-life-s", "9", "--notice-s", "nan"], "nan is no number"),
+        (["--mean-life-s", "9", "--set", "train.num_epochs=3"], "train.num_epochs is not reckoned"),
+        (["--mean-life-s", "9", "--set", "optimizer.args.lr=1"], "optimizer.args is not reckoned"),
         (["--mean-life-s", "9", "--step-s", "0"], "step_s must be above 0"),
         (["--trace", "none.csv"], "there is no trace none.csv"),
     ],
@@ -126,6 +132,15 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_saves_after_so_many_steps_are_reckoned_with(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--mean-life-s", "9000", *GIVEN]
+    often = simulated(capsys, *words, "--set", "checkpoint.every_steps=10")
+    assert often["costs"]["epoch_steps"] == 10
+    assert often["online"]["mean"]["saving_s"] > 10000 / 10 * 0.05
+    both = ["--epoch-steps", "7", "--set", "checkpoint.every_steps=10"]
+    assert simulated(capsys, *words, *both)["costs"]["epoch_steps"] == 7
 
 
 def test_what_nothing_tells_is_named(capsys: pytest.CaptureFixture[str]) -> None:

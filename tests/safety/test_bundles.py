@@ -251,6 +251,16 @@ def test_a_model_that_never_ends_is_ended(tmp_path: Path) -> None:
             consumer.predict(folder, samples, None, time_limit_s=3.0)
 
 
+@pytest.mark.parametrize("text", ["nan", "inf", "0", "-1", "1e300", "soon"])
+def test_a_time_limit_that_cannot_be_waited_is_refused(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_bundle(tmp_path / "b")
+    with pytest.raises(SystemExit, match="2"):
+        consumer.main(["verify", str(folder), f"--time-limit-s={text}"])
+    assert f"'{text}' is no number from 0.1 to 2592000" in capsys.readouterr().err
+
+
 def test_a_good_bundle_is_proved_and_predicts_in_a_process_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

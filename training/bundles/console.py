@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--store", help="take NAME[@VERSION|@ALIAS] from there")
         command.add_argument(
             "--time-limit-s",
-            type=float,
+            type=consumer.time_limit_s,
             default=consumer.TIME_LIMIT_S,
             metavar="SECONDS",
             help=f"end a model that runs longer; default: {consumer.TIME_LIMIT_S:g}",

@@ -56,6 +56,8 @@ DTYPE = re.compile(r"(b?float|complex|u?int)(8|16|32|64|128)|bool")
 NPY_MAGIC = b"\x93NUMPY"
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 TIME_LIMIT_S = 600.0
+MIN_TIME_LIMIT_S = 0.1
+MAX_TIME_LIMIT_S = 30 * 24 * 3600.0
 LATE_CODE = 3
 
 
@@ -803,6 +805,19 @@ def _scaled_error(np: Any, found: Any, expected: Any) -> float:
     return float(np.abs(found - expected)[finite].max()) / (scale or 1.0)
 
 
+def time_limit_s(text: str) -> float:
+    """The seconds that an argument says. Raises ArgumentTypeError where they cannot be waited."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = float("nan")
+    if not MIN_TIME_LIMIT_S <= seconds <= MAX_TIME_LIMIT_S:
+        raise argparse.ArgumentTypeError(
+            f"{text[:30]!r} is no number from {MIN_TIME_LIMIT_S:g} to {MAX_TIME_LIMIT_S:.0f}"
+        )
+    return seconds
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Verify or predict; the exit code."""
     parser = argparse.ArgumentParser(description="Verify a bundle, or predict with it.")
@@ -827,7 +842,7 @@ def main(arguments: list[str] | None = None) -> int:
     for one in (parser, verifying, predicting, golden, computing):
         one.add_argument(
             "--time-limit-s",
-            type=float,
+            type=time_limit_s,
             default=argparse.SUPPRESS,
             metavar="SECONDS",
             help=f"end a model that runs longer; default: {TIME_LIMIT_S:g}",

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from holdfast.training.certificate.lives import Target
     from holdfast.training.runs.paths import RunDirectory
 
-from holdfast.training.configuration.option import CONFIG_OPTION, SET_OPTION
+from holdfast.training.configuration.option import (
+    A_YEAR_S,
+    CONFIG_OPTION,
+    SET_OPTION,
+    NumberRange,
+)
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import default_num_threads
 from holdfast.training.told_errors import EXIT_INTERRUPTED, error_line
@@ -86,7 +91,7 @@ EXIT_CODES = (
 @click.option("--seed", default=0, show_default=True, help="Of the places where it is stopped.")
 @click.option(
     "--budget-s",
-    type=click.FloatRange(min=1),
+    type=NumberRange(min=1, max=A_YEAR_S),
     default=600.0,
     show_default=True,
     help="Seconds after which it ends without a verdict.",

@@ -1,10 +1,27 @@
-"""The options ``--config`` and ``--set``, the same for every command line."""
+"""Options ``--config`` and ``--set`` and the type of numbers, the same for every command line."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import click
+
+A_YEAR_S = 366 * 24 * 3600.0
+
+
+class NumberRange(click.FloatRange):
+    """A range of numbers; "nan", which is beside each of its ends, is refused as well."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number, or the error of a value that cannot be taken."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value} is no number.", param, ctx)
+        return number
 
 
 def _one_file(

@@ -28,6 +28,7 @@ UNLESS_SHARDED_ALIKE: dict[str, Any] = {**UNLESS_SHARDED, "unless_value": "fsdp"
 CHOICE_ONLY: dict[str, Any] = {"choice": True}
 
 MAX_TIME_S = 366 * 24 * 3600
+MAX_PRICE = 1e12
 MAX_LEASE_S = 24 * 3600  # nobody can take over a run whose holder vanished before it has passed
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
@@ -521,9 +522,11 @@ class SpikesConfig(Section):
 class PricesConfig(Section):
     """What machines cost, for the report and `holdfast simulate`. Never changes the result."""
 
-    spot_per_hour: float | None = Field(None, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    spot_per_hour: float | None = Field(None, gt=0, le=MAX_PRICE, json_schema_extra=OUTSIDE_DIGEST)
     """Price of an hour of the machine that trains; it is paid while a segment lives."""
-    on_demand_per_hour: float | None = Field(None, gt=0, json_schema_extra=OUTSIDE_DIGEST)
+    on_demand_per_hour: float | None = Field(
+        None, gt=0, le=MAX_PRICE, json_schema_extra=OUTSIDE_DIGEST
+    )
     """Price of an hour of one that is never taken away, to compare with."""
     currency: str = Field(
         "USD", min_length=1, max_length=8, pattern=r"^\S+$", json_schema_extra=OUTSIDE_DIGEST

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from holdfast.training.configuration.option import NumberRange
 from holdfast.training.errors import HoldfastError
 from holdfast.training.preemption.signals import hold_signals
 from holdfast.training.runs.shown_text import ShownFormatter
@@ -38,7 +39,7 @@ EXIT_CODES = (
 )
 MAX_WAIT_OPTION = click.option(
     "--max-wait-s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, min_open=True),
     default=float("inf"),
     help="Leave when the run is not started for so long; waits as long as it takes unless given.",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
@@ -38,7 +38,8 @@ class RunCosts:
         takeover_s: from a machine's end without a notice to the next segment's beginning, where a
             machine is there.
         handover_s: the same after a notice, from the end of the segment that saved.
-        epoch_steps: steps after which a run saves whatever the clock says; None for never.
+        epoch_steps: steps after which a run saves whatever the clock says, those of an epoch or
+            fewer; None for never.
     """
 
     num_steps: int
@@ -65,6 +66,11 @@ class RunCosts:
                 f"durable_s={self.durable_s:g} is less than save_s={self.save_s:g}: a save is "
                 f"durable once training has its copy, and not before"
             )
+
+    def saved_every(self, num_steps: int | None) -> RunCosts:
+        """The same with a save after so many steps, too, where these are not more than now."""
+        known = [number for number in (self.epoch_steps, num_steps) if number is not None]
+        return replace(self, epoch_steps=min(known, default=None))
 
     @property
     def work_s(self) -> float:

@@ -6,6 +6,8 @@ import os
 
 import click
 
+from holdfast.training.configuration.option import A_YEAR_S, NumberRange
+
 HELP = """Notice runs that lost their machine, and have them started again elsewhere.
 
 Watches the flow runs of a Prefect server that carry the tag. A run whose engine vanished is marked
@@ -32,7 +34,11 @@ Examples:
     "--tag", default="holdfast", show_default=True, help="Looks after runs with this tag."
 )
 @click.option(
-    "--every-s", type=click.FloatRange(min=0.5), default=1.0, show_default=True, help="Seconds."
+    "--every-s",
+    type=NumberRange(min=0.5, max=A_YEAR_S),
+    default=1.0,
+    show_default=True,
+    help="Seconds.",
 )
 @click.option(
     "--max-rescues",
@@ -43,14 +49,14 @@ Examples:
 )
 @click.option(
     "--retry-delay-s",
-    type=click.FloatRange(min=0),
+    type=NumberRange(min=0, max=A_YEAR_S),
     default=5.0,
     show_default=True,
     help="Pause before a run is started again that crashed without a new checkpoint; then doubled.",
 )
 @click.option(
     "--pending-s",
-    type=click.FloatRange(min=10),
+    type=NumberRange(min=10, max=A_YEAR_S),
     default=120.0,
     show_default=True,
     help="A run that a worker took up is running within this time; more where nodes are ordered "

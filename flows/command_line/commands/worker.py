@@ -9,6 +9,7 @@ import click
 from holdfast.flows.command_line.options import POOL_OPTION
 from holdfast.flows.fleet.server import require_server
 from holdfast.tasks.job import OWN_FILES_ONLY
+from holdfast.training.configuration.option import A_YEAR_S, NumberRange
 from holdfast.training.errors import InputError
 from holdfast.training.exactness.reproducibility import python_command
 
@@ -45,7 +46,7 @@ POLL_EVERY_S = 1
 )
 @click.option(
     "--drain-s",
-    type=click.FloatRange(min=1),
+    type=NumberRange(min=1, max=A_YEAR_S),
     default=28.0,
     show_default=True,
     help="Seconds from SIGTERM until runs that have not left are killed; the machine's grace "

@@ -10,6 +10,7 @@ import click
 from holdfast.flows.command_line.examinations import EXAMINATIONS, OF_BUCKETS, Finding
 from holdfast.flows.command_line.options import JSON_OPTION, STORE_OPTION
 from holdfast.tasks.preflight import store_path
+from holdfast.training.configuration.option import A_YEAR_S, NumberRange
 from holdfast.training.tiers.scratch import address_of
 
 HELP = """Check that this machine is fit to train, and say what to do where it is not.
@@ -36,7 +37,7 @@ SIGNS = {"good": "ok", "warning": "note", "bad": "BAD"}
 @STORE_OPTION
 @click.option(
     "--grace-period-s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, max=A_YEAR_S, min_open=True),
     default=30.0,
     show_default=True,
     help="Seconds from a notice to the machine's end.",

@@ -15,7 +15,7 @@ from holdfast.flows.command_line.options import EXIT_CODES, JSON_OPTION, STORE_O
 from holdfast.flows.command_line.stores import find_run, reading_store
 from holdfast.training.checkpointing.policy import build_schedule
 from holdfast.training.configuration.loading import resolve_config
-from holdfast.training.configuration.option import SET_OPTION
+from holdfast.training.configuration.option import SET_OPTION, NumberRange
 from holdfast.training.configuration.schema import RunConfig, Section
 from holdfast.training.errors import InputError
 from holdfast.training.runs.directory import RunDirectory, read_run_record
@@ -53,9 +53,16 @@ FIGURES = (
     *("finish", "fastest", "slowest", "useful share", "done again", "saving", "restarting"),
     *("waiting", "segments"),
 )
-SECONDS = click.FloatRange(min=0.0, max=1e9)
+SECONDS = NumberRange(min=0.0, max=1e9)
+RECKONED_WITH = (
+    *("checkpoint.every_epochs", "checkpoint.every_steps", "checkpoint.every_s"),
+    *("checkpoint.is_auto", "checkpoint.max_overhead"),
+    *("checkpoint.mean_time_between_preemptions_s", "preemption.grace_period_s"),
+    *("prices.spot_per_hour", "prices.on_demand_per_hour", "prices.currency"),
+)
+"""Keys of the configuration that change what is told."""
 COUNT = click.IntRange(min=1, max=10**12)
-COSTS: dict[str, tuple[click.IntRange | click.FloatRange, str]] = {
+COSTS: dict[str, tuple[click.IntRange | NumberRange, str]] = {
     "num_steps": (COUNT, "Steps of the whole run; of RUN, those that it has done."),
     "step_s": (SECONDS, "Seconds of a step, with its share of validation."),
     "save_s": (SECONDS, "Seconds that a save takes from training."),
@@ -81,7 +88,11 @@ def _cost_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.argument("run", required=False)
 @click.option("--trace", type=click.Path(path_type=Path), help="CSV file of machines.")
-@click.option("--mean-life-s", type=float, help="Mean of exponential lives, in the trace's place.")
+@click.option(
+    "--mean-life-s",
+    type=NumberRange(min=0.0, max=1e9, min_open=True),
+    help="Mean of exponential lives, in the trace's place.",
+)
 @click.option(
     "--notice-s",
     type=SECONDS,
@@ -89,7 +100,7 @@ def _cost_options(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option(
     "--without-notice",
-    type=click.FloatRange(0.0, 1.0),
+    type=NumberRange(0.0, 1.0),
     default=0.2,
     show_default=True,
     help="Share of machines that vanish without one.",
@@ -121,6 +132,7 @@ def command(
         costs = costs_of(given, "the options")
     else:
         costs = read_costs(found, config.checkpoint.every_epochs, given)
+    costs = costs.saved_every(config.checkpoint.every_steps)
     if options["notice_s"] is None:
         options["notice_s"] = config.preemption.grace_period_s
     told, starts = _machines(options)
@@ -142,7 +154,25 @@ def _config(run: RunDirectory | None, overrides: tuple[str, ...]) -> RunConfig:
     """The run's configuration, without the settings of its experiment; the defaults without one."""
     resolved = {} if run is None else dict(read_run_record(run).config)
     resolved.pop("experiment", None)
-    return resolve_config(settings_class=Section, defaults=resolved, overrides=overrides)
+    found = resolve_config(settings_class=Section, defaults=resolved, overrides=overrides)
+    before = _values(resolve_config(settings_class=Section, defaults=resolved))
+    for key, value in _values(found).items():
+        if value != before[key] and key not in RECKONED_WITH:
+            raise InputError(
+                f"{key} is not reckoned with: leave it out, and give what it changes as an option; "
+                f"allowed: {', '.join(RECKONED_WITH)}"
+            )
+    return found
+
+
+def _values(config: RunConfig) -> dict[str, Any]:
+    """Each of them by its key."""
+    sections = {**config.model_dump(), "seed": {"": config.seed}}
+    return {
+        f"{section}.{name}".rstrip("."): value
+        for section, values in sections.items()
+        for name, value in values.items()
+    }
 
 
 def _machines(options: dict[str, Any]) -> tuple[str, list[Callable[[], Capacity]]]:
@@ -153,8 +183,6 @@ def _machines(options: dict[str, Any]) -> tuple[str, list[Callable[[], Capacity]
         raise InputError("machines come from --trace FILE or have --mean-life-s SECONDS: give one")
     notices = f"{notice_s:g} s of notice, {share:.0%} vanish without"
     if trace_file is None:
-        if not 0 < mean_s < math.inf:
-            raise InputError(f"--mean-life-s must be a number above 0, found {mean_s:g}")
         starts = exponential_starts(mean_s, notice_s, share, seed, num)
         return f"lives of {_time(mean_s)} in the mean, exponential; {notices}", starts
     trace = read_trace(trace_file).spread(seed).with_notices(notice_s, share, seed)
