@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from holdfast.training.configuration.loading import (
 )
 from holdfast.training.configuration.schema import Json, RunConfig, Split
 from holdfast.training.distributed.stopping import monitor_of
+from holdfast.training.distributed.watchdog import Watch, watched
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import HoldfastError, InputError
 from holdfast.training.exactness.reproducibility import set_up_torch
@@ -144,6 +145,8 @@ class Stage:
     log: SegmentLog = field(default_factory=SegmentLog)
     world: World | None = None
     """The other processes of this training, where it has a strategy."""
+    watch: Watch = field(default_factory=Watch)
+    """Who is told that training does something new, and when it has ended."""
 
     def seed(self, purpose: str) -> int:
         """The run's seed for one purpose."""
@@ -204,13 +207,15 @@ def prepared_stage(
     log: SegmentLog | None = None,
     resolved: Resolved | None = None,
     world: World | None = None,
+    hang_timeout_s: float | None = None,
 ) -> Iterator[Stage]:
     """Resolve the configuration, listen for notices, build the experiment.
 
     ``rehearse`` is called before anything is built, for a run that is not there yet. ``log`` is
     what a segment opens and the caller closes; without one it is closed here. ``resolved`` is what
     ``resolve_arguments`` returned, where it is known. As one of several processes, of ``world``,
-    it tells nothing but for rank 0, and stops when all do.
+    it tells nothing but for rank 0, and stops when all do. From the rehearsal on, a process that
+    does nothing new for ``hang_timeout_s`` is killed, until the stage ends its watch.
 
     Raises:
         InputError: the configuration, the experiment, the data or the run id are not usable.
@@ -223,9 +228,11 @@ def prepared_stage(
     progress = Progress(arguments.progress_format, config.logging.every_s)
     if world is not None and world.rank > 0:
         progress.format = "none"
-    with monitor_of(located.preemption, world) as monitor:
+    with ExitStack() as held:
+        monitor = held.enter_context(monitor_of(located.preemption, world))
         if rehearse is not None and not run.run_json.exists():
             rehearse(arguments, config, monitor, progress)
+        watch = held.enter_context(watched(hang_timeout_s))
         seeds = run_seeds(run, config)
         experiment = build_experiment(experiment_class, located, seeds)
         reclaim_signals("after it was built")
@@ -235,14 +242,12 @@ def prepared_stage(
         if run.run_json.exists():
             record, here = write_run_record_once(run, record), record
             _warn_of_other_code(record, here, experiment_class)
-        own_log = SegmentLog()
-        log = log or own_log
+        log = log or held.enter_context(closing(SegmentLog()))
         if progress.format != "text":  # else they go to standard error, which the log keeps
             progress.listeners.append(lambda *event: log.write(as_text(*event)))
-        try:
-            yield Stage(arguments, config, experiment, run, record, monitor, progress, log, world)
-        finally:
-            own_log.close()
+        yield Stage(
+            arguments, config, experiment, run, record, monitor, progress, log, world, watch
+        )
 
 
 def tell_error(outcome: StageOutcome) -> None:

@@ -92,12 +92,13 @@ def _outcome_of(
 def _experiment_stage(
     name: str, arguments: StageArguments, log: SegmentLog, command_line: Sequence[str]
 ) -> StageOutcome:
-    rehearse, resolved = None, None
+    rehearse, resolved, hang_timeout_s = None, None, None
     if name == FIRST_STAGE:
         rehearse, resolved = rehearse_before_run, resolve_arguments(arguments)
         if resolved[0].distributed.strategy != "none":
             return _outcome_of_ranks(arguments, resolved, command_line)
-    with prepared_stage(arguments, rehearse, log, resolved) as stage:
+        hang_timeout_s = resolved[0].train.hang_timeout_s
+    with prepared_stage(arguments, rehearse, log, resolved, hang_timeout_s=hang_timeout_s) as stage:
         return _stage_function(name)(stage)
 
 

@@ -47,7 +47,6 @@ from holdfast.training.distributed.refusals import refuse_wrappers
 from holdfast.training.distributed.row_norm import RowNorm
 from holdfast.training.distributed.sharded_step import ShardedStep
 from holdfast.training.distributed.stopping import AgreedMonitor
-from holdfast.training.distributed.watchdog import watched
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import (
     CheckpointNotFoundError,
@@ -194,7 +193,6 @@ def _train(
     try:
         with (
             saver.settled_on_error(),
-            watched(None if stage.world else stage.config.train.hang_timeout_s) as trainer.beat,
             _event_log(stage, keeper.number, start_step),
             closing(
                 LossRecord(stage.run, keeper.number, start_step, stage.config.logging.every_s)
@@ -209,7 +207,11 @@ def _train(
                 keeper.advance(step)
                 trial.after_step(step, *own_place)
 
-            ended = trainer.fit(together.saving(trainer, saver), on_step=after_step)
+            trainer.beat = stage.watch.beat
+            try:
+                ended = trainer.fit(together.saving(trainer, saver), on_step=after_step)
+            finally:
+                stage.watch.end()
     except (NonFiniteLossError, LossJumpError) as error:
         if trainer.state.watch is None:
             raise

@@ -26,6 +26,7 @@ class Settings(Section):
     not_finite_at: tuple[int, ...] = ()
     jump_at: tuple[int, ...] = ()
     hangs_at: int | None = None
+    hangs_in_dataset: bool = False
     holds_interpreter: bool = False
 
 
@@ -55,6 +56,8 @@ class Spiking:
         self._settings: Any = context.settings
 
     def dataset(self, split: str) -> TensorDataset:
+        if self._settings.hangs_in_dataset:
+            hang(holds_interpreter=False)
         draws = torch.Generator().manual_seed(len(split))
         inputs = torch.randn(STEPS_PER_EPOCH * BATCH_SIZE, 5, generator=draws)
         return TensorDataset(inputs, (inputs.sum(1) > 0).long())
