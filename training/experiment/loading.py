@@ -315,6 +315,7 @@ def _search_last(folder: Path) -> None:
 
 
 def _check(reference: str, found: object) -> None:
+    from holdfast.training.configuration.schema import Section
     from holdfast.training.experiment.protocol import REQUIRED_METHODS
 
     if not inspect.isclass(found):
@@ -327,3 +328,26 @@ def _check(reference: str, found: object) -> None:
             f"experiment {reference}: an experiment has the methods {', '.join(REQUIRED_METHODS)}; "
             f"{found.__name__} lacks {', '.join(missing)}"
         )
+    _check_constructor(reference, found)
+    experiment_class: Any = found
+    settings: Any = settings_class(experiment_class)
+    if not (inspect.isclass(settings) and issubclass(settings, Section)):
+        raise ExperimentError(
+            f"experiment {reference}: {found.__name__}.Settings is no subclass of Section: write "
+            f"class Settings(holdfast.Section)"
+        )
+
+
+def _check_constructor(reference: str, experiment_class: type[Any]) -> None:
+    try:
+        signature = inspect.signature(experiment_class)
+    except ValueError:
+        return  # one that is written in C and does not tell
+    try:
+        signature.bind(object())
+    except TypeError as error:
+        name = experiment_class.__name__
+        raise ExperimentError(
+            f"experiment {reference}: {name} is built as {name}(context), and cannot be: {error}; "
+            f"write def __init__(self, context)"
+        ) from error

@@ -91,6 +91,29 @@ def test_a_class_without_all_methods_is_refused_by_the_names_it_lacks(tmp_path: 
         load_experiment(f"{reference}:Mine")
 
 
+@pytest.mark.parametrize(
+    ("constructor", "told"),
+    [
+        ("pass", r"Mine\(context\), and cannot be: too many positional arguments; write def"),
+        ("def __init__(self, context, width): pass", "missing a required argument: 'width'"),
+        ("def __init__(self, *, context): pass", "too many positional arguments"),
+    ],
+)
+def test_a_class_that_cannot_be_built_with_its_context_is_refused(
+    tmp_path: Path, constructor: str, told: str
+) -> None:
+    source = COMPLETE.replace("def __init__(self, context): self.context = context", constructor)
+    with pytest.raises(ExperimentError, match=told):
+        load_experiment(write(tmp_path, "built.py", source) + ":Mine")
+
+
+@pytest.mark.parametrize("settings", ["class Settings: width = 3", "Settings = {'width': 3}"])
+def test_settings_that_are_no_section_are_refused(tmp_path: Path, settings: str) -> None:
+    reference = write(tmp_path, "settings.py", f"{COMPLETE}    {settings}\n")
+    with pytest.raises(ExperimentError, match=r"write class Settings\(holdfast.Section\)"):
+        load_experiment(f"{reference}:Mine")
+
+
 def test_something_that_is_no_class_is_refused(tmp_path: Path) -> None:
     reference = write(tmp_path, "value.py", "Mine = 3\n")
     with pytest.raises(ExperimentError, match="expected a class, found an int"):
