@@ -28,6 +28,7 @@ from holdfast.training.export.interfaces import open_interface
 from holdfast.training.export.onnx_export import OnnxArtifact, OnnxFormat
 from holdfast.training.export.protocol import Artifact, Place
 from holdfast.training.export.weights import WeightsFormat
+from holdfast.training.loop.evaluation import metrics_of
 from holdfast.training.loop.experiment_state import experiment_checkpoint, restore_experiment
 from holdfast.training.parity.champion import score_test_set
 from holdfast.training.runs.fenced import publish_json, take_away
@@ -237,7 +238,7 @@ def compare_bundles(
     """Both bundles on the experiment's test set. Raises ExportError if one does not run on it."""
     metric, mode = deciding_metric(config)
     records = [_records(bundle, experiment, config) for bundle in (new, holder)]
-    values = [experiment.metrics(one)[metric] for one in records]
+    values = [metrics_of(experiment, one)[metric] for one in records]
     sign = 1.0 if mode == "min" else -1.0
     differences = sign * paired_differences(
         experiment, (records[0], records[1]), metric, config.promotion.num_bootstrap

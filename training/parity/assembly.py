@@ -28,7 +28,7 @@ from holdfast.training.export.parts import (
     part_names,
 )
 from holdfast.training.export.protocol import Place, Runner
-from holdfast.training.loop.evaluation import as_arrays
+from holdfast.training.loop.evaluation import as_arrays, metrics_of
 from holdfast.training.parity.champion import Answers, Champion
 from holdfast.training.parity.golden import write_golden
 from holdfast.training.parity.parity import (
@@ -163,7 +163,7 @@ class PartChecks:
         found: Sequence[Mapping[str, Tensor]],
     ) -> None:
         both = [
-            self._experiment.metrics(concatenate([as_arrays(answer) for answer in answers]))
+            metrics_of(self._experiment, concatenate([as_arrays(answer) for answer in answers]))
             for answers in (wanted, found)
         ]
         for name, champion in both[0].items():

@@ -23,7 +23,7 @@ from holdfast.training.export.interfaces import open_interface
 from holdfast.training.export.protocol import Runner
 from holdfast.training.export.specification import Inputs, Interface, export_spec
 from holdfast.training.export.weights import StoredTensors, load_champion, tied_names
-from holdfast.training.loop.evaluation import as_arrays
+from holdfast.training.loop.evaluation import as_arrays, metrics_of
 from holdfast.training.parity.merging import model_apart
 from holdfast.training.parity.numbers import Reference, double_copy, make_reference
 from holdfast.training.parity.probes import BATCH_SIZES, make_probes
@@ -121,7 +121,7 @@ class Champion(Answers):
             names=names,
             references=references,
             test=tuple(test),
-            metrics=experiment.metrics(records),
+            metrics=metrics_of(experiment, records),
             batch_size=batch_size,
             by_size=opened.by_size,
         )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from holdfast.training.export.guard import GuardedModel
 from holdfast.training.export.protocol import Artifact, Format, Place, PortSignature
 from holdfast.training.export.specification import TensorSpec
+from holdfast.training.loop.evaluation import metrics_of
 from holdfast.training.parity.champion import Answers, Champion, score_test_set
 from holdfast.training.parity.numbers import (
     NUM_EPS,
@@ -131,7 +132,10 @@ def check_comparison(champion: Champion) -> ArtifactReport:
         meant = set()  # something has to be proved
     for index in sorted(still - meant):
         num = sum(map(len, _column(champion.test, index)))
-        report.add("variation", ports[index].name, f"is the same for all {num} test samples")
+        message = f"is the same for all {num} test samples"
+        if num == 1:
+            message = "cannot vary over one test sample: the test split needs more"
+        report.add("variation", ports[index].name, message)
     for index in sorted(deaf - meant):
         message = f"noise of {noise:g} on every weight would not be noticed"
         report.add("sensitivity", ports[index].name, message)
@@ -281,7 +285,7 @@ def _check_test_set(
     except Exception as error:  # noqa: BLE001 - runtimes raise anything; each is a finding
         report.add("runtime", "test set", _one_line(error))
         return
-    metrics = experiment.metrics(records)
+    metrics = metrics_of(experiment, records)
     for name, value in champion.metrics.items():
         report.metrics[name] = {"artifact": metrics[name], "champion": value}
     _measure_agreement(champion, report, seen)

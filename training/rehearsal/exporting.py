@@ -141,7 +141,8 @@ def way_out(name: str, config: ExportConfig) -> str:
     others = [form for form in config.formats if form != name]
     if name == "champion":
         return (
-            "; an output that never varies proves nothing: leave it out of what forward() returns"
+            "; an output that does not vary proves nothing: give it samples over which it does, or "
+            "leave it out of what forward() returns"
         )
     if name not in config.formats:
         return "; change the model: every bundle holds this format"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from holdfast.training.averages.averaging import write_weights
 from holdfast.training.configuration.schema import ExportConfig
@@ -105,6 +107,25 @@ class AllConstant(odd_exports.Anchors):
     class net(odd_exports.Net):
         def forward(self, x: torch.Tensor) -> Any:
             return self.logits(torch.zeros_like(x)), x[:, :2] * 0.0 + 1.0
+
+
+def test_metrics_of_a_report_are_numbers_whatever_an_experiment_returns(tmp_path: Path) -> None:
+    champion, place = exported(odd_exports.TensorMetrics(Context()), tmp_path, ("weights",))
+    report = check_artifact(champion, "weights", formats()["weights"], place, Int8Limits())
+    assert report.findings == []
+    assert json.loads(json.dumps(report.metrics)).keys() == {"loss", "worst"}
+
+
+class OneSample(odd_exports.Base):
+    def dataset(self, split: str) -> Any:
+        return Subset(super().dataset(split), range(1 if split == "test" else 8))
+
+
+def test_one_test_sample_is_told_to_be_too_few(tmp_path: Path) -> None:
+    champion, _ = exported(OneSample(Context()), tmp_path, ("weights",))
+    [finding] = check_comparison(champion).findings
+    assert finding.check == "variation"
+    assert "cannot vary over one test sample" in finding.message
 
 
 def test_where_nothing_varies_nothing_is_proved(tmp_path: Path) -> None:
