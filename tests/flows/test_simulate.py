@@ -98,6 +98,14 @@ def test_the_page_tells_the_time_the_interval_and_the_money(
         assert word in told
 
 
+def test_long_times_are_told_in_figures_that_one_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["simulate", "--mean-life-s", "1e8", *GIVEN, "--step-s", "50000"]
+    assert exit_code_of(words) == 0
+    told = capsys.readouterr().out
+    assert "5,787 d in all" in told
+    assert "e+" not in told
+
+
 def test_a_run_that_never_ends_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["simulate", "--mean-life-s", "10", *GIVEN, "--start-s", "500"]
     assert exit_code_of(words) == 0

@@ -258,4 +258,5 @@ def _time(seconds: float) -> str:
     size, unit = next(((s, u) for least, s, u in sizes if seconds >= least), (1.0, "s"))
     if seconds < 0.1:
         size, unit = 1e-3, "ms"
-    return f"{seconds / size:.3g} {unit}"
+    number = seconds / size
+    return f"{number:,.0f} {unit}" if number >= 1000 else f"{number:.3g} {unit}"
