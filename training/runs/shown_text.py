@@ -1,7 +1,8 @@
 """Text from elsewhere, shown as text: it moves no cursor, ends no line and hides nothing.
 
 Names, metrics and reasons come out of files that a stranger may have written. What they hold
-beside printable characters is shown by its code, as in ``\\x1b[2J``, and their length has an end.
+beside printable characters and no-break spaces is shown by its code, as in ``\\x1b[2J``, and their
+length has an end.
 
 Imports the standard library alone.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 
 MAX_CHARS = 2000
+NO_BREAK_SPACES = "\N{NO-BREAK SPACE}\N{NARROW NO-BREAK SPACE}"
 
 
 def shown(value: object, max_chars: int = MAX_CHARS) -> str:
@@ -19,7 +21,7 @@ def shown(value: object, max_chars: int = MAX_CHARS) -> str:
     cut = text if len(text) <= max_chars else f"{text[:max_chars]}…"
     if cut.isprintable():
         return cut
-    return "".join(c if c.isprintable() else _code(c) for c in cut)
+    return "".join(c if c.isprintable() or c in NO_BREAK_SPACES else _code(c) for c in cut)
 
 
 def shown_lines(value: object) -> str:

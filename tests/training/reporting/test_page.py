@@ -94,6 +94,12 @@ def test_a_finished_run_is_told_in_figures() -> None:
         assert words in content, words
 
 
+def test_spaces_that_keep_a_number_and_its_unit_together_are_spaces() -> None:
+    content = page(full_facts())
+    assert "95\N{NARROW NO-BREAK SPACE}% interval" in content
+    assert "\\u" not in content
+
+
 def test_a_new_run_says_what_is_not_there_yet() -> None:
     content = page(new_facts())
     outline(content)
