@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from holdfast.training.runs.losses import loss_files
 FORMAT_VERSION = 1
 SAVE_EVERY_STEPS = 3
 MORE_WORKERS = 2
-FIRST_LOOK = "first-look.json"
+LOOKS = "looks.json"
 NUM_TRACED = 3
 Tell = Callable[[str], None]
 
@@ -101,9 +101,9 @@ def certify(
         tell(f"stopped by {name} after step {step}")
         workers = MORE_WORKERS if number % 2 else None
         asked = replace(plain, stop_at=step, stop_signal=name, num_workers=workers)
-        lives.live("stopped", _looking(asked, lives) if number == 1 else asked)
+        lives.live("stopped", _looking(asked, lives) if number else asked)
     tell("to the end")
-    lives.live("stopped", _looking(plain, lives) if len(stops) == 1 else plain)
+    lives.live("stopped", _looking(plain, lives))
     verdict = compare_runs(calm, lives.run("stopped"))
     is_repeatable = None
     if not verdict.is_exact:
@@ -120,7 +120,7 @@ def certify(
 
 def _looking(trial: Trial, lives: Lives) -> Trial:
     """A life that writes down what it finds after its resume."""
-    return replace(trial, look_at=[0], look_file=str(lives.store / FIRST_LOOK))
+    return replace(trial, look_at=[0], look_file=str(lives.store / LOOKS))
 
 
 def _with_causes(
@@ -128,32 +128,38 @@ def _with_causes(
 ) -> tuple[bool, Verdict]:
     """Whether calm runs repeat each other, and the verdict with what is behind it."""
     tell("why: another calm run")
-    seen = lives.store / FIRST_LOOK
-    step = int(next(iter(json.loads(seen.read_text())), 0)) if seen.exists() else 0
+    seen = lives.store / LOOKS
+    resumed = sorted(map(int, json.loads(seen.read_text()))) if seen.exists() else [0]
     looks = [lives.store / f"look-{number}.json" for number in range(2)]
     for number, look in enumerate(looks):
-        lives.live(f"again-{number}", replace(plain, look_at=[step], look_file=str(look)))
+        lives.live(f"again-{number}", replace(plain, look_at=resumed, look_file=str(look)))
     pairs = (("calm", "again-0"), ("again-0", "again-1"))
     compared = [compare_runs(lives.run(one), lives.run(other)) for one, other in pairs]
     # Two may be alike by chance. What differs before the first resume is no fault of a resume.
     again = next((one for one in compared if not one.is_exact), verdict)
-    is_late = verdict.first_step is None or verdict.first_step > step
+    is_late = verdict.first_step is None or verdict.first_step > resumed[0]
     if is_late and all(one.is_exact for one in compared):
-        causes = _hidden(target, lives, seen, looks[0], step)
+        before = [step for step in resumed if step < (verdict.first_step or step + 1)]
+        causes = _hidden(target, lives, seen, looks[0], before)
         return True, replace(verdict, causes=tuple(causes))
     causes = _unrepeatable(lives, plain, again)
     return False, replace(again, causes=tuple(causes))
 
 
-def _hidden(target: Target, lives: Lives, seen: Path, calm: Path, step: int) -> list[str]:
-    if target.experiment is None and seen.exists() and calm.exists():
-        found = not_kept(calm, seen)
-        return [
-            f"{what} was not kept: after step {step} a resumed process finds another one; hand it "
-            f"to run.keep, or put it into run.values"
-            for what in found
-        ]
-    return _rehearsed(target, lives)
+def _hidden(
+    target: Target, lives: Lives, seen: Path, calm: Path, resumed: Sequence[int]
+) -> list[str]:
+    """What the last resume lost that lost something, of those before the first difference."""
+    if target.experiment is not None or not (seen.exists() and calm.exists()):
+        return _rehearsed(target, lives)
+    for step in reversed(resumed):
+        if found := not_kept(calm, seen, step):
+            return [
+                f"{what} was not kept: after step {step} a resumed process finds another one; "
+                f"hand it to run.keep, or put it into run.values"
+                for what in found
+            ]
+    return []
 
 
 def _rehearsed(target: Target, lives: Lives) -> list[str]:
@@ -185,7 +191,9 @@ def _unrepeatable(lives: Lives, plain: Trial, again: Verdict) -> list[str]:
 
 def _told_apart(step: int, one: tuple[Path, Path], other: tuple[Path, Path]) -> list[str]:
     """What two lives did otherwise in a step: traces of operators, and looks before the step."""
-    apart = [f"{what} differs between two calm runs" for what in not_kept(one[1], other[1])]
+    apart = [
+        f"{what} differs between two calm runs" for what in not_kept(one[1], other[1], step - 1)
+    ]
     lines = (map(json.loads, trace.read_text().splitlines()) for trace, _ in (one, other))
     for (name, inputs, outputs, place), (_, other_inputs, other_outputs, _) in zip(
         *lines, strict=False

@@ -70,18 +70,15 @@ def last_step(run: RunDirectory) -> int:
     return max((step for step in steps if step is not None), default=0)
 
 
-def not_kept(calm: Path, resumed: Path) -> list[str]:
-    """What a resumed process found otherwise than a calm one had it, at the same step.
+def not_kept(calm: Path, resumed: Path, step: int) -> list[str]:
+    """What a resumed process found otherwise than a calm one had it, after the same step.
 
     Both files are of ``Trial.look_file``. Looked at before the first step after the resume, where
     what a step itself computes is not there yet.
     """
     there, here = (json.loads(path.read_text()) for path in (calm, resumed))
-    step = next(iter(here), None)
-    if step is None or step not in there:
-        return []
-    before: Mapping[str, Any] = there[step]
-    after: Mapping[str, Any] = here[step]
+    before: Mapping[str, Any] = there.get(str(step), {})
+    after: Mapping[str, Any] = here.get(str(step), {})
     changed = [name for name in before if name in after and before[name] != after[name]]
     return [f"{after[name][0]} {name}" for name in _outermost(changed)]
 

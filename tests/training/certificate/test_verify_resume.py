@@ -49,6 +49,14 @@ def test_a_hidden_fault_is_named(fault: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_fault_is_named_where_the_first_kill_came_before_any_checkpoint() -> None:
+    stops = ("--steps", "20", "--stops", "2", "--seed", "15")  # after steps 1 and 7
+    done = verify_resume(*stops, "--", str(SCRIPT), "counter")
+    assert "stopped by SIGKILL after step 1\n" in done.stderr
+    assert f"cause    {FAULTS['counter']}: after step " in done.stdout, done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", CLEAN)
 def test_a_script_without_one_is_certified(fault: str, tmp_path: Path) -> None:
     path = tmp_path / "certificate.json"
