@@ -120,8 +120,7 @@ class Kept:
             )
         for name, kept in self.others.items():
             kept.load_state_dict(state["others"][name])
-        self.values.clear()
-        self.values.update(state["values"])
+        _put_back(self.values, state["values"])
 
 
 class _TorchGenerator:
@@ -146,6 +145,17 @@ class _NumpyGenerator:
         self._bits.state = {**self._bits.state, **state["state"]}
 
 
+class _NumpyRandomState:
+    def __init__(self, generator: np.random.RandomState) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": _plain(self._generator.get_state(legacy=False))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._generator.set_state(state["state"])
+
+
 class _PythonGenerator:
     def __init__(self, generator: random.Random) -> None:
         self._generator = generator
@@ -155,6 +165,22 @@ class _PythonGenerator:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._generator.setstate(state["state"])
+
+
+def _put_back(there: Any, kept: Any) -> Any:
+    """What was kept, in the list or dict that is there: the script may have a name for it.
+
+    A tensor is another one: what is there may be a model's own, which has been put back already.
+    """
+    if type(there) is dict and type(kept) is dict:
+        found = {name: _put_back(there.get(name), value) for name, value in kept.items()}
+        there.clear()
+        there.update(found)
+        return there
+    if type(there) is list and type(kept) is list:
+        there[:] = kept
+        return there
+    return kept
 
 
 def _plain(value: Any) -> Any:
@@ -167,6 +193,7 @@ def _plain(value: Any) -> Any:
 GENERATORS: dict[type, Any] = {
     torch.Generator: _TorchGenerator,
     np.random.Generator: _NumpyGenerator,
+    np.random.RandomState: _NumpyRandomState,
     random.Random: _PythonGenerator,
 }
 
