@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from holdfast.training.data.loader import WorkerInit
 from holdfast.training.errors import HoldfastError, InputError, UnsupportedStateError
 from holdfast.training.exactness.seeding import derive_seed
+from holdfast.training.exactness.strictness import warn_of_inexactness
 from holdfast.training.experiment.error_places import is_users
 from holdfast.training.export.specification import Dimensions, ExportSpec
 from holdfast.training.loop.evaluation import model_device
@@ -48,6 +50,12 @@ from holdfast.training.replicas.starting import EndedInProcessesError
 from holdfast.training.runs.directory import has_ended
 from holdfast.training.stage import EXIT_PREEMPTED, NoticeCameError, tell_error
 
+NOT_A_STEP = (
+    "nothing of it is kept, and no notice is answered meanwhile: loop over run.steps(…), or in "
+    "run.epochs(…) over the batches of run.loader(…), in the place of torch's DataLoader"
+)
+OTHER_PASSES = "for passes that do not train take torch's own DataLoader"
+
 
 class Run:
     """One training whose loop is a script's own. Made by ``holdfast.run``.
@@ -68,6 +76,8 @@ class Run:
         self._loaders: dict[str, RunLoader] = {}
         self._place = Place()
         self._is_in_epochs = self._is_in_step = self._is_finished = self._has_looped = False
+        self._has_told_of_loop = False
+        self._before_updates = register_optimizer_step_pre_hook(self._at_update)
         self._pid, self._loop = os.getpid(), ""
         self._segment: ScriptSegment | FinishedTraining | None = None
         self._logged: dict[str, Any] = {}
@@ -226,6 +236,7 @@ class Run:
         and the process exits with 75.
         """
         self._require_here("a step of the run")
+        self._before_updates.remove()
         with _named_as_handed_over():
             self._answer_notice(self._training())
         if self._copies is not None:
@@ -274,7 +285,16 @@ class Run:
                 self._end_epoch(segment)
         self.complete()
 
+    def _at_update(self, optimizer: Optimizer, *_: Any) -> None:
+        """Before the first step: tell, once, of a loop that is not the run's, while it begins."""
+        is_kept = any(optimizer is kept for kept in self._kept.optimizers.values())
+        if is_kept and not self._has_told_of_loop:
+            self._has_told_of_loop = True
+            warn_of_inexactness(f"an optimizer moves outside of a step of the run: {NOT_A_STEP}")
+
     def _end_epoch(self, segment: ScriptSegment) -> None:
+        if not (segment.step or self._place.is_over):
+            raise InputError(f"the first epoch of run.epochs(…) had no step: {NOT_A_STEP}")
         self._is_in_epochs = False
         self._place.epoch, self._place.step = self._place.epoch + 1, 0
         with _named_as_handed_over():
@@ -296,16 +316,17 @@ class Run:
         if not self._is_in_epochs:
             raise InputError(
                 "for batch in loader: stands outside of run.epochs(…): loop over its epochs, or "
-                "over run.steps(…) with next(loader)"
+                f"over run.steps(…) with next(loader), which never ends; {OTHER_PASSES}"
             )
         return self.steps(num_steps)
 
-    def require_step(self, what: str) -> None:
-        """Raise InputError outside of a step."""
+    def require_step(self, what: str, way_out: str = OTHER_PASSES) -> None:
+        """Raise InputError, which ends with the way out, outside of a step."""
         self._require_here(what)
         if not self._is_in_step:
             raise InputError(
-                f"{what} stands outside of a step: take batches within for step in run.steps(…)"
+                f"{what} stands outside of a step: such are those of run.steps(…), and in "
+                f"run.epochs(…) the batches of run.loader(…); {way_out}"
             )
 
     def log(self, **values: float | Tensor) -> None:
@@ -313,7 +334,7 @@ class Run:
 
         Does not wait for a device.
         """
-        self.require_step("run.log(…)")
+        self.require_step("run.log(…)", "what an epoch has come to is for run.validated(…)")
         for name, value in values.items():
             self._logged[name] = arguments.scalar(f"run.log({name}=…)", value)
 

@@ -130,6 +130,22 @@ def test_what_cannot_be_kept_is_refused_in_one_line(tmp_path: Path, fault: str) 
     assert "Traceback" not in errors
 
 
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("plain epochs", "the first epoch of run.epochs(…) had no step: nothing of it is kept"),
+        ("plain loop", "the script called holdfast.run and took no step from it"),
+    ],
+)
+def test_a_loop_that_is_not_the_runs_is_told_of_with_its_first_update(
+    tmp_path: Path, fault: str, error: str
+) -> None:
+    code, _, errors = script("steps", f"--fault={fault}", folder=tmp_path)
+    first, last = errors.splitlines()
+    assert "an optimizer moves outside of a step of the run: nothing of it is kept" in first
+    assert (code, last.startswith(f"error: {error}")) == (2, True), errors
+
+
 def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
     script("steps", "7:SIGTERM", folder=tmp_path)
     code, _, errors = script("steps", "--rate=0.02", folder=tmp_path)
