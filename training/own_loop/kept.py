@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from holdfast.training.checkpointing.json_state import encode
@@ -64,6 +65,7 @@ class Kept:
                     f"run.keep({name}=…): it is kept already, as {other}: leave it out"
                 )
         if isinstance(kept, nn.Module):
+            _require_made(name, kept)
             self.modules[name] = kept
         elif isinstance(kept, Optimizer):
             self.optimizers[name] = kept
@@ -208,6 +210,15 @@ def _require_no_refused(name: str, kept: Any) -> None:
                 raise InputError(
                     f"run.keep({name}=…): no {kind.__name__}{where}: {REFUSED[kind.__name__]}"
                 )
+
+
+def _require_made(name: str, module: nn.Module) -> None:
+    """Raise InputError for a lazy module that has not seen a batch, and so has no weights yet."""
+    lazy = (inner for inner, tensor in module.named_parameters() if is_lazy(tensor))
+    if (first := next(lazy, None)) is not None:
+        raise InputError(
+            f"run.keep({name}=…): {first} has no shape yet: call the model with a batch before"
+        )
 
 
 def _stateful(name: str, kept: Any) -> Stateful:

@@ -63,9 +63,13 @@ class RunLoader:
     ``for batch in loader`` gives the rest of the epoch, one step for each batch. The order of an
     epoch and what items draw come from (seed, epoch, position): nothing depends on how a process
     got there, on ``num_workers``, or on prefetching.
+
+    Attributes:
+        dataset: what it was made of, for ``len(loader.dataset)``.
     """
 
-    def __init__(self, run: Steps, plan: BatchPlan, loader: Loader) -> None:
+    def __init__(self, run: Steps, dataset: Any, plan: BatchPlan, loader: Loader) -> None:
+        self.dataset = dataset
         self._run = run
         self._plan = plan
         self._loader = loader
@@ -172,7 +176,7 @@ def build_loader(  # noqa: PLR0913  # the names of torch's DataLoader
         start_method="fork",  # as DataLoader: a script rarely guards its main module
         shares=None if copies is None else copies.shares(batch_size, len(dataset), drop_last),
     )
-    return RunLoader(run, plan, loader)
+    return RunLoader(run, dataset, plan, loader)
 
 
 def adopted_loader(
@@ -199,7 +203,7 @@ def adopted_loader(
         worker_init_fn=loader.worker_init_fn,
         start_method="fork",
     )
-    return RunLoader(run, exact.plan, exact)
+    return RunLoader(run, dataset, exact.plan, exact)
 
 
 def _plan_of(dataset: Any, batch_sampler: Any, seed: int) -> BatchPlan:
