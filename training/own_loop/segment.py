@@ -40,7 +40,7 @@ from holdfast.training.own_loop.host import current_host
 from holdfast.training.own_loop.kept import VALUES, Kept, require_plain
 from holdfast.training.own_loop.looking import Traced, seen_variables
 from holdfast.training.own_loop.opening import Opened
-from holdfast.training.own_loop.state import Place, Whole, state_of
+from holdfast.training.own_loop.state import Form, Place, Whole, state_of
 from holdfast.training.own_loop.taking_over import take_over
 from holdfast.training.preemption.notices import Notice, reclaim_signals
 from holdfast.training.preemption.signals import current_signal_flag
@@ -87,6 +87,7 @@ class ScriptSegment:
         whole = Whole(kept, loaders, place)
         require_plain(kept.values, VALUES)
         self.state = state_of(kept, opened.config, whole)
+        self._form = Form(self.state)
         try:
             self._take_over()
         except NoticeCameError as error:
@@ -280,6 +281,10 @@ class ScriptSegment:
         """A checkpoint covers steps whose losses are on disk; one that differs may stop it."""
         return self._losses.sync_later() if self._losses is not None else lambda: None
 
+    def _before_save(self) -> Callable[[], None]:
+        self._form.tell_if_new()
+        return self._sync_losses()
+
     def _look(self) -> None:
         trial = self._opened.trial
         if trial.should_look(self.step, is_first=self.step == self._start_step):
@@ -361,5 +366,5 @@ class ScriptSegment:
             costs=self._costs,
             pace=UploadPace(self._opened.run, config.preemption.grace_period_s),
         )
-        saver.before_save = self._sync_losses
+        saver.before_save = self._before_save
         return saver

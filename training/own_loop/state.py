@@ -13,11 +13,14 @@ from torch.optim import Optimizer
 from holdfast.training.averages.ema import MovingAverages
 from holdfast.training.configuration.schema import RunConfig
 from holdfast.training.errors import InputError
+from holdfast.training.exactness.strictness import warn_of_inexactness
 from holdfast.training.loop.evaluation import model_device
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.loop.state import TrainState
 from holdfast.training.optimizers.rate_trace import RateTrace
 from holdfast.training.own_loop.kept import Kept
+
+MAX_NAMED = 3
 
 
 @dataclass
@@ -96,6 +99,43 @@ class KeptRates:
         """Go on where ``state_dict`` was taken."""
         self._num_steps = state["num_steps"]
         self.trace = RateTrace.restored(state["trace"])
+
+
+class Form:
+    """Names and shapes of what is kept, which a start of the script has to make as they were."""
+
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
+        self._first = self._now()
+        self._has_told = False
+
+    def tell_if_new(self) -> None:
+        """Warn, once, of a form that no start of the script has: none goes on from there."""
+        now = self._now()
+        if self._has_told or now == self._first:
+            return
+        self._has_told = True
+        named = sorted(name for name in now.keys() | self._first.keys() if self._is_new(name, now))
+        more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+        warn_of_inexactness(
+            f"{', '.join(named[:MAX_NAMED])}{more} came, went, or changed in shape since training "
+            f"began: a start of the script that makes them as at first cannot go on from here; "
+            f"give models and optimizers their last form before run.steps or run.epochs"
+        )
+
+    def _is_new(self, name: str, now: Mapping[str, Any]) -> bool:
+        return now.get(name) != self._first.get(name)
+
+    def _now(self) -> dict[str, Any]:
+        """Shapes of the models' tensors, and numbers of parameters of the optimizers' groups."""
+        tensors = self._state.model.state_dict()
+        shapes = {name: t.shape for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+        groups = {
+            f"group {number} of optimizer {name}".rstrip(): len(group["params"])
+            for name, optimizer in self._state.optimizers.items()
+            for number, group in enumerate(optimizer.param_groups)
+        }
+        return {**shapes, **groups}
 
 
 def state_of(kept: Kept, config: RunConfig, whole: Whole) -> TrainState:

@@ -225,6 +225,10 @@ if arguments.form == "steps":
             run.values["best"] = {1, 2}
         if fault == "late keep":
             run.keep(late=head)
+        if fault == "new group" and step == 10:
+            head_optimizer.add_param_group({"params": model.parameters()})
+        if fault == "new buffer" and step == 10:
+            head.register_buffer("usage", torch.ones(2))
         if fault == "ends early" and step == 10:
             break
         if fault == "leaves with 3" and step == 5:

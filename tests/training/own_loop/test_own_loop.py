@@ -146,6 +146,23 @@ def test_a_loop_that_is_not_the_runs_is_told_of_with_its_first_update(
     assert (code, last.startswith(f"error: {error}")) == (2, True), errors
 
 
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("new group", "group 1 of optimizer head_optimizer came, went"),
+        ("new buffer", "head.usage came, went"),
+    ],
+)
+def test_a_form_that_no_start_makes_is_told_of_when_it_is_saved(
+    tmp_path: Path, fault: str, named: str
+) -> None:
+    code, _, errors = script("steps", "13:SIGTERM", f"--fault={fault}", folder=tmp_path)
+    [told] = [line for line in errors.splitlines() if "came, went, or changed in shape" in line]
+    assert (code, named in told) == (75, True), errors
+    code, _, errors = script("steps", f"--fault={fault}", folder=tmp_path)
+    assert (code, "Traceback" in errors) == (2, False), errors
+
+
 def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
     script("steps", "7:SIGTERM", folder=tmp_path)
     code, _, errors = script("steps", "--rate=0.02", folder=tmp_path)
