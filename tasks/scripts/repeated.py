@@ -30,7 +30,8 @@ from holdfast.training.runs.stored_json import read_json
 from holdfast.training.told_errors import error_line
 
 STARTED = Path(__file__).with_name("started.py")
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+NOTICES = (signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = (*NOTICES, signal.SIGINT)
 STAYS = ("signal", "wall_time")  # notices after which this machine may go on
 WAKE_S = 0.2  # how soon a pause notices a signal
 
@@ -104,6 +105,8 @@ class ScriptRunner:
             )
         if ended.is_final and ended.error and ended.code != EXIT_BAD_INPUT:
             self.tell(error_line(f"{ended.error}; another start would end so, too"))
+        if -ended.code in self._received and -ended.code in NOTICES:
+            return EXIT_PREEMPTED  # before its run answered it, or after: there is nothing to save
         return ended.code if ended.code >= 0 else 128 - ended.code
 
     @property

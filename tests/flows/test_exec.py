@@ -81,6 +81,21 @@ def test_a_notice_between_two_starts_ends_it_as_preempted(tmp_path: Path) -> Non
     assert len(outcomes(RunDirectory(tmp_path / "store/points/one"))) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_notice_before_the_script_has_a_run_ends_it_as_preempted(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    script = tmp_path / "slow_start.py"
+    script.write_text("import time\n\nprint('up', flush=True)\ntime.sleep(200)\n")
+    process = start(tmp_path, str(script))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(number)
+    process.communicate(timeout=200)
+    assert process.returncode == 75
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
