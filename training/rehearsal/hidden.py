@@ -157,6 +157,8 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", item) for name, item in parts.items())
     elif isinstance(value, torch.optim.Optimizer):
         yield from ((f".state[{index}]", item) for index, item in enumerate(value.state.values()))
+        for own in own_attributes({"": value}).values():
+            yield from ((f".{name}", item) for name, item in own.items())
     elif isinstance(value, Mapping):
         yield "'s length", len(value)
         items = list(value.items())[:MAX_ITEMS]

@@ -28,7 +28,23 @@ wanted = points.sum(1, keepdim=True)
 pairs = list(zip(points, wanted, strict=True))
 loader = run.loader(pairs, batch_size=4, num_workers=1 if fault == "clean workers" else 0)
 model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.Tanh(), nn.Linear(8, 1))
-optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+class Counting(torch.optim.SGD):
+    """Has an attribute of its own, which no ``state_dict`` of it knows."""
+
+    def __init__(self, *arguments: Any, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self.num_updates = 0
+
+    def step(self, closure: Any = None) -> Any:
+        """As SGD."""
+        self.num_updates += 1
+        return super().step(closure)
+
+
+kind = Counting if fault == "optimizer" else torch.optim.Adam
+optimizer = kind(model.parameters(), lr=0.01)
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.95**step)
 average = torch.optim.swa_utils.AveragedModel(
     model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
@@ -107,7 +123,7 @@ def factor() -> float:
         return sum(place * weight.value for place, weight in enumerate(weights))
     if fault == "time":
         return 1 + (time.time() - begun_s)
-    return 1.0
+    return 1 / (1 + optimizer.num_updates) if fault == "optimizer" else 1.0
 
 
 for _step in run.steps(30):

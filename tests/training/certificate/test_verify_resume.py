@@ -19,6 +19,7 @@ FAULTS = {
     "iterator": "iterator stream was not kept",
     "average": "network average.module.0.weight was not kept",
     "scheduler": "value scheduler.last_epoch was not kept",
+    "optimizer": "optimizer optimizer.num_updates was not kept",
     "operator": "faulty.unsteady.default gives two results for the same input in step 1",
     "set order": "value weights[0].value differs between two calm runs",
     "time": "value begun_s differs between two calm runs",
