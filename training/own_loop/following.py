@@ -46,7 +46,7 @@ class FollowingSegment(ScriptSegment):
                 f"the digest {found} here, {digest} there"
             )
         restored = load_checkpoint(folder, manifest_of(folder))
-        self.state.restore(restored.tensors, restored.state)
+        self._put_back(restored)
 
     def before_step(self) -> Notice | None:
         """The notice that all have agreed upon."""

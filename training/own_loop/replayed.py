@@ -38,7 +38,7 @@ class ReplayedSegment(ScriptSegment):
             )
         self._surroundings: tuple[str, ...] = ()
         if restored is not None:
-            self.state.restore(restored.tensors, restored.state)
+            self._put_back(restored)
             device = device_name(self.state.loss_sum.device.type)
             self._surroundings = elsewhere(restored.manifest, library_versions(), device)
         self._saver = NothingSaved(build_schedule(self._config.checkpoint), self.state)

@@ -218,6 +218,8 @@ class Run:
     def _steps(self, num_steps: int) -> Iterator[int]:
         segment = self._begin()
         if isinstance(segment, ScriptSegment):
+            if self._is_in_epochs:
+                segment.begin_steps_of_epoch()
             while self._place.step < num_steps and not self._is_over:
                 self.begin_step()
                 try:
@@ -265,8 +267,9 @@ class Run:
         """The numbers of the epochs that are left of ``num_epochs``, from 0.
 
         Each holds a loop over ``run.steps(n)`` or ``for batch in loader``. An epoch that was
-        interrupted begins again with the steps that are left of it. Raises InputError for a number
-        that is none, and for a second loop.
+        interrupted begins again with the steps that are left of it: what stands before them is
+        done again, and what it changed of what is kept is then undone. Raises InputError for a
+        number that is none, and for a second loop.
         """
         num_epochs = arguments.whole_number("run.epochs(…)", num_epochs, 1)
         self._require_one_loop("run.epochs(…)", may_repeat=False)
@@ -297,6 +300,7 @@ class Run:
             raise InputError(f"the first epoch of run.epochs(…) had no step: {NOT_A_STEP}")
         self._is_in_epochs = False
         self._place.epoch, self._place.step = self._place.epoch + 1, 0
+        self._place.has_begun = False
         with _named_as_handed_over():
             self._save_validated(segment)
 

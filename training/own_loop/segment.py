@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.training.checkpointing.loading import RestoredCheckpoint
+from holdfast.training.checkpointing.loading import RestoredCheckpoint, load_checkpoint
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
-from holdfast.training.checkpointing.manifest import local_folder, manifest_digest
+from holdfast.training.checkpointing.manifest import local_folder, manifest_digest, manifest_of
 from holdfast.training.checkpointing.policy import (
     build_crossings,
     build_retention,
@@ -81,6 +81,7 @@ class ScriptSegment:
         self._pace: tuple[float, int] | None = None
         self._losses: LossRecord | None = None
         self._start_step = 0
+        self._restored: Path | None = None
         self._tracing = ExitStack()
         check_trackers(opened.config.tracking)
         self._trackers = Trackers(opened.run, opened.config.tracking, opened.progress)
@@ -177,7 +178,24 @@ class ScriptSegment:
         self._tracing.close()
         self._stop_trial()
 
+    def _put_back(self, restored: RestoredCheckpoint) -> None:
+        self.state.restore(restored.tensors, restored.state)
+        self._restored = restored.path
+
+    def begin_steps_of_epoch(self) -> None:
+        """Undo what stands before the steps of an epoch, which was done when the epoch began.
+
+        Of an epoch that goes on, the state that was saved has it already.
+        """
+        if self._restored is not None and (self._place.step or self._place.has_begun):
+            folder = local_folder(self._restored)
+            again = load_checkpoint(folder, manifest_of(folder))
+            self.state.restore(again.tensors, again.state)
+        self._restored = None
+        self._place.has_begun = True
+
     def _mark_beginning(self) -> None:
+        self._restored = None
         self._pace, self._start_step = (time.monotonic(), self.step), self.step
 
     def _stop_trial(self) -> None:
@@ -344,7 +362,7 @@ class ScriptSegment:
             device=device_reader(self.state.loss_sum.device),
         )
         if restored is not None:
-            self.state.restore(restored.tensors, restored.state)
+            self._put_back(restored)
             self._opened.progress.emit("restored", step=self.step, path=str(restored.path))
         return restored
 

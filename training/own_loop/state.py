@@ -32,17 +32,20 @@ class Place:
         step: within that epoch, or of ``run.steps`` where there are no epochs.
         num_losses: how many losses the sum since the last validation has.
         is_over: the script has said that training ends, before its loop did.
+        has_begun: what stands before the steps of this epoch is done.
     """
 
     epoch: int = 0
     step: int = 0
     num_losses: int = 0
     is_over: bool = False
+    has_begun: bool = False
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON; ``is_over`` only where it is."""
-        found = sorted(vars(self).items())
-        return {name: value for name, value in found if value or name != "is_over"}
+        """As JSON; ``is_over`` only where it is, ``has_begun`` where no step says so."""
+        found = {**vars(self), "has_begun": self.has_begun and not self.step}
+        seldom = ("is_over", "has_begun")
+        return {name: value for name, value in sorted(found.items()) if value or name not in seldom}
 
 
 class Whole:

@@ -67,6 +67,18 @@ def test_a_script_that_is_stopped_ends_with_the_bytes_of_a_calm_one(
     assert (run_in(stopped).logs / "segment-0001.log").read_text().count("progress") > 1
 
 
+def test_what_stands_at_the_top_of_an_epoch_counts_once(tmp_path: Path) -> None:
+    calm, stopped = tmp_path / "calm", tmp_path / "stopped"
+    for folder, stops in ((calm, ()), (stopped, ("12:SIGTERM", "15:SIGTERM", "22:SIGTERM"))):
+        folder.mkdir()
+        for stop in stops:  # within an epoch, and after the last step of one
+            code, _, errors = script("epochs", stop, "--fault=tops", folder=folder)
+            assert code == 75, errors
+        code, _, errors = script("epochs", "--fault=tops", folder=folder)
+        assert code == 0, errors
+    assert differences(final_state(run_in(calm)), final_state(run_in(stopped))) == []
+
+
 def test_a_finished_script_does_nothing_when_it_is_started_again(tmp_path: Path) -> None:
     code, told, _ = script("steps", folder=tmp_path)
     before = final_state(run_in(tmp_path))
