@@ -98,7 +98,8 @@ class Kept:
             if any(id(parameter) not in known for parameter in parameters_of(optimizer)):
                 raise InputError(
                     f"the optimizer {name} trains parameters of a model that is not kept, or that "
-                    f"was replaced since: keep every model, as it is when training begins"
+                    f"was replaced since: keep every model, as it is when training begins, and a "
+                    f"lone nn.Parameter in an nn.ParameterDict"
                 )
         return whole
 
@@ -227,6 +228,10 @@ def _stateful(name: str, kept: Any) -> Stateful:
     if isinstance(kept, type):
         raise InputError(
             f"run.keep({name}=…): found the class {kept.__name__}; expected an object of it"
+        )
+    if isinstance(kept, nn.Parameter):
+        raise InputError(
+            f"run.keep({name}=…): found a lone nn.Parameter; keep nn.ParameterDict({{…: it}})"
         )
     for kind, wrapper in GENERATORS.items():
         if isinstance(kept, kind):

@@ -12,6 +12,7 @@ from holdfast.training.data.loader import BatchPlan, FixedSizePlan, Loader, Micr
 from holdfast.training.data.own_order import own_permutation
 from holdfast.training.data.sampled_plan import SampledPlan
 from holdfast.training.errors import InputError, kind_of
+from holdfast.training.exactness.strictness import warn_of_inexactness
 from holdfast.training.own_loop import arguments
 from holdfast.training.replicas.copies import Copies
 
@@ -20,6 +21,7 @@ TAKEN = (
     "batch_size, drop_last, num_workers, prefetch_factor, collate_fn, worker_init_fn, pin_memory"
 )
 ORDER = "the order comes from (seed, epoch), shuffled; leave it out"
+PLAIN = (bool, int, float, str)
 WHY_NOT = {
     "shuffle": ORDER,
     "sampler": ORDER,
@@ -75,6 +77,7 @@ class RunLoader:
         self._loader = loader
         self._epoch = self._step_in_epoch = 0
         self._batches: Iterator[Microbatch] | None = None
+        self._plain: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -85,6 +88,8 @@ class RunLoader:
         self._run.require_step("next(loader)")
         if self._batches is None:
             self._batches = self._loader.steps(self._epoch, self._step_in_epoch)
+            self._plain = _plain_attributes(self.dataset)
+        self._tell_if_changed()
         taken = next(self._batches)
         self._epoch, self._step_in_epoch = taken.epoch, taken.step_in_epoch + 1
         return taken.batch
@@ -93,6 +98,19 @@ class RunLoader:
         """What is left of this epoch, each batch a step of the run."""
         for _ in self._run.steps_of_epoch(len(self)):
             yield next(self)
+
+    def _tell_if_changed(self) -> None:
+        """Warn, once, of a data set that the loop changes: who fetches sees it late, or never."""
+        now = _plain_attributes(self.dataset)
+        if self._plain is None or now is None or now == self._plain:
+            return
+        before, self._plain = self._plain, None
+        changed = next(name for name in {**before, **now} if now.get(name) != before.get(name))
+        warn_of_inexactness(
+            f"{type(self.dataset).__name__}.{changed} changed while batches are read: loader "
+            f"processes and what is fetched ahead do not see it, a resume does; give the data set "
+            f"set_epoch(epoch), which is called before each epoch"
+        )
 
     def close(self) -> None:
         """End the loader's processes."""
@@ -114,6 +132,14 @@ class RunLoader:
         """Go on from a place."""
         self.close()
         self._epoch, self._step_in_epoch = state["epoch"], state["step_in_epoch"]
+
+
+def _plain_attributes(dataset: Any) -> dict[str, Any] | None:
+    """Numbers and text that a data set has; None of one that is told each epoch."""
+    if callable(getattr(dataset, "set_epoch", None)):
+        return None
+    attributes = getattr(dataset, "__dict__", {})
+    return {name: value for name, value in attributes.items() if isinstance(value, PLAIN)}
 
 
 def require_own(others: Mapping[str, Any]) -> None:

@@ -39,6 +39,9 @@ fault = arguments.fault
 class Points:
     """Points around the origin, and on which side of it they lie."""
 
+    def __init__(self) -> None:
+        self.noise = 0.1
+
     def __len__(self) -> int:
         return 64
 
@@ -242,6 +245,8 @@ if arguments.form == "steps":
             validate()
 elif arguments.form == "epochs":
     for _epoch in run.epochs(5):
+        if fault == "curriculum":
+            loader.dataset.noise = 0.1 * _epoch
         if fault == "tops":  # of an epoch, which a resume within it does again
             head_optimizer.param_groups[0]["lr"] *= 0.8
             run.values["sum"] = torch.rand(()).item()

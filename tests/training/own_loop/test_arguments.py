@@ -27,6 +27,7 @@ BEFORE = {
     "run.epochs(0)": f"run.epochs(…): {WHOLE} 1, found an int, 0",
     "run.keep(model)": "run.keep(…): found a Linear without a name; write run.keep(model=model",
     "run.keep(best=3)": "run.keep(best=…): an int has no state_dict and load_state_dict",
+    "run.keep(heat=nn.Parameter(torch.ones(1)))": "found a lone nn.Parameter; keep nn.Par",
     "run.keep(lazy=torch.nn.LazyLinear(1))": "run.keep(lazy=…): weight has no shape yet: call the",
     "run.loader([])": "run.loader(…): expected at least one item, found a list of none",
     "run.loader(Stream())": "run.loader(…): expected a data set with __len__ and __getitem__",

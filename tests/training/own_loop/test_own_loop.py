@@ -175,6 +175,12 @@ def test_a_form_that_no_start_makes_is_told_of_when_it_is_saved(
     assert (code, "Traceback" in errors) == (2, False), errors
 
 
+def test_a_data_set_that_the_loop_changes_is_told_of_once(tmp_path: Path) -> None:
+    _, _, errors = script("epochs", "--fault=curriculum", folder=tmp_path)
+    [told] = [line for line in errors.splitlines() if "Points.noise changed while" in line]
+    assert "give the data set set_epoch(epoch)" in told
+
+
 def test_another_configuration_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
     script("steps", "7:SIGTERM", folder=tmp_path)
     code, _, errors = script("steps", "--rate=0.02", folder=tmp_path)
