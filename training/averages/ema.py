@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from holdfast.training.averages.posthoc_ema import power_weight
 from holdfast.training.checkpointing.finite import is_slice, non_finite
-from holdfast.training.checkpointing.model_weights import buffer_slots
+from holdfast.training.checkpointing.model_weights import buffer_slots, take_buffers
 from holdfast.training.configuration.schema import EmaConfig, Json
 from holdfast.training.errors import CheckpointMismatchError, ExperimentError, InputError
 
@@ -180,11 +180,11 @@ class MovingAverages:
         weights = self.weights(track)
         state = model.state_dict()
         own = {name: state[name].clone() for name in weights}
-        model.load_state_dict(weights, strict=False)  # strict would ask for get_extra_state, too
+        _put_into(model, weights)
         try:
             yield
         finally:
-            model.load_state_dict(own, strict=False)
+            _put_into(model, own)
 
     def _live(self, model: nn.Module) -> list[Tensor]:
         return [] if self._sources is None else self._sources.tensors(model)
@@ -347,3 +347,9 @@ def _average_of(tensor: Tensor) -> Tensor:
     """A copy to start from, in the type that averages of such tensors are kept in."""
     dtype = torch.float32 if tensor.dtype in _HALF_TYPES else tensor.dtype
     return tensor.detach().to(dtype, copy=True)
+
+
+def _put_into(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights; a buffer that has changed in shape since takes that of what is loaded."""
+    take_buffers(model, weights)
+    model.load_state_dict(weights, strict=False)  # strict would ask for get_extra_state, too

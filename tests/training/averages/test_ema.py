@@ -195,6 +195,17 @@ def test_a_buffer_that_is_assigned_anew_is_followed() -> None:
     assert averages.weights("decay-0.0")["scale"].tolist() == [5.0, 6.0]
 
 
+def test_a_buffer_that_has_grown_since_the_update_is_applied_and_taken_back() -> None:
+    model = Mixed()
+    averages = MovingAverages(model, EmaConfig(decays=(0.0,), has_warmup=False))
+    model.scale = torch.tensor([5.0, 6.0])
+    averages.update(model, 1)
+    model.scale = torch.tensor([5.0, 6.0, 7.0])
+    with averages.applied(model, "decay-0.0"):
+        assert model.scale.tolist() == [5.0, 6.0]
+    assert model.scale.tolist() == [5.0, 6.0, 7.0]
+
+
 def test_an_unknown_track_is_refused_with_those_that_are_kept() -> None:
     _, averages = trained(1)
     with pytest.raises(InputError, match=r"'decay-0\.5'; kept are \['decay-0\.9'"):
