@@ -127,18 +127,22 @@ class Form:
         )
 
     def _is_new(self, name: str, now: Mapping[str, Any]) -> bool:
-        return now.get(name) != self._first.get(name)
+        return (name in now, now.get(name)) != (name in self._first, self._first.get(name))
 
     def _now(self) -> dict[str, Any]:
-        """Shapes of the models' tensors, and numbers of parameters of the optimizers' groups."""
-        tensors = self._state.model.state_dict()
-        shapes = {name: t.shape for name, t in tensors.items() if isinstance(t, torch.Tensor)}
+        """Shapes and types of parameters, names of buffers, and sizes of the optimizers' groups.
+
+        A buffer takes the shape of what is loaded.
+        """
+        model = self._state.model
+        parameters = model.named_parameters(remove_duplicate=False)
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in parameters}
         groups = {
             f"group {number} of optimizer {name}".rstrip(): len(group["params"])
             for name, optimizer in self._state.optimizers.items()
             for number, group in enumerate(optimizer.param_groups)
         }
-        return {**shapes, **groups}
+        return {**dict.fromkeys(model.state_dict()), **shapes, **groups}
 
 
 def state_of(kept: Kept, config: RunConfig, whole: Whole) -> TrainState:

@@ -100,6 +100,8 @@ model = nn.Sequential(
 )
 head = nn.Linear(2, 2)
 optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate)
+if fault == "resized buffer":
+    head.register_buffer("codes", torch.ones(1))
 head_optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 average = Average(model)
@@ -232,6 +234,8 @@ if arguments.form == "steps":
             head_optimizer.add_param_group({"params": model.parameters()})
         if fault == "new buffer" and step == 10:
             head.register_buffer("usage", torch.ones(2))
+        if fault == "resized buffer":
+            head.codes = torch.cat([head.codes, torch.ones(1)])
         if fault == "ends early" and step == 10:
             break
         if fault == "leaves with 3" and step == 5:

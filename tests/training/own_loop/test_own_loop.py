@@ -67,6 +67,7 @@ def test_a_script_that_is_stopped_ends_with_the_bytes_of_a_calm_one(
     assert (run_in(stopped).logs / "segment-0001.log").read_text().count("progress") > 1
 
 
+@pytest.mark.slow
 def test_what_stands_at_the_top_of_an_epoch_counts_once(tmp_path: Path) -> None:
     calm, stopped = tmp_path / "calm", tmp_path / "stopped"
     for folder, stops in ((calm, ()), (stopped, ("12:SIGTERM", "15:SIGTERM", "22:SIGTERM"))):
@@ -158,6 +159,7 @@ def test_a_loop_that_is_not_the_runs_is_told_of_with_its_first_update(
     assert (code, last.startswith(f"error: {error}")) == (2, True), errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "named"),
     [
@@ -173,6 +175,14 @@ def test_a_form_that_no_start_makes_is_told_of_when_it_is_saved(
     assert (code, named in told) == (75, True), errors
     code, _, errors = script("steps", f"--fault={fault}", folder=tmp_path)
     assert (code, "Traceback" in errors) == (2, False), errors
+
+
+@pytest.mark.slow
+def test_a_buffer_that_grows_is_no_news(tmp_path: Path) -> None:
+    _, _, errors = script("steps", "13:SIGTERM", "--fault=resized buffer", folder=tmp_path)
+    assert "changed in shape" not in errors
+    code, _, errors = script("steps", "--fault=resized buffer", folder=tmp_path)
+    assert code == 0, errors
 
 
 def test_a_data_set_that_the_loop_changes_is_told_of_once(tmp_path: Path) -> None:
