@@ -227,7 +227,10 @@ class Run:
                 except GeneratorExit:  # the loop was left
                     self._end_where_over()
                     raise
-                self.end_step(None if self._is_in_epochs else num_steps)
+                if not self._is_in_epochs:
+                    self.end_step(num_steps)
+                else:  # the script has more to do, with what the last step left in its variables
+                    self.end_step(should_save=self._place.step + 1 < num_steps)
         if not self._is_in_epochs:
             self.complete()
 
@@ -245,8 +248,8 @@ class Run:
             self._copies.begin_step(self.step)
         self._is_in_step = True
 
-    def end_step(self, num_steps: int | None = None) -> None:
-        """The state is whole again: saves where that is due. ``num_steps`` is shown."""
+    def end_step(self, num_steps: int | None = None, *, should_save: bool = True) -> None:
+        """The state is whole again: saves where that is due and should. ``num_steps`` is shown."""
         self._require_here("a step of the run")
         segment = self._training()
         self._is_in_step = False
@@ -256,7 +259,7 @@ class Run:
             logged = self._copies.end_step(self.step, logged, is_over=self._place.is_over)
         with _named_as_handed_over():
             segment.after_step(logged, num_steps)
-            if not self._save_validated(segment):
+            if not self._save_validated(segment) and should_save:
                 segment.save_if_due()
 
     def restore(self) -> None:
@@ -302,7 +305,8 @@ class Run:
         self._place.epoch, self._place.step = self._place.epoch + 1, 0
         self._place.has_begun = False
         with _named_as_handed_over():
-            self._save_validated(segment)
+            if not self._save_validated(segment):
+                segment.save_if_due()
 
     def _end_where_over(self, *, is_epoch: bool = False) -> None:
         """After ``finish``, a loop is not asked for more: end the step, and the epoch."""

@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def step_with(loss: Tensor) -> None:
     scheduler.step()
     average.update(model)
     run.log(loss=loss, rate=scheduler.get_last_lr()[0])
-    if run.step == int(STOP_STEP):
+    if run.step == int(STOP_STEP) and fault != "last loss":
         if fault == "raises":
             raise ValueError("the fan has stopped")
         if fault == "fork" and os.fork() == 0:
@@ -259,6 +260,11 @@ elif arguments.form == "epochs":
             step_with(loss)
             if fault == "tops":
                 run.values["sum"] += loss.item()
+        if fault == "last loss":  # of the loop's variables, as after any loop
+            assert loss.item() > 0
+            if run.step == int(STOP_STEP):
+                time.sleep(1)  # a save in flight lands
+                os.kill(os.getpid(), signal.SIGKILL)
         if fault == "tops":
             run.values["best"] = run.values["sum"]
         else:

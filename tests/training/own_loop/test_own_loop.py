@@ -80,6 +80,13 @@ def test_what_stands_at_the_top_of_an_epoch_counts_once(tmp_path: Path) -> None:
     assert differences(final_state(run_in(calm)), final_state(run_in(stopped))) == []
 
 
+def test_a_resume_never_begins_after_the_last_step_of_an_epoch(tmp_path: Path) -> None:
+    code, _, errors = script("epochs", "24:SIGKILL", "--fault=last loss", folder=tmp_path)
+    assert code == -9, errors  # a save was due after step 24, and what follows it was not done
+    code, _, errors = script("epochs", "--fault=last loss", folder=tmp_path)
+    assert code == 0, errors
+
+
 def test_a_finished_script_does_nothing_when_it_is_started_again(tmp_path: Path) -> None:
     code, told, _ = script("steps", folder=tmp_path)
     before = final_state(run_in(tmp_path))
