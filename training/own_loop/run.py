@@ -301,6 +301,12 @@ class Run:
     def _end_epoch(self, segment: ScriptSegment) -> None:
         if not (segment.step or self._place.is_over):
             raise InputError(f"the first epoch of run.epochs(…) had no step: {NOT_A_STEP}")
+        if self._is_in_step:
+            raise InputError(
+                f"the loop over the steps of an epoch was left within step {self.step + 1}, as by "
+                f"break: write for step in run.steps(…) with the number of steps that an epoch is "
+                f"to have, and in it next(loader)"
+            )
         self._is_in_epochs = False
         self._place.epoch, self._place.step = self._place.epoch + 1, 0
         self._place.has_begun = False

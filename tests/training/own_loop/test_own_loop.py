@@ -226,6 +226,12 @@ def test_a_loop_that_ends_before_its_steps_says_so(tmp_path: Path) -> None:
     assert read_segments(run_in(tmp_path))[-1].outcome == "failed"
 
 
+def test_an_epoch_that_is_left_by_break_says_so(tmp_path: Path) -> None:
+    code, _, errors = script("epochs", "--fault=left epoch", folder=tmp_path)
+    told = "error: the loop over the steps of an epoch was left within step 4, as by break: write"
+    assert (code, told in errors) == (2, True), errors
+
+
 def test_a_fork_of_the_script_does_not_touch_the_run(tmp_path: Path) -> None:
     code, _, _ = script("steps", "8:SIGTERM", "--fault=fork", folder=tmp_path)
     assert code == 75
