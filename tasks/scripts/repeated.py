@@ -179,6 +179,10 @@ def script_command(arguments: Sequence[str], python: str) -> list[str]:
     first = arguments[0]
     if first == "-m" and len(arguments) > 1:
         return [python, os.fspath(STARTED), *arguments]
+    if first.startswith("-") and first != "-m":
+        raise InputError(
+            f"{first} is no option of holdfast exec: options come before the script; see --help"
+        )
     path = Path(first)
     if path.name.startswith("python") and not path.suffix:
         raise InputError(f"leave {first} out: write holdfast exec {' '.join(arguments[1:])}")

@@ -99,6 +99,7 @@ def test_a_notice_before_the_script_has_a_run_ends_it_as_preempted(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--stor", "x", "train.py"), "--stor is no option of holdfast exec: options come before"),
         (("missing.py",), "there is no script missing.py; expected the path of a Python file"),
         (("python3", "train.py"), "leave python3 out: write holdfast exec train.py"),
         ((str(SCRIPT), "steps", "store", "--fault=no model"), "the script keeps no model"),
