@@ -7,6 +7,7 @@ an experiment.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -63,7 +64,7 @@ def run_script_stage(
     InputError where there is no such run, or the script hands nothing over.
     """
     record = _recorded(arguments)
-    with _own_stream(arguments) as stream:
+    with _own_stream(arguments, log) as stream:
         host = _host(arguments, record, _progress(arguments, log, stream), log)
         _run_script(arguments)
         run = _run_of(host)
@@ -81,7 +82,7 @@ def run_script_segment(arguments: StageArguments, log: SegmentLog) -> StageOutco
     Raises what the script raises, once it is recorded.
     """
     record = _recorded(arguments) if arguments.is_resume else None
-    with _own_stream(arguments) as stream:
+    with _own_stream(arguments, log) as stream:
         host = _host(arguments, record, _progress(arguments, log, stream), log)
         host.is_training = True
         error: BaseException | None = None
@@ -176,19 +177,26 @@ def _progress(arguments: StageArguments, log: SegmentLog, stream: TextIO | None)
 
 
 @contextmanager
-def _own_stream(arguments: StageArguments) -> Iterator[TextIO | None]:
-    """Where events go. What a script prints is not ours to parse: it goes to standard error."""
+def _own_stream(arguments: StageArguments, log: SegmentLog) -> Iterator[TextIO | None]:
+    """Where events go. What a script prints is not ours to parse: it goes to standard error.
+
+    There the segment's log keeps it, as nobody may be looking.
+    """
     if arguments.progress_format != "jsonl":
         yield None
         return
     sys.stdout.flush()
     stream = os.fdopen(os.dup(STDOUT), "w", encoding="utf-8")
     os.dup2(STDERR, STDOUT)
+    log.takes_stdout = True
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         yield stream
     finally:
         sys.stdout.flush()
         stream.flush()
+        log.takes_stdout = False
         os.dup2(stream.fileno(), STDOUT)
 
 

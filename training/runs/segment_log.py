@@ -26,7 +26,7 @@ CHUNK_BYTES = 64 * 1024
 MAX_WAITING_BYTES = 4 * 1024 * 1024
 CLOSE_S = 2.0
 LEFT_OUT = b"\n[... %d bytes left out: the log of a segment keeps its beginning and its end ...]\n"
-STDIN, STDERR = 0, 2
+STDIN, STDOUT, STDERR = 0, 1, 2
 
 
 def log_path(folder: Path, segment: int, rank: int = 0) -> Path:
@@ -36,9 +36,14 @@ def log_path(folder: Path, segment: int, rank: int = 0) -> Path:
 
 
 class SegmentLog:
-    """Keeps standard error from ``open`` on, until ``close``."""
+    """Keeps standard error from ``open`` on, until ``close``.
+
+    Attributes:
+        takes_stdout: standard output goes where standard error goes, and is kept, too.
+    """
 
     def __init__(self) -> None:
+        self.takes_stdout = False
         self._keeper: subprocess.Popen[bytes] | None = None
         self._stderr = -1
 
@@ -63,8 +68,7 @@ class SegmentLog:
         """All that was said so far is in the file and in the terminal after return."""
         if self._keeper is None:
             return
-        sys.stderr.flush()
-        os.dup2(self._stderr, STDERR)
+        self._redirect(self._stderr)
         os.close(self._stderr)
         keeper, self._keeper = self._keeper, None
         assert keeper.stdin is not None
@@ -82,12 +86,18 @@ class SegmentLog:
                 pass_fds=(reading,),
                 start_new_session=True,  # signals to the terminal's group are not for it
             )
-            sys.stderr.flush()
             self._stderr = os.dup(STDERR)
-            os.dup2(writing, STDERR)
+            self._redirect(writing)
         finally:
             os.close(reading)
             os.close(writing)
+
+    def _redirect(self, descriptor: int) -> None:
+        sys.stderr.flush()
+        os.dup2(descriptor, STDERR)
+        if self.takes_stdout:
+            sys.stdout.flush()
+            os.dup2(descriptor, STDOUT)
 
 
 @contextlib.contextmanager

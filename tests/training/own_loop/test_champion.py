@@ -131,6 +131,8 @@ def test_a_script_that_hands_nothing_over_says_so(tmp_path: Path) -> None:
     code, errors, events = stage(asked, "segment", "--fault=leaves")
     assert (code, events[-1]["has_champion"]) == (0, False), errors
     assert all("of" not in event for event in events), "what it prints is not ours to parse"
+    kept = (asked.run.logs / "segment-0001.log").read_text()
+    assert "the script, and none of ours" in kept
     code, errors, _ = stage(asked, "candidates")
     assert code == 2
     assert errors.splitlines()[-1].startswith("error: the script hands over no champion")
