@@ -77,7 +77,8 @@ class RunLoader:
         self._loader = loader
         self._epoch = self._step_in_epoch = 0
         self._batches: Iterator[Microbatch] | None = None
-        self._plain: dict[str, Any] | None = None
+        self._plain: dict[str, str] | None = None
+        self._has_told = False
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -88,9 +89,9 @@ class RunLoader:
         self._run.require_step("next(loader)")
         if self._batches is None:
             self._batches = self._loader.steps(self._epoch, self._step_in_epoch)
-            self._plain = _plain_attributes(self.dataset)
         self._tell_if_changed()
         taken = next(self._batches)
+        self._plain = None if self._has_told else _plain_attributes(self.dataset)
         self._epoch, self._step_in_epoch = taken.epoch, taken.step_in_epoch + 1
         return taken.batch
 
@@ -104,7 +105,8 @@ class RunLoader:
         now = _plain_attributes(self.dataset)
         if self._plain is None or now is None or now == self._plain:
             return
-        before, self._plain = self._plain, None
+        self._has_told = True
+        before = self._plain
         changed = next(name for name in {**before, **now} if now.get(name) != before.get(name))
         warn_of_inexactness(
             f"{type(self.dataset).__name__}.{changed} changed while batches are read: loader "
@@ -134,12 +136,12 @@ class RunLoader:
         self._epoch, self._step_in_epoch = state["epoch"], state["step_in_epoch"]
 
 
-def _plain_attributes(dataset: Any) -> dict[str, Any] | None:
+def _plain_attributes(dataset: Any) -> dict[str, str] | None:
     """Numbers and text that a data set has; None of one that is told each epoch."""
     if callable(getattr(dataset, "set_epoch", None)):
         return None
     attributes = getattr(dataset, "__dict__", {})
-    return {name: value for name, value in attributes.items() if isinstance(value, PLAIN)}
+    return {name: repr(value) for name, value in attributes.items() if isinstance(value, PLAIN)}
 
 
 def require_own(others: Mapping[str, Any]) -> None:

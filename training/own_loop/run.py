@@ -288,7 +288,7 @@ class Run:
                 except GeneratorExit:
                     self._end_where_over(is_epoch=True)
                     raise
-                self._end_epoch(segment)
+                self._end_epoch(segment, is_last=self._place.epoch + 1 == num_epochs)
         self.complete()
 
     def _at_update(self, optimizer: Optimizer, *_: Any) -> None:
@@ -298,15 +298,19 @@ class Run:
             self._has_told_of_loop = True
             warn_of_inexactness(f"an optimizer moves outside of a step of the run: {NOT_A_STEP}")
 
-    def _end_epoch(self, segment: ScriptSegment) -> None:
+    def _end_epoch(self, segment: ScriptSegment, *, is_last: bool = True) -> None:
         if not (segment.step or self._place.is_over):
             raise InputError(f"the first epoch of run.epochs(…) had no step: {NOT_A_STEP}")
         if self._is_in_step:
-            raise InputError(
+            told = (
                 f"the loop over the steps of an epoch was left within step {self.step + 1}, as by "
                 f"break: write for step in run.steps(…) with the number of steps that an epoch is "
                 f"to have, and in it next(loader)"
             )
+            if not is_last:
+                raise InputError(told)
+            warn_of_inexactness(f"{told}; that step is not counted")
+            self._is_in_step = False
         self._is_in_epochs = False
         self._place.epoch, self._place.step = self._place.epoch + 1, 0
         self._place.has_begun = False

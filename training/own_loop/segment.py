@@ -185,11 +185,14 @@ class ScriptSegment:
     def begin_steps_of_epoch(self) -> None:
         """Undo what stands before the steps of an epoch, which was done when the epoch began.
 
-        Of an epoch that goes on, the state that was saved has it already.
+        Of an epoch that goes on, the state that was saved has it already. Where somebody asked for
+        another configuration, what the script sets by it stays.
         """
-        if self._restored is not None and (self._place.step or self._place.has_begun):
+        goes_on = self._place.step > 0 or self._place.has_begun
+        if self._restored is not None and goes_on and not self._opened.is_mismatch_allowed:
             folder = local_folder(self._restored)
-            again = load_checkpoint(folder, manifest_of(folder))
+            device = device_reader(self.state.loss_sum.device)
+            again = load_checkpoint(folder, manifest_of(folder), device=device)
             self.state.restore(again.tensors, again.state)
         self._restored = None
         self._place.has_begun = True

@@ -249,6 +249,9 @@ if arguments.form == "steps":
         if step % 10 == 9:
             validate()
 elif arguments.form == "epochs":
+    if fault == "asked rate":
+        run.restore()
+        head_optimizer.param_groups[0]["lr"] = arguments.rate
     for _epoch in run.epochs(5):
         if fault == "curriculum":
             loader.dataset.noise = 0.1 * _epoch
@@ -259,6 +262,8 @@ elif arguments.form == "epochs":
             loss = update(batch)
             step_with(loss)
             if fault == "left epoch" and run.step == 3:
+                break
+            if fault == "left last epoch" and run.step == 35:
                 break
             if fault == "tops":
                 run.values["sum"] += loss.item()
@@ -271,6 +276,8 @@ elif arguments.form == "epochs":
             run.values["best"] = run.values["sum"]
         else:
             validate()
+    if fault == "asked rate":
+        assert head_optimizer.param_groups[0]["lr"] == arguments.rate
 else:
     for _epoch in run.epochs(5):
         for _step in run.steps(4):

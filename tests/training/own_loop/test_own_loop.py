@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from holdfast.flows.command_line.group import holdfast
 from holdfast.tasks.run_summary import experiment_reference
 from holdfast.training.exactness.reproducibility import child_environment
+from holdfast.training.own_loop.environment import ALLOW_MISMATCH
 from holdfast.training.runs.directory import read_run_record, read_segments
 from holdfast.training.runs.losses import compare_losses
 from holdfast.training.runs.paths import RunDirectory
@@ -21,10 +22,11 @@ SCRIPT = Path(__file__).with_name("points_script.py")
 TIMEOUT_S = 240.0
 
 
-def script(*arguments: str, folder: Path) -> tuple[int, str, str]:
+def script(*arguments: str, folder: Path, **environment: str) -> tuple[int, str, str]:
     """Run the script with a store in ``folder``. Exit code, output and errors."""
     form, *others = arguments
-    process = WarmProcess([form, "store", *others], child_environment(1), folder, SCRIPT)
+    environment = {**child_environment(1), **environment}
+    process = WarmProcess([form, "store", *others], environment, folder, SCRIPT)
     out, errors = process.communicate(TIMEOUT_S)
     assert process.returncode is not None
     return process.returncode, out, errors
@@ -230,6 +232,21 @@ def test_an_epoch_that_is_left_by_break_says_so(tmp_path: Path) -> None:
     code, _, errors = script("epochs", "--fault=left epoch", folder=tmp_path)
     told = "error: the loop over the steps of an epoch was left within step 4, as by break: write"
     assert (code, told in errors) == (2, True), errors
+
+
+@pytest.mark.slow
+def test_a_last_epoch_that_is_left_by_break_is_told_of_and_the_run_is_done(tmp_path: Path) -> None:
+    code, out, errors = script("epochs", "--fault=left last epoch", folder=tmp_path)
+    assert (code, out.split()[:2]) == (0, ["done", "35"]), errors
+    assert "the loop over the steps of an epoch was left within step 36, as by break" in errors
+
+
+@pytest.mark.slow
+def test_what_a_script_sets_where_another_configuration_is_asked_for_stays(tmp_path: Path) -> None:
+    assert script("epochs", "12:SIGTERM", folder=tmp_path)[0] == 75  # within an epoch
+    asked = ("epochs", "--fault=asked rate", "--rate=0.02")
+    code, _, errors = script(*asked, folder=tmp_path, **{ALLOW_MISMATCH: "1"})
+    assert code == 0, errors
 
 
 def test_a_fork_of_the_script_does_not_touch_the_run(tmp_path: Path) -> None:
