@@ -6,15 +6,17 @@ import random
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from holdfast.training.checkpointing.json_state import encode
 from holdfast.training.errors import InputError, UnsupportedStateError, kind_of
+from holdfast.training.exactness.strictness import warn_of_inexactness
 from holdfast.training.loop.experiment_state import Stateful
 from holdfast.training.optimizers.building import CONFIGURED, parameters_of
 from holdfast.training.own_loop.arguments import indexed
@@ -32,6 +34,10 @@ REFUSED = {
 }
 
 
+NOT_A_STEP = (
+    "nothing of it is kept, and no notice is answered meanwhile: loop over run.steps(…), or in "
+    "run.epochs(…) over the batches of run.loader(…), in the place of torch's DataLoader"
+)
 VALUES, OTHERS = "experiment/kept/values", "experiment/kept/others"
 """Where they stand in a state."""
 IN_STATE = re.compile(rf"(?:state\.)?({VALUES}|{OTHERS})/(.+?) ((?:is|has) [^;]*)(.*)", re.DOTALL)
@@ -103,6 +109,17 @@ class Kept:
                 )
         return whole
 
+    def tell_of_lost_schedule(self) -> None:
+        """Warn of an optimizer that has a scheduler, where nothing is kept that may be one."""
+        if any(type(other) not in GENERATORS.values() for other in self.others.values()):
+            return
+        for name, optimizer in self.optimizers.items():
+            if any("initial_lr" in group for group in optimizer.param_groups):  # set by schedulers
+                warn_of_inexactness(
+                    f"a learning rate scheduler of {name} is not kept, and a resume begins it "
+                    f"anew: hand it to run.keep"
+                )
+
     def named_optimizers(self) -> dict[str, Optimizer]:
         """As a state has them: a lone one goes without a name."""
         if len(self.optimizers) == 1:
@@ -124,6 +141,53 @@ class Kept:
         for name, kept in self.others.items():
             kept.load_state_dict(state["others"][name])
         _put_back(self.values, state["values"])
+
+
+class WatchedUpdates:
+    """Tells, once, of updates that a resume loses: outside of a step, or of what is not kept.
+
+    An optimizer that is made anew in each step, as within a meta-learner's, has nothing to lose.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept = kept
+        self._step: int | None = None
+        self._has_told = False
+        self._moved: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._hook = register_optimizer_step_post_hook(self._after_update)
+
+    def begin_step(self, step: int) -> None:
+        """From now on updates belong to this step."""
+        self._step = step
+
+    def end(self) -> None:
+        """Look at no further update."""
+        self._hook.remove()
+
+    def _after_update(self, optimizer: Optimizer, *_: Any) -> None:
+        is_kept = any(optimizer is kept for kept in self._kept.optimizers.values())
+        if self._step is None:
+            if is_kept and not self._has_told:
+                self._has_told = True
+                warn_of_inexactness(
+                    f"an optimizer moves outside of a step of the run: {NOT_A_STEP}"
+                )
+        elif not is_kept and self._moved.setdefault(optimizer, self._step) < self._step:
+            self.end()
+            if optimizer.state and not self._is_part_of_what_is_kept(optimizer):
+                warn_of_inexactness(
+                    f"{kind_of(optimizer)} that moves from step to step is not kept, and a resume "
+                    f"begins it anew: hand it, and the model that it trains, to run.keep"
+                )
+
+    def _is_part_of_what_is_kept(self, optimizer: Optimizer) -> bool:
+        """One within another object: its weights are trained by a kept one, or an object has it."""
+        optimizers = self._kept.optimizers.values()
+        known = {id(parameter) for one in optimizers for parameter in parameters_of(one)}
+        if any(id(parameter) in known for parameter in parameters_of(optimizer)):
+            return True
+        others = self._kept.others.values()
+        return any(part is optimizer for other in others for part in vars(other).values())
 
 
 class _TorchGenerator:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
 from holdfast.training.data.loader import WorkerInit
@@ -33,7 +32,7 @@ from holdfast.training.own_loop.environment import note_outcome
 from holdfast.training.own_loop.finished import FinishedTraining
 from holdfast.training.own_loop.following import FollowingSegment
 from holdfast.training.own_loop.host import ChampionReachedError, current_host
-from holdfast.training.own_loop.kept import Kept, as_handed_over
+from holdfast.training.own_loop.kept import NOT_A_STEP, Kept, WatchedUpdates, as_handed_over
 from holdfast.training.own_loop.loader import (
     Collate,
     RunLoader,
@@ -50,10 +49,6 @@ from holdfast.training.replicas.starting import EndedInProcessesError
 from holdfast.training.runs.directory import has_ended
 from holdfast.training.stage import EXIT_PREEMPTED, NoticeCameError, tell_error
 
-NOT_A_STEP = (
-    "nothing of it is kept, and no notice is answered meanwhile: loop over run.steps(…), or in "
-    "run.epochs(…) over the batches of run.loader(…), in the place of torch's DataLoader"
-)
 OTHER_PASSES = "for passes that do not train take torch's own DataLoader"
 
 
@@ -76,8 +71,7 @@ class Run:
         self._loaders: dict[str, RunLoader] = {}
         self._place = Place()
         self._is_in_epochs = self._is_in_step = self._is_finished = self._has_looped = False
-        self._has_told_of_loop = False
-        self._before_updates = register_optimizer_step_pre_hook(self._at_update)
+        self._updates = WatchedUpdates(self._kept)
         self._pid, self._loop = os.getpid(), ""
         self._segment: ScriptSegment | FinishedTraining | None = None
         self._logged: dict[str, Any] = {}
@@ -241,9 +235,9 @@ class Run:
         and the process exits with 75.
         """
         self._require_here("a step of the run")
-        self._before_updates.remove()
         with _named_as_handed_over():
             self._answer_notice(self._training())
+        self._updates.begin_step(self.step)
         if self._copies is not None:
             self._copies.begin_step(self.step)
         self._is_in_step = True
@@ -290,13 +284,6 @@ class Run:
                     raise
                 self._end_epoch(segment, is_last=self._place.epoch + 1 == num_epochs)
         self.complete()
-
-    def _at_update(self, optimizer: Optimizer, *_: Any) -> None:
-        """Before the first step: tell, once, of a loop that is not the run's, while it begins."""
-        is_kept = any(optimizer is kept for kept in self._kept.optimizers.values())
-        if is_kept and not self._has_told_of_loop:
-            self._has_told_of_loop = True
-            warn_of_inexactness(f"an optimizer moves outside of a step of the run: {NOT_A_STEP}")
 
     def _end_epoch(self, segment: ScriptSegment, *, is_last: bool = True) -> None:
         if not (segment.step or self._place.is_over):
@@ -413,6 +400,7 @@ class Run:
     def complete(self) -> None:
         """All steps are done: saves, and lets the run go."""
         self._has_looped = True
+        self._updates.end()
         if isinstance(self._segment, ScriptSegment) and not self._is_finished:
             self._is_finished = True
             with _named_as_handed_over(), self._failure_recorded(self._segment):
@@ -498,6 +486,7 @@ class Run:
     def _begin(self) -> ScriptSegment | FinishedTraining:
         if self._segment is None:
             require_main_thread("training began")
+            self._kept.tell_of_lost_schedule()
             try:
                 self._segment = self._kind()(self._opened, self._kept, self._loaders, self._place)
             except NoticeCameError:
