@@ -486,7 +486,6 @@ class Run:
     def _begin(self) -> ScriptSegment | FinishedTraining:
         if self._segment is None:
             require_main_thread("training began")
-            self._kept.tell_of_lost_schedule()
             try:
                 self._segment = self._kind()(self._opened, self._kept, self._loaders, self._place)
             except NoticeCameError:

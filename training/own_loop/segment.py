@@ -88,6 +88,7 @@ class ScriptSegment:
         whole = Whole(kept, loaders, place)
         require_plain(kept.values, VALUES)
         self.state = state_of(kept, opened.config, whole)
+        kept.tell_of_lost_schedule()
         self._form = Form(self.state)
         try:
             self._take_over()
