@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -173,8 +174,9 @@ class WatchedUpdates:
                     f"an optimizer moves outside of a step of the run: {NOT_A_STEP}"
                 )
         elif not is_kept and self._moved.setdefault(optimizer, self._step) < self._step:
-            self.end()
+            self._moved[optimizer] = sys.maxsize  # each is judged once
             if optimizer.state and not self._is_part_of_what_is_kept(optimizer):
+                self.end()
                 warn_of_inexactness(
                     f"{kind_of(optimizer)} that moves from step to step is not kept, and a resume "
                     f"begins it anew: hand it, and the model that it trains, to run.keep"
@@ -186,8 +188,8 @@ class WatchedUpdates:
         known = {id(parameter) for one in optimizers for parameter in parameters_of(one)}
         if any(id(parameter) in known for parameter in parameters_of(optimizer)):
             return True
-        others = self._kept.others.values()
-        return any(part is optimizer for other in others for part in vars(other).values())
+        inside = (getattr(other, "__dict__", {}) for other in self._kept.others.values())
+        return any(part is optimizer for parts in inside for part in parts.values())
 
 
 class _TorchGenerator:

@@ -77,7 +77,7 @@ class RunLoader:
         self._loader = loader
         self._epoch = self._step_in_epoch = 0
         self._batches: Iterator[Microbatch] | None = None
-        self._plain: dict[str, str] | None = None
+        self._plain: dict[str, Any] | None = None
         self._has_told = False
 
     def __len__(self) -> int:
@@ -107,7 +107,8 @@ class RunLoader:
             return
         self._has_told = True
         before = self._plain
-        changed = next(name for name in {**before, **now} if now.get(name) != before.get(name))
+        # As dicts are compared: a long text that is the same object costs nothing, nan is itself.
+        changed = next(n for n in {**before, **now} if [now.get(n)] != [before.get(n)])
         warn_of_inexactness(
             f"{type(self.dataset).__name__}.{changed} changed while batches are read: loader "
             f"processes and what is fetched ahead do not see it, a resume does; give the data set "
@@ -136,12 +137,12 @@ class RunLoader:
         self._epoch, self._step_in_epoch = state["epoch"], state["step_in_epoch"]
 
 
-def _plain_attributes(dataset: Any) -> dict[str, str] | None:
+def _plain_attributes(dataset: Any) -> dict[str, Any] | None:
     """Numbers and text that a data set has; None of one that is told each epoch."""
     if callable(getattr(dataset, "set_epoch", None)):
         return None
     attributes = getattr(dataset, "__dict__", {})
-    return {name: repr(value) for name, value in attributes.items() if isinstance(value, PLAIN)}
+    return {name: value for name, value in attributes.items() if isinstance(value, PLAIN)}
 
 
 def require_own(others: Mapping[str, Any]) -> None:

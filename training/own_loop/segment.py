@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from holdfast.training.checkpointing.loading import RestoredCheckpoint, load_checkpoint
+from holdfast.training.checkpointing.loading import RestoredCheckpoint
 from holdfast.training.checkpointing.manager import CheckpointIdentity, CheckpointManager
-from holdfast.training.checkpointing.manifest import local_folder, manifest_digest, manifest_of
+from holdfast.training.checkpointing.manifest import local_folder, manifest_digest
 from holdfast.training.checkpointing.policy import (
     build_crossings,
     build_retention,
@@ -81,7 +81,7 @@ class ScriptSegment:
         self._pace: tuple[float, int] | None = None
         self._losses: LossRecord | None = None
         self._start_step = 0
-        self._restored: Path | None = None
+        self._restored: RestoredCheckpoint | None = None
         self._tracing = ExitStack()
         check_trackers(opened.config.tracking)
         self._trackers = Trackers(opened.run, opened.config.tracking, opened.progress)
@@ -181,7 +181,7 @@ class ScriptSegment:
 
     def _put_back(self, restored: RestoredCheckpoint) -> None:
         self.state.restore(restored.tensors, restored.state)
-        self._restored = restored.path
+        self._restored = restored  # up to the first step
 
     def begin_steps_of_epoch(self) -> None:
         """Undo what stands before the steps of an epoch, which was done when the epoch began.
@@ -191,10 +191,7 @@ class ScriptSegment:
         """
         goes_on = self._place.step > 0 or self._place.has_begun
         if self._restored is not None and goes_on and not self._opened.is_mismatch_allowed:
-            folder = local_folder(self._restored)
-            device = device_reader(self.state.loss_sum.device)
-            again = load_checkpoint(folder, manifest_of(folder), device=device)
-            self.state.restore(again.tensors, again.state)
+            self.state.restore(self._restored.tensors, self._restored.state)
         self._restored = None
         self._place.has_begun = True
 

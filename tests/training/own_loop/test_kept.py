@@ -83,6 +83,18 @@ class Wrapper:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+class Slotted:
+    """Has no attributes beside its own."""
+
+    __slots__ = ("count",)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
 def adam(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters())
 
@@ -114,6 +126,11 @@ def wrapped(kept: Kept, model: nn.Module) -> Callable[[], torch.optim.Optimizer]
     return lambda: wrapper.optimizer
 
 
+def slotted(kept: Kept, model: nn.Module) -> Callable[[], torch.optim.Optimizer]:
+    kept.add("counter", Slotted())
+    return forgotten(kept, model)
+
+
 def without_state(kept: Kept, model: nn.Module) -> Callable[[], torch.optim.Optimizer]:
     kept.add("optimizer", adam(model))
     other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
@@ -122,7 +139,11 @@ def without_state(kept: Kept, model: nn.Module) -> Callable[[], torch.optim.Opti
 
 @pytest.mark.parametrize(
     ("make", "num_told"),
-    [(forgotten, 1), *((m, 0) for m in (all_kept, made_anew, nested, wrapped, without_state))],
+    [
+        (forgotten, 1),
+        (slotted, 1),
+        *((m, 0) for m in (all_kept, made_anew, nested, wrapped, without_state)),
+    ],
 )
 def test_an_optimizer_that_is_not_kept_is_told_of_once_where_a_resume_loses_its_state(
     make: Callable[[Kept, nn.Module], Callable[[], torch.optim.Optimizer]],
@@ -145,6 +166,21 @@ def test_an_optimizer_that_is_not_kept_is_told_of_once_where_a_resume_loses_its_
     assert [text.partition(" that moves from step to step is not kept")[0] for text in told] == (
         ["an Adam"] * num_told
     )
+
+
+def test_an_optimizer_within_a_kept_one_hides_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    kept, model = Kept(), nn.Linear(2, 2)
+    kept.add("model", model)
+    moving = [nested(kept, model)(), adam(nn.Linear(2, 2))]
+    updates = WatchedUpdates(kept)
+    for step in range(4):
+        updates.begin_step(step)
+        for optimizer in moving:
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    updates.end()
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("is_kept", [False, True])

@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
-from holdfast.training.own_loop.loader import RunLoader, build_loader
-
-
-class Anywhere:
-    """Every call stands within a step."""
-
-    def require_step(self, what: str) -> None:
-        pass
-
-    def steps_of_epoch(self, num_steps: int) -> Iterator[int]:
-        return iter(range(num_steps))
+from tests.training.own_loop.loaders import loader_of
 
 
 class Numbers:
@@ -42,21 +31,6 @@ class Numbers:
 class Told(Numbers):
     def set_epoch(self, epoch: int) -> None:
         self.level = epoch
-
-
-def loader_of(dataset: Any) -> RunLoader:
-    return build_loader(
-        Anywhere(),
-        dataset,
-        batch_size=4,
-        drop_last=False,
-        num_workers=0,
-        prefetch_factor=2,
-        collate_fn=None,
-        worker_init_fn=None,
-        pin_memory=False,
-        seed=1,
-    )
 
 
 def nothing(dataset: Numbers) -> None:

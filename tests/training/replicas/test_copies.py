@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,13 @@ from holdfast.training.distributed.stopping import AgreedMonitor
 from holdfast.training.distributed.world import World
 from holdfast.training.errors import InputError
 from holdfast.training.exactness.reproducibility import child_environment, python_command
-from holdfast.training.own_loop.loader import build_loader
 from holdfast.training.own_loop.opening import run_config
 from holdfast.training.replicas.copies import Copies
 from holdfast.training.runs.directory import read_segments
 from holdfast.training.runs.losses import compare_losses
 from holdfast.training.runs.paths import RunDirectory
 from tests.faults.campaign import differences, final_state
+from tests.training.own_loop.loaders import loader_of
 
 SCRIPT = Path(__file__).with_name("sides_script.py")
 TIMEOUT_S = 240.0
@@ -128,30 +127,9 @@ def test_what_is_for_experiments_alone_is_refused(key: str, value: object, told:
 @pytest.mark.parametrize("rank", range(3))
 def test_each_process_takes_its_part_of_every_batch_in_the_order_of_one(rank: int) -> None:
     copies = Copies(World(rank, 3), 0, AgreedMonitor([], World(rank, 3)))
-    loader = build_loader(
-        _Steps(),
-        range(50),
-        batch_size=12,
-        drop_last=True,
-        num_workers=0,
-        prefetch_factor=2,
-        collate_fn=list,
-        worker_init_fn=None,
-        pin_memory=False,
-        seed=7,
-        copies=copies,
+    loader = loader_of(
+        range(50), batch_size=12, drop_last=True, collate_fn=list, seed=7, copies=copies
     )
     whole = FixedSizePlan(50, 12, True, 7)
     for step in range(4):
         assert next(loader) == whole.indices(0, step)[4 * rank : 4 * rank + 4].tolist()
-
-
-class _Steps:
-    """A run within a step."""
-
-    def require_step(self, what: str) -> None:
-        """It is one."""
-
-    def steps_of_epoch(self, num_steps: int) -> Iterator[int]:
-        """All of them."""
-        return iter(range(num_steps))
